@@ -1,0 +1,104 @@
+// Package approval is multi-party approval as pure functions: the exact bytes of
+// a proposal, custodians' signed statements about it, and the arithmetic of
+// quorums over distinct custodians and distinct sites.
+package approval
+
+import "github.com/conclave-kms/conclave/kms"
+
+// Rule says who may let an action happen. It is either direct (Direct lists the
+// roles that may act alone) or a quorum (Approvals and Sites at least 1); a rule
+// that is neither or both is refused, never read as "no approval needed".
+type Rule struct {
+	Action             kms.Action `cbor:"action" json:"action"`
+	Direct             []string   `cbor:"direct" json:"direct,omitempty"`       // roles, sorted
+	Approvals          uint32     `cbor:"approvals" json:"approvals,omitempty"` // M: distinct custodians
+	Sites              uint32     `cbor:"sites" json:"sites,omitempty"`         // S: distinct sites among them
+	Required           []string   `cbor:"required" json:"required,omitempty"`   // sites that must be among them, sorted
+	ProposerMayApprove bool       `cbor:"proposer-may-approve" json:"proposer_may_approve,omitempty"`
+	Delay              int64      `cbor:"delay" json:"delay_ms,omitempty"`       // cool-off after the quorum, milliseconds
+	Lifetime           int64      `cbor:"lifetime" json:"lifetime_ms,omitempty"` // longest life of a proposal, milliseconds
+	Veto               []string   `cbor:"veto" json:"veto,omitempty"`            // custodians whose rejection ends it at once, sorted
+}
+
+// Policy is a named, numbered set of rules, at most one for an action.
+type Policy struct {
+	Name     string `cbor:"name" json:"name"`
+	Revision uint64 `cbor:"revision" json:"revision"`
+	Rules    []Rule `cbor:"rules" json:"rules"` // sorted by action
+}
+
+// Credential is one public key of a custodian.
+type Credential struct {
+	ID        string `cbor:"id" json:"id"`       // pqc.Fingerprint of PublicKey
+	Suite     uint16 `cbor:"suite" json:"suite"` // pqc.SuiteID
+	PublicKey []byte `cbor:"public-key" json:"public_key"`
+}
+
+// Custodian is a person who approves, at one site.
+type Custodian struct {
+	ID          string       `cbor:"id" json:"id"`
+	Site        string       `cbor:"site" json:"site"`
+	Credentials []Credential `cbor:"credentials" json:"credentials"` // sorted by ID
+	Revoked     bool         `cbor:"revoked" json:"revoked,omitempty"`
+	Revision    uint64       `cbor:"revision" json:"revision"`
+}
+
+// Proposal is a guarded action, exactly as custodians sign it. Its canonical
+// encoding is the signed message; its identifier is derived from those bytes.
+type Proposal struct {
+	Format         uint8      `cbor:"format" json:"format"` // 1
+	Cluster        string     `cbor:"cluster" json:"cluster"`
+	Nonce          []byte     `cbor:"nonce" json:"nonce"` // 16 bytes
+	Action         kms.Action `cbor:"action" json:"action"`
+	Target         string     `cbor:"target" json:"target"`     // Target* forms below
+	Revision       uint64     `cbor:"revision" json:"revision"` // of the target when proposed
+	Policy         string     `cbor:"policy" json:"policy"`
+	PolicyRevision uint64     `cbor:"policy-revision" json:"policy_revision"`
+	Proposer       string     `cbor:"proposer" json:"proposer"`     // SPIFFE ID
+	Created        int64      `cbor:"created" json:"created"`       // Unix milliseconds
+	NotBefore      int64      `cbor:"not-before" json:"not_before"` // Unix milliseconds
+	Expires        int64      `cbor:"expires" json:"expires"`       // Unix milliseconds
+	Reason         string     `cbor:"reason" json:"reason"`         // 1 to 1000 bytes
+	Parameters     []byte     `cbor:"parameters" json:"parameters"` // canonical encoding of the action's *Params type, empty where there is none
+}
+
+// Targets are "key/KEYRING/KEY", "policy/NAME", "custodian/ID".
+
+// VersionParams are the parameters of deactivate, compromise and destroy.
+type VersionParams struct {
+	Version uint32 `cbor:"version" json:"version"` // 0: the whole key (destroy only)
+}
+
+// PolicyParams are the parameters of the action policy: the rules that replace
+// those of the target policy.
+type PolicyParams struct {
+	Rules []Rule `cbor:"rules" json:"rules"`
+}
+
+// CustodianParams are the parameters of the action custodian: the record that
+// replaces the target custodian's (Revision is ignored and must be 0).
+type CustodianParams struct {
+	Custodian Custodian `cbor:"custodian" json:"custodian"`
+}
+
+// Verdict is a custodian's answer.
+type Verdict string
+
+// The verdicts.
+const (
+	Approve Verdict = "approve"
+	Reject  Verdict = "reject"
+)
+
+// Statement is a custodian's signed verdict on a proposal. The signature is by
+// the credential over Message(verdict, proposal bytes) in the context Context.
+type Statement struct {
+	Proposal   string  `cbor:"proposal" json:"proposal"` // proposal identifier
+	Verdict    Verdict `cbor:"verdict" json:"verdict"`
+	Custodian  string  `cbor:"custodian" json:"custodian"`
+	Credential string  `cbor:"credential" json:"credential"`
+	Signature  []byte  `cbor:"signature" json:"signature"`
+}
+
+// Context is the signature context (pqc.Verify) of custodians' statements.
+const Context = "conclave/approval/v1"
