@@ -1,0 +1,53 @@
+# Conclave. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+BIN     := bin
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+FUZZTIME ?= 20s
+export CGO_ENABLED := 1
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: install-deps
+install-deps: ## install SoftHSM, swtpm and a C compiler where missing (Debian/Ubuntu), or name them
+	@.ci/install-deps
+
+.PHONY: build
+build: install-deps ## build bin/conclaved and bin/conclave
+	@mkdir -p $(BIN)
+	@go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/...
+
+.PHONY: demo
+demo: build ## the main job, narrated: three nations, one rotation approved across borders
+	@go run ./test/demo -bin $(BIN)
+
+.PHONY: test
+test: install-deps ## every test, with the race detector (PKG and RUN narrow it)
+	@go test -race -timeout 15m $(if $(RUN),-run '$(RUN)') $(or $(PKG),./...)
+
+.PHONY: check
+check: install-deps ## formatting, vet, staticcheck, import direction, tidy modules
+	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "gofmt is needed on:"; echo "$$out"; exit 1; fi
+	@go mod tidy -diff || { echo "run: go mod tidy"; exit 1; }
+	@go mod verify >/dev/null
+	@go vet ./...
+	@go tool staticcheck ./...
+	@go test -count=1 ./test/arch
+	@echo "check: ok"
+
+.PHONY: bench
+bench: build ## speed as ratios measured in one run, and the devices' raw rates
+	@go run ./test/bench -bin $(BIN)
+
+.PHONY: fuzz
+fuzz: install-deps ## run every fuzz target for FUZZTIME (20s)
+	@for pkg in $$(go list ./...); do \
+	  for f in $$(go test -list '^Fuzz' $$pkg 2>/dev/null | grep '^Fuzz' || true); do \
+	    echo "fuzz $$pkg $$f"; go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$pkg; \
+	  done; \
+	done
