@@ -1,0 +1,146 @@
+package wire
+
+import "time"
+
+// Health answers GET /v1/health: the process runs.
+type Health struct {
+	Status string `json:"status"` // "ok"
+	Node   string `json:"node"`
+}
+
+// Ready answers GET /v1/ready, with status 200 when Ready and 503 otherwise.
+type Ready struct {
+	Ready   bool     `json:"ready"`
+	Reasons []string `json:"reasons,omitempty"` // why not, a sentence each
+}
+
+// Status answers GET /v1/status.
+type Status struct {
+	Cluster string    `json:"cluster"` // cluster identifier: 32 hexadecimal digits
+	Name    string    `json:"name"`    // of the cluster, from its genesis
+	Node    string    `json:"node"`
+	Site    string    `json:"site"`
+	Version string    `json:"version,omitempty"` // of the program
+	Device  string    `json:"device"`            // the hardware root in words
+	Time    time.Time `json:"time"`              // this node's clock
+	Clock   time.Time `json:"clock,omitzero"`    // the cluster's clock: median over sites of signed node times
+	Index   uint64    `json:"index"`             // of the last applied log entry
+	FreshMS int64     `json:"fresh_ms"`          // age of the last proof that this node is up to date
+	LogSize uint64    `json:"log_size"`          // leaves of the cluster log
+	LogRoot []byte    `json:"log_root"`          // RFC 6962 root hash of the cluster log, 32 bytes
+	Raft    *Raft     `json:"raft,omitempty"`
+	Keys    KeyCounts `json:"keys"`
+	Open    int       `json:"open_proposals"`
+	Pending int       `json:"pending_receipts"` // receipts that this node owes
+}
+
+// KeyCounts counts what is stored.
+type KeyCounts struct {
+	Keyrings int `json:"keyrings"`
+	Resident int `json:"resident"` // keyrings that this node can open
+	Keys     int `json:"keys"`
+	Overdue  int `json:"overdue"` // keys whose rotation is due
+}
+
+// Raft is the consensus layer's view.
+type Raft struct {
+	State         string `json:"state"` // leader, follower, candidate
+	Leader        string `json:"leader,omitempty"`
+	Term          uint64 `json:"term"`
+	Applied       uint64 `json:"applied"`
+	Committed     uint64 `json:"committed"`
+	LastContactMS int64  `json:"last_contact_ms"`
+	Peers         []Peer `json:"peers,omitempty"`
+}
+
+// Peer is a member as the consensus layer knows it.
+type Peer struct {
+	ID       string `json:"id"`
+	Site     string `json:"site"`
+	Address  string `json:"address"`
+	Suffrage string `json:"suffrage"` // voter or non-voter
+}
+
+// Nodes answers GET /v1/nodes.
+type Nodes struct {
+	Nodes []Node `json:"nodes"`
+}
+
+// Node is a member of the cluster.
+type Node struct {
+	ID           string    `json:"id"`
+	Site         string    `json:"site"`
+	Address      string    `json:"address"` // host:port between nodes
+	API          string    `json:"api"`     // https URL of its native API
+	Suite        string    `json:"suite"`   // KEM suite of its agreement key
+	Agreement    []byte    `json:"agreement"`
+	SigningSuite string    `json:"signing_suite"`
+	Signing      []byte    `json:"signing"` // SEC1 uncompressed point
+	Device       string    `json:"device"`  // what the node claims its hardware is
+	Voter        bool      `json:"voter"`
+	LastHeard    time.Time `json:"last_heard,omitzero"` // latest time that the node has signed
+}
+
+// Sites answers GET /v1/sites.
+type Sites struct {
+	Sites []Site `json:"sites"`
+}
+
+// Site is a trust domain.
+type Site struct {
+	ID          string   `json:"id"`
+	TrustDomain string   `json:"trust_domain"`
+	CAs         [][]byte `json:"cas"`   // DER certificates
+	Nodes       []string `json:"nodes"` // node ids, sorted
+}
+
+// Custodians answers GET /v1/custodians.
+type Custodians struct {
+	Custodians []Custodian `json:"custodians"`
+}
+
+// Custodian is a person who approves, at one site. As a parameter of a proposal
+// Revision is 0.
+type Custodian struct {
+	ID          string       `json:"id"`
+	Site        string       `json:"site"`
+	Credentials []Credential `json:"credentials"`
+	Revoked     bool         `json:"revoked,omitempty"`
+	Revision    uint64       `json:"revision,omitempty"`
+}
+
+// Credential is one public key of a custodian.
+type Credential struct {
+	ID        string `json:"id"`    // fingerprint of the public key
+	Suite     uint16 `json:"suite"` // number of the signature suite
+	SuiteName string `json:"suite_name,omitempty"`
+	PublicKey []byte `json:"public_key"`
+}
+
+// Policies answers GET /v1/policies.
+type Policies struct {
+	Policies []Policy `json:"policies"`
+	Access   string   `json:"access"` // text of the Cedar policy set that authorises requests
+}
+
+// Policy is a named set of rules, at most one for an action.
+type Policy struct {
+	Name     string   `json:"name"`
+	Revision uint64   `json:"revision"`
+	Rules    []Rule   `json:"rules"`             // sorted by action
+	Summary  []string `json:"summary,omitempty"` // each rule as a sentence
+}
+
+// Rule says who may let an action happen: either direct or a quorum. Field for
+// field it is approval.Rule, whose comments say more.
+type Rule struct {
+	Action             string   `json:"action"`
+	Direct             []string `json:"direct,omitempty"`    // roles that may act alone, sorted
+	Approvals          uint32   `json:"approvals,omitempty"` // distinct custodians
+	Sites              uint32   `json:"sites,omitempty"`     // distinct sites among them
+	Required           []string `json:"required,omitempty"`  // sites that must be among them, sorted
+	ProposerMayApprove bool     `json:"proposer_may_approve,omitempty"`
+	DelayMS            int64    `json:"delay_ms,omitempty"`    // cool-off after the quorum
+	LifetimeMS         int64    `json:"lifetime_ms,omitempty"` // longest life of a proposal
+	Veto               []string `json:"veto,omitempty"`        // custodians whose rejection ends it, sorted
+}

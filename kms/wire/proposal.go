@@ -1,0 +1,86 @@
+package wire
+
+import "time"
+
+// Proposals answers GET /v1/proposals, newest first.
+type Proposals struct {
+	Proposals []Proposal `json:"proposals"`
+}
+
+// OpenProposalRequest is the body of POST /v1/proposals. The node adds the
+// present revisions of target and policy, the proposer and the times.
+type OpenProposalRequest struct {
+	Action      string             `json:"action"` // rotate, suspend, resume, deactivate, compromise, destroy, policy, custodian
+	Target      string             `json:"target"` // key/KEYRING/KEY, policy/NAME or custodian/ID
+	Parameters  ProposalParameters `json:"parameters,omitzero"`
+	Reason      string             `json:"reason"`                  // 1 to MaxReason bytes
+	ExpiresInMS int64              `json:"expires_in_ms,omitempty"` // default and most: the rule's lifetime
+	NotBefore   time.Time          `json:"not_before,omitzero"`     // default: at once
+}
+
+// ProposalParameters are the parameters of an action; only those that the
+// action has may be set.
+type ProposalParameters struct {
+	Version   uint32     `json:"version,omitempty"`   // deactivate, compromise, destroy (0: the whole key)
+	Rules     []Rule     `json:"rules,omitempty"`     // policy
+	Custodian *Custodian `json:"custodian,omitempty"` // custodian
+}
+
+// Proposal is a proposal and where it stands.
+type Proposal struct {
+	ID      string          `json:"id"`    // 32 hexadecimal digits, derived from Bytes
+	Bytes   []byte          `json:"bytes"` // exactly what custodians sign
+	Content ProposalContent `json:"content"`
+
+	Progress     string    `json:"progress"` // open, waiting, authorised, executed, rejected, void, expired
+	Summary      string    `json:"summary"`  // where it stands, a sentence
+	Met          bool      `json:"met"`      // the quorum is reached
+	Approvals    int       `json:"approvals"`
+	Sites        int       `json:"sites"`             // distinct sites among the approvals
+	Missing      []string  `json:"missing,omitempty"` // what the quorum lacks, a sentence each
+	Rule         *Rule     `json:"rule,omitempty"`    // in force now for its action
+	Votes        []Vote    `json:"votes"`
+	AuthorisedAt time.Time `json:"authorised_at,omitzero"`
+	ExecutableAt time.Time `json:"executable_at,omitzero"` // AuthorisedAt and delay, or not-before
+	ClosedAt     time.Time `json:"closed_at,omitzero"`
+}
+
+// ProposalContent is the content decoded from Proposal.Bytes, field for field.
+type ProposalContent struct {
+	Format         uint8              `json:"format"`
+	Cluster        string             `json:"cluster"`
+	Nonce          []byte             `json:"nonce"`
+	Action         string             `json:"action"`
+	Target         string             `json:"target"`
+	Revision       uint64             `json:"revision"` // of the target when proposed
+	Policy         string             `json:"policy"`
+	PolicyRevision uint64             `json:"policy_revision"`
+	Proposer       string             `json:"proposer"` // SPIFFE ID
+	Created        time.Time          `json:"created"`
+	NotBefore      time.Time          `json:"not_before,omitzero"`
+	Expires        time.Time          `json:"expires"`
+	Reason         string             `json:"reason"`
+	Parameters     ProposalParameters `json:"parameters,omitzero"`
+}
+
+// Vote is a custodian's statement as recorded.
+type Vote struct {
+	Site      string    `json:"site"`
+	Time      time.Time `json:"time"`
+	Statement Statement `json:"statement"`
+}
+
+// Statement is a custodian's signed verdict (approval.Statement): the signature
+// by Credential over approval.Message(verdict, proposal bytes).
+type Statement struct {
+	Proposal   string `json:"proposal"` // proposal id
+	Verdict    string `json:"verdict"`  // approve or reject
+	Custodian  string `json:"custodian"`
+	Credential string `json:"credential"` // credential id
+	Signature  []byte `json:"signature"`
+}
+
+// VoteRequest is the body of POST /v1/proposals/{id}/votes.
+type VoteRequest struct {
+	Statement Statement `json:"statement"`
+}
