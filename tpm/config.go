@@ -1,0 +1,214 @@
+package tpm
+
+import (
+	"bytes"
+	"crypto/ecdh"
+	"crypto/hkdf"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/conclave-kms/conclave/kms/secret"
+)
+
+// Defaults and bounds of Config.
+const (
+	// DefaultCallTimeout bounds one call on the TPM.
+	DefaultCallTimeout = 10 * time.Second
+	// DefaultPersistentBase is the first of three consecutive owner handles:
+	// storage key, agreement key, signing key. It lies outside the ranges that
+	// the TCG registry reserves for storage, endorsement and platform keys.
+	DefaultPersistentBase uint32 = 0x81080000
+
+	ownerHandleMin uint32 = 0x81000000
+	ownerHandleMax uint32 = 0x817fffff
+
+	authMinLen = 16
+	authMaxLen = 4096
+	authLen    = 32
+)
+
+// Config says which TPM to use and how.
+type Config struct {
+	// Path is a resource manager device such as "/dev/tpmrm0", or
+	// "unix:/path/of/socket" for a software TPM. A socket's TPM must belong to
+	// this node alone: leftover sessions and transient objects are flushed.
+	Path string
+	// AuthFile holds the secret from which the owner, lockout and key
+	// authorization values are derived: a regular file readable by its owner
+	// only, or "fd:N" for an inherited file descriptor, read to its end once.
+	// 16 to 4096 bytes after removal of one trailing newline; NewAuthFile makes one.
+	AuthFile string
+	// Curve is ecdh.P384() (also when nil) or ecdh.P256().
+	Curve ecdh.Curve
+	// CallTimeout bounds the wait for the TPM and then each call on it.
+	// 0 means DefaultCallTimeout.
+	CallTimeout time.Duration
+	// PersistentBase is the first of three consecutive persistent handles in
+	// the owner's range. 0 means DefaultPersistentBase.
+	PersistentBase uint32
+}
+
+// withDefaults fills in defaults and checks the rest.
+func (c Config) withDefaults() (Config, error) {
+	if c.Curve == nil {
+		c.Curve = ecdh.P384()
+	}
+	if c.CallTimeout == 0 {
+		c.CallTimeout = DefaultCallTimeout
+	}
+	if c.PersistentBase == 0 {
+		c.PersistentBase = DefaultPersistentBase
+	}
+	switch {
+	case c.Path == "":
+		return c, invalid("Path is empty: name a device such as /dev/tpmrm0 or unix:/path/of/socket")
+	case c.AuthFile == "":
+		return c, invalid("AuthFile is empty: name a file with the authorization secret")
+	case c.Curve != ecdh.P384() && c.Curve != ecdh.P256():
+		return c, invalid("Curve must be P-384 or P-256")
+	case c.CallTimeout < 0:
+		return c, invalid("CallTimeout is negative")
+	case c.PersistentBase < ownerHandleMin || c.PersistentBase > ownerHandleMax-2:
+		return c, invalid("PersistentBase %#x leaves the owner's range %#x to %#x", c.PersistentBase, ownerHandleMin, ownerHandleMax)
+	}
+	return c, nil
+}
+
+// auths are the authorization values in use.
+type auths struct {
+	owner, lockout, key *secret.Bytes
+}
+
+func (a *auths) destroy() {
+	a.owner.Destroy()
+	a.lockout.Destroy()
+	a.key.Destroy()
+}
+
+// loadAuths reads the authorization secret and derives the three values.
+func loadAuths(from string) (*auths, error) {
+	root, err := readAuth(from)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Destroy()
+	a := &auths{}
+	for _, v := range []struct {
+		to   **secret.Bytes
+		info string
+	}{
+		{&a.owner, "conclave tpm v1 owner auth"},
+		{&a.lockout, "conclave tpm v1 lockout auth"},
+		{&a.key, "conclave tpm v1 key auth"},
+	} {
+		if *v.to, err = deriveAuth(root, v.info); err != nil {
+			a.destroy()
+			return nil, err
+		}
+	}
+	return a, nil
+}
+
+// deriveAuth is HKDF-SHA256 with the lowest bit set, because a TPM drops
+// trailing zero bytes of an authorization value (TPM 2.0 Part 1, 19.6.5).
+func deriveAuth(root *secret.Bytes, info string) (*secret.Bytes, error) {
+	b, err := hkdf.Key(sha256.New, root.Reveal(), nil, info, authLen)
+	if err != nil {
+		return nil, fmt.Errorf("tpm: deriving %s: %w", info, err)
+	}
+	b[len(b)-1] |= 1
+	return secret.Move(b)
+}
+
+func readAuth(from string) (*secret.Bytes, error) {
+	f, err := openAuth(from)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	buf := make([]byte, authMaxLen+2)
+	defer secret.Wipe(buf)
+	n, err := io.ReadFull(f, buf)
+	if err != nil && err != io.ErrUnexpectedEOF && err != io.EOF {
+		return nil, invalid("reading AuthFile: %v", err)
+	}
+	b := bytes.TrimSuffix(buf[:n], []byte("\n"))
+	if len(b) < authMinLen || len(b) > authMaxLen {
+		return nil, invalid("AuthFile must hold %d to %d bytes", authMinLen, authMaxLen)
+	}
+	return secret.Copy(b)
+}
+
+func openAuth(from string) (*os.File, error) {
+	if num, ok := strings.CutPrefix(from, "fd:"); ok {
+		fd, err := strconv.ParseUint(num, 10, 16)
+		if err != nil {
+			return nil, invalid("AuthFile: %q is not fd:N", from)
+		}
+		return os.NewFile(uintptr(fd), "auth descriptor"), nil
+	}
+	f, err := os.Open(from)
+	if err != nil {
+		return nil, invalid("AuthFile: %v", err)
+	}
+	if err := checkAuthFile(f); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func checkAuthFile(f *os.File) error {
+	fi, err := f.Stat()
+	if err != nil {
+		return invalid("AuthFile: %v", err)
+	}
+	if !fi.Mode().IsRegular() {
+		return invalid("AuthFile %s is not a regular file", f.Name())
+	}
+	if fi.Mode().Perm()&0o077 != 0 {
+		return invalid("AuthFile %s has mode %#o: others may read it; chmod 600", f.Name(), fi.Mode().Perm())
+	}
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok && st.Uid != 0 && int(st.Uid) != os.Geteuid() {
+		return invalid("AuthFile %s belongs to another user (uid %d)", f.Name(), st.Uid)
+	}
+	return nil
+}
+
+// NewAuthFile writes 32 random bytes in hexadecimal to a new file of mode 0600
+// and syncs it. It never overwrites a file.
+func NewAuthFile(path string) error {
+	raw := make([]byte, 32)
+	text := make([]byte, 65)
+	defer secret.Wipe(raw)
+	defer secret.Wipe(text)
+	if _, err := rand.Read(raw); err != nil {
+		return fmt.Errorf("tpm: auth file: %w", err)
+	}
+	hex.Encode(text, raw)
+	text[64] = '\n'
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return fmt.Errorf("tpm: auth file: %w", err)
+	}
+	_, err = f.Write(text)
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return fmt.Errorf("tpm: auth file %s: %w", filepath.Base(path), err)
+	}
+	return nil
+}

@@ -1,0 +1,87 @@
+// Package tpm is a hardware root in a TPM 2.0: an agreement key (ECDH), a
+// signing key (ECDSA) and a storage key under which small secrets are
+// TPM-sealed. The keys are generated in the TPM and never leave it.
+//
+// It speaks to a Linux resource manager device (/dev/tpmrm0) or to a software
+// TPM on a Unix domain socket. Every command that carries a secret travels in a
+// salted HMAC session with parameter encryption. A Device survives a TPM that
+// hangs, dies or restarts: calls fail with ErrUnavailable within a bounded time
+// and work again once the TPM does.
+//
+// DESIGN.md in this folder gives the reasons.
+package tpm
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/google/go-tpm/tpm2"
+)
+
+// The kinds of failure, to be tested with errors.Is.
+var (
+	// ErrUnavailable: the TPM is absent, hung, failing, or the device is closed.
+	// The same call may succeed later.
+	ErrUnavailable = errors.New("TPM unavailable")
+	// ErrAuth: the TPM refused an authorization value. Never retried.
+	ErrAuth = errors.New("TPM authorization refused")
+	// ErrNotProvisioned: the TPM holds no keys of ours; run Provision.
+	ErrNotProvisioned = errors.New("TPM not provisioned")
+	// ErrProvisioned: Provision found its keys already in place.
+	ErrProvisioned = errors.New("TPM already provisioned")
+	// ErrUnsafe: the TPM or a key in it is configured more loosely than
+	// required, or is not the one that was opened.
+	ErrUnsafe = errors.New("TPM configured unsafely")
+	// ErrInvalid: an argument, a configuration value or a wrapped key is wrong.
+	ErrInvalid = errors.New("invalid input")
+)
+
+func invalid(format string, args ...any) error {
+	return fmt.Errorf("tpm: %w: %s", ErrInvalid, fmt.Sprintf(format, args...))
+}
+
+func unsafe(format string, args ...any) error {
+	return fmt.Errorf("tpm: %w: %s", ErrUnsafe, fmt.Sprintf(format, args...))
+}
+
+func unavailable(format string, args ...any) error {
+	return fmt.Errorf("tpm: %w: %s", ErrUnavailable, fmt.Sprintf(format, args...))
+}
+
+// classify gives an error of the TPM or of the transport one of the kinds.
+func classify(op string, err error) error {
+	if err == nil {
+		return nil
+	}
+	for _, kind := range []error{ErrUnavailable, ErrAuth, ErrNotProvisioned, ErrProvisioned, ErrUnsafe, ErrInvalid} {
+		if errors.Is(err, kind) {
+			return err
+		}
+	}
+	kind := ErrUnavailable
+	switch {
+	case errors.Is(err, tpm2.TPMRCBadAuth), errors.Is(err, tpm2.TPMRCAuthFail), errors.Is(err, tpm2.TPMRCLockout):
+		kind = ErrAuth
+	case handleMissing(err):
+		kind = ErrNotProvisioned
+	case errors.Is(err, tpm2.TPMRCECCPoint), errors.Is(err, tpm2.TPMRCCurve):
+		kind = ErrInvalid
+	}
+	return fmt.Errorf("tpm: %s: %w: %w", op, kind, err)
+}
+
+// handleMissing reports whether the TPM said that a handle names nothing.
+func handleMissing(err error) bool {
+	var f tpm2.TPMFmt1Error
+	if !errors.As(err, &f) {
+		return false
+	}
+	onHandle, _ := f.Handle()
+	return onHandle && errors.Is(err, tpm2.TPMRCHandle)
+}
+
+// needsReconnect reports whether the TPM must be started up or looked at anew
+// before its next use.
+func needsReconnect(err error) bool {
+	return errors.Is(err, tpm2.TPMRCInitialize) || errors.Is(err, tpm2.TPMRCReboot) || errors.Is(err, tpm2.TPMRCFailure)
+}
