@@ -1,0 +1,224 @@
+// Package hsm is a hardware root in a PKCS#11 token: an agreement key (ECDH), a
+// signing key (ECDSA) and a wrapping key (AES-256), generated in the token and
+// never leaving it.
+//
+// Provision makes the keys, Open finds them, checks their attributes and runs
+// the start-up self test, which includes the known attacks on the PKCS#11 API
+// (Clulow, "On the Security of PKCS#11", CHES 2003). A Device is safe for
+// concurrent use; every call has a deadline and recovers lost sessions by
+// itself. DESIGN.md says why it is built this way.
+package hsm
+
+import (
+	"context"
+	"crypto/ecdh"
+	"crypto/ecdsa"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/conclave-kms/conclave/kms/secret"
+	"github.com/miekg/pkcs11"
+	"golang.org/x/sync/semaphore"
+)
+
+// Device is an open hardware root.
+type Device struct {
+	set  *settings
+	mod  *module
+	pin  *secret.Bytes
+	info pkcs11.TokenInfo
+
+	agreement    *ecdh.PublicKey
+	signing      *ecdsa.PublicKey
+	signingPoint []byte
+
+	loginMu sync.Mutex
+	pinErr  error // the token refused the PIN: never send it again
+
+	slots      *semaphore.Weighted // one per session in use
+	probing    *semaphore.Weighted // one health check at a time
+	probeEvery time.Duration
+	hook       atomic.Pointer[func(op string) error] // tests: runs before every device call
+	finished   chan struct{}                         // closed when the device is dismantled
+
+	mu        sync.Mutex
+	idle      []*session
+	epoch     uint64
+	active    int // calls that have not come back, abandoned ones included
+	abandoned int
+	closed    bool
+	sick      string // why the device is unhealthy
+	probeAt   time.Time
+}
+
+// probeInterval is how long an unhealthy device is left alone before a call
+// may probe it. Check always probes.
+const probeInterval = time.Second
+
+// attach loads the library and returns a device whose keys are not yet known.
+func attach(cfg Config) (*Device, error) {
+	set, err := cfg.settings()
+	if err != nil {
+		return nil, err
+	}
+	mod, err := loadModule(set.uri.ModulePath, set.softHSMConf)
+	if err != nil {
+		return nil, err
+	}
+	pin, err := cfg.readPIN(set.uri)
+	if err != nil {
+		return nil, err
+	}
+	mod.retain()
+	return &Device{set: set, mod: mod, pin: pin, slots: semaphore.NewWeighted(int64(set.maxSessions)),
+		probing: semaphore.NewWeighted(1), probeEvery: probeInterval, finished: make(chan struct{})}, nil
+}
+
+// Open finds the device keys that Provision made, refuses them when any is
+// looser than its template, and runs the self test. Errors: ErrInvalid,
+// ErrModule, ErrTokenNotFound, ErrPIN, ErrNotProvisioned, ErrUnsafeToken,
+// ErrUnsupported, ErrUnavailable.
+func Open(ctx context.Context, cfg Config) (*Device, error) {
+	d, err := attach(cfg)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.start(ctx); err != nil {
+		_ = d.Close() // the reason for the refusal matters more
+		return nil, err
+	}
+	return d, nil
+}
+
+func (d *Device) start(ctx context.Context) error {
+	if err := d.learn(ctx); err != nil {
+		return err
+	}
+	return d.selfTest(ctx)
+}
+
+// identity is what Open learns about the token.
+type identity struct {
+	info               pkcs11.TokenInfo
+	agreement, signing []byte
+}
+
+// learn reads the public keys and checks the attributes of all keys.
+func (d *Device) learn(ctx context.Context) error {
+	id, err := call(ctx, d, callOptions{op: "open"}, func(s *session) (identity, error) {
+		var id identity
+		_, info, err := findSlot(s.p11, d.set.uri)
+		if err != nil {
+			return id, err
+		}
+		id.info = info
+		if err := s.checkMechanisms(); err != nil {
+			return id, err
+		}
+		for _, k := range []struct {
+			r role
+			h pkcs11.ObjectHandle
+		}{{agreementRole, s.keys.agreement}, {signingRole, s.keys.signing}, {wrappingRole, s.keys.wrapping}} {
+			if err := s.checkAttributes(k.r, k.h); err != nil {
+				return id, err
+			}
+		}
+		if id.agreement, err = s.point(s.keys.agreementPub); err != nil {
+			return id, err
+		}
+		id.signing, err = s.point(s.keys.signingPub)
+		return id, err
+	})
+	if err != nil {
+		return err
+	}
+	d.info = id.info
+	agreement, err := d.set.curve.ecdh.NewPublicKey(id.agreement)
+	if err != nil {
+		return unsafef("the agreement key's public point is not on %s", d.set.curve.name)
+	}
+	if d.signing, err = ecdsa.ParseUncompressedPublicKey(d.set.curve.ec, id.signing); err != nil {
+		return unsafef("the signing key's public point is not on %s", d.set.curve.name)
+	}
+	d.signingPoint = id.signing
+	d.agreement = agreement
+	// Sessions opened before the keys were known have not been compared with them.
+	d.flush()
+	return nil
+}
+
+// checkMechanisms refuses a token that lacks what the device needs.
+func (s *session) checkMechanisms() error {
+	for _, m := range []struct {
+		mech, flag uint
+		name       string
+	}{
+		{mechAgreement, pkcs11.CKF_DERIVE, "CKM_ECDH1_DERIVE"},
+		{mechSigning, pkcs11.CKF_SIGN, "CKM_ECDSA"},
+		{mechWrapping, pkcs11.CKF_ENCRYPT | pkcs11.CKF_DECRYPT, "CKM_AES_GCM"},
+	} {
+		mi, err := s.p11.GetMechanismInfo(s.slot, []*pkcs11.Mechanism{pkcs11.NewMechanism(m.mech, nil)})
+		if isRV(err, pkcs11.CKR_MECHANISM_INVALID) || err == nil && mi.Flags&m.flag != m.flag {
+			return fmt.Errorf("%w: %s", ErrUnsupported, m.name)
+		}
+		if err != nil {
+			return fmt.Errorf("C_GetMechanismInfo: %w", err)
+		}
+	}
+	return nil
+}
+
+// AgreementKey returns the public half of the agreement key.
+func (d *Device) AgreementKey() *ecdh.PublicKey { return d.agreement }
+
+// SigningKey returns the public half of the signing key.
+func (d *Device) SigningKey() *ecdsa.PublicKey {
+	k := *d.signing
+	return &k
+}
+
+// Describe names the token for a person: manufacturer, model, serial, firmware.
+func (d *Device) Describe() string {
+	return fmt.Sprintf("PKCS#11 token %q: %s %s, serial %s, firmware %d.%d, keys %q on %s",
+		clean(d.info.Label), clean(d.info.ManufacturerID), clean(d.info.Model), clean(d.info.SerialNumber),
+		d.info.FirmwareVersion.Major, d.info.FirmwareVersion.Minor, d.set.label, d.set.curve.name)
+}
+
+// Close ends the device. Calls that come later are refused with ErrUnavailable.
+// It waits for calls under way as long as a call may take; ErrUnavailable says
+// that one still hangs in the library. It may be called again.
+func (d *Device) Close() error {
+	d.mu.Lock()
+	first := !d.closed
+	d.closed = true
+	last := first && d.active == 0
+	d.mu.Unlock()
+	if last {
+		go d.dismantle() // closing a session may hang like any other call
+	}
+	timer := time.NewTimer(d.set.timeout)
+	defer timer.Stop()
+	select {
+	case <-d.finished:
+		return nil
+	case <-timer.C:
+		return unavailablef("close: a call still hangs in the library")
+	}
+}
+
+// dismantle runs once, when the device is closed and no call is inside.
+func (d *Device) dismantle() {
+	ctx, cancel := context.WithTimeout(context.Background(), d.set.timeout)
+	defer cancel()
+	if d.mod.gate.Acquire(ctx, 1) == nil {
+		for s := d.popIdle(); s != nil; s = d.popIdle() {
+			d.drop(s)
+		}
+		d.mod.gate.Release(1)
+	}
+	d.pin.Destroy()
+	d.mod.release(ctx)
+	close(d.finished)
+}

@@ -1,0 +1,120 @@
+package hsm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/miekg/pkcs11"
+)
+
+// Provision generates the three device keys in the token. It refuses with
+// ErrProvisioned when any of them is there already: nothing is ever replaced.
+// The keys cannot be destroyed through this package, and where the token honours
+// CKA_DESTROYABLE=false, only by initialising the token.
+func Provision(ctx context.Context, cfg Config) error {
+	d, err := attach(cfg)
+	if err != nil {
+		return err
+	}
+	err = d.provision(ctx, role.templates)
+	if e := d.Close(); err == nil {
+		err = e
+	}
+	return err
+}
+
+// templateFunc is role.templates, or a looser one in tests.
+type templateFunc func(r role, prefix string, crv curve, newer bool) (pub, priv []*pkcs11.Attribute)
+
+func (d *Device) provision(ctx context.Context, templates templateFunc) error {
+	newer, err := call(ctx, d, callOptions{op: "provision", rw: true, bare: true, once: true}, func(s *session) (bool, error) {
+		if err := s.checkMechanisms(); err != nil {
+			return false, err
+		}
+		if err := s.checkAbsent(d.set.label); err != nil {
+			return false, err
+		}
+		return s.rehearse(d.set.label, templates)
+	})
+	if err != nil {
+		return err
+	}
+	var made []string
+	for _, r := range roles {
+		_, err := call(ctx, d, callOptions{op: "generate the " + r.name + " key", rw: true, bare: true, once: true}, func(s *session) (struct{}, error) {
+			pub, priv := templates(r, d.set.label, s.curve, newer)
+			return struct{}{}, s.generate(r, pub, priv)
+		})
+		if err != nil && len(made) > 0 {
+			return fmt.Errorf("%w (the token now holds %v and cannot be opened: provision under another label, or initialise the token anew)", err, made)
+		}
+		if err != nil {
+			return err
+		}
+		made = append(made, r.label(d.set.label))
+	}
+	return nil
+}
+
+func (s *session) checkAbsent(prefix string) error {
+	for _, r := range roles {
+		got, err := s.find([]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, r.label(prefix))})
+		if err != nil {
+			return err
+		}
+		if len(got) > 0 {
+			return fmt.Errorf("%w: the token holds an object called %q: open it, or provision under another label", ErrProvisioned, r.label(prefix))
+		}
+	}
+	return nil
+}
+
+// rehearse generates the keys as session objects, so that a token that refuses
+// a template does so before the first permanent key is made. It returns whether
+// the token takes the attributes of PKCS#11 2.40.
+func (s *session) rehearse(prefix string, templates templateFunc) (newer bool, err error) {
+	for _, newer = range []bool{true, false} {
+		err = nil
+		for _, r := range roles {
+			pub, priv := templates(r, prefix, s.curve, newer)
+			if err = s.generate(r, temporary(pub), temporary(priv)); err != nil {
+				err = fmt.Errorf("the %s key: %w", r.name, err)
+				break
+			}
+		}
+		if err == nil {
+			return newer, nil
+		}
+		if !isRV(err, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID, pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_ATTRIBUTE_READ_ONLY, pkcs11.CKR_TEMPLATE_INCONSISTENT) {
+			return false, err
+		}
+	}
+	return false, errors.Join(ErrUnsupported, err)
+}
+
+// temporary replaces CKA_TOKEN in a template.
+func temporary(t []*pkcs11.Attribute) []*pkcs11.Attribute {
+	var out []*pkcs11.Attribute
+	for _, a := range t {
+		if a.Type == pkcs11.CKA_TOKEN {
+			a = pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false)
+		}
+		out = append(out, a)
+	}
+	return out
+}
+
+func (s *session) generate(r role, pub, priv []*pkcs11.Attribute) error {
+	mech := []*pkcs11.Mechanism{pkcs11.NewMechanism(r.generate, nil)}
+	if pub == nil {
+		if _, err := s.p11.GenerateKey(s.h, mech, priv); err != nil {
+			return fmt.Errorf("C_GenerateKey: %w", err)
+		}
+		return nil
+	}
+	if _, _, err := s.p11.GenerateKeyPair(s.h, mech, pub, priv); err != nil {
+		return fmt.Errorf("C_GenerateKeyPair: %w", err)
+	}
+	return nil
+}
