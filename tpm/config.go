@@ -6,6 +6,7 @@ import (
 	"crypto/hkdf"
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/hex"
 	"fmt"
 	"io"
@@ -33,7 +34,7 @@ const (
 
 	authMinLen = 16
 	authMaxLen = 4096
-	authLen    = 32
+	authLen    = 32 // characters of an authorization value: a P-256 key takes no more
 )
 
 // Config says which TPM to use and how.
@@ -118,15 +119,19 @@ func loadAuths(from string) (*auths, error) {
 	return a, nil
 }
 
-// deriveAuth is HKDF-SHA256 with the lowest bit set, because a TPM drops
-// trailing zero bytes of an authorization value (TPM 2.0 Part 1, 19.6.5).
+// deriveAuth takes 24 bytes from HKDF-SHA256 and writes them as 32 characters
+// of base64. An authorization value must not end in a zero byte, which a TPM
+// drops (TPM 2.0 Part 1, 19.6.5), and go-tpm v0.9.8 cuts it at the first zero
+// byte wherever that is.
 func deriveAuth(root *secret.Bytes, info string) (*secret.Bytes, error) {
-	b, err := hkdf.Key(sha256.New, root.Reveal(), nil, info, authLen)
+	raw, err := hkdf.Key(sha256.New, root.Reveal(), nil, info, authLen/4*3)
 	if err != nil {
 		return nil, fmt.Errorf("tpm: deriving %s: %w", info, err)
 	}
-	b[len(b)-1] |= 1
-	return secret.Move(b)
+	defer secret.Wipe(raw)
+	text := make([]byte, authLen)
+	base64.RawURLEncoding.Encode(text, raw)
+	return secret.Move(text)
 }
 
 func readAuth(from string) (*secret.Bytes, error) {
