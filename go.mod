@@ -1,6 +1,6 @@
 module github.com/conclave-kms/conclave
 
-go 1.26.0
+go 1.26.4
 
 require (
 	filippo.io/age v1.3.2 // indirect

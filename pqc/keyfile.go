@@ -156,7 +156,7 @@ func keyFileError(err error) error {
 
 func parseKeyFilePayload(b []byte) (*HybridKey, error) {
 	rest, ok := bytes.CutPrefix(b, []byte(keyFileMagic))
-	if !ok || SuiteID(binary.BigEndian.Uint16(rest)) != MLDSA65Ed25519 {
+	if !ok || len(rest) != 2+HybridSeedSize || SuiteID(binary.BigEndian.Uint16(rest)) != MLDSA65Ed25519 {
 		return nil, fmt.Errorf("%w: its content is of another version or suite", ErrKeyFile)
 	}
 	seed, err := secret.Copy(rest[2:])
