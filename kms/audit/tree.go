@@ -1,0 +1,41 @@
+package audit
+
+import (
+	"github.com/transparency-dev/merkle/compact"
+	"github.com/transparency-dev/merkle/rfc6962"
+)
+
+// Tree is the size and root of an RFC 6962 Merkle tree (SHA-256).
+type Tree struct {
+	Size uint64
+	Root []byte // 32 bytes
+}
+
+// LeafHash returns the RFC 6962 hash of a leaf.
+func LeafHash(leaf []byte) []byte { return rfc6962.DefaultHasher.HashLeaf(leaf) }
+
+// merkle is a growing tree of which only the right border is kept.
+type merkle struct{ r *compact.Range }
+
+func newMerkle() merkle {
+	f := compact.RangeFactory{Hash: rfc6962.DefaultHasher.HashChildren}
+	return merkle{f.NewEmptyRange(0)}
+}
+
+func (m merkle) append(leafHash []byte) {
+	if err := m.r.Append(leafHash, nil); err != nil {
+		panic("audit: a compact range takes one more leaf: " + err.Error()) // impossible: it fails on no input
+	}
+}
+
+func (m merkle) tree() Tree {
+	size := m.r.End()
+	if size == 0 {
+		return Tree{Root: rfc6962.DefaultHasher.EmptyRoot()}
+	}
+	root, err := m.r.GetRootHash(nil)
+	if err != nil {
+		panic("audit: a compact range from 0 has a root: " + err.Error()) // impossible: it begins at 0
+	}
+	return Tree{Size: size, Root: root}
+}
