@@ -4,8 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"testing"
-
-	"github.com/conclave-kms/conclave/kms/secret"
 )
 
 func FuzzParsePublicKey(f *testing.F) {
@@ -113,7 +111,7 @@ func FuzzKeyFile(f *testing.F) {
 }
 
 func FuzzKeyFilePayload(f *testing.F) {
-	good := must[*secret.Bytes](f)(keyFilePayload(mustSecret(f, make([]byte, HybridSeedSize)))).Reveal()
+	good := modelPayload(f)
 	f.Add(good)
 	f.Add(good[:len(good)-1])
 	f.Add(append(bytes.Clone(good), 0))

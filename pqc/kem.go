@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 
 	"github.com/cloudflare/circl/kem"
 	"github.com/cloudflare/circl/kem/mlkem/mlkem1024"
@@ -163,6 +164,7 @@ func NewPrivateKey(suite SuiteID, seed *secret.Bytes, t KeyExchanger) (*PrivateK
 		return nil, fmt.Errorf("%w: the classical half of %v has no public key on %v", ErrKey, suite, s.curve)
 	}
 	pq, err := newDecapsulator(s, seed.Reveal())
+	runtime.KeepAlive(seed)
 	if err != nil {
 		return nil, err
 	}

@@ -300,6 +300,7 @@ func TestSoftwareKeyMarshal(t *testing.T) {
 	eachKEM(t, func(t *testing.T, id SuiteID) {
 		k := must[*SoftwareKey](t)(GenerateKey(id))
 		b := must[*secret.Bytes](t)(k.Marshal())
+		defer b.Destroy()
 		again := must[*SoftwareKey](t)(ParseSoftwareKey(b))
 		sealed := must[[]byte](t)(k.PublicKey().Seal(nil, nil, []byte("x")))
 		if got := must[[]byte](t)(again.Open(nil, nil, sealed)); string(got) != "x" {
@@ -326,6 +327,7 @@ func TestSoftwareKeyMarshal(t *testing.T) {
 
 func TestGenerateSeedReadsAll(t *testing.T) {
 	seed := must[*secret.Bytes](t)(GenerateSeed(bytes.NewReader(bytes.Repeat([]byte{9}, 64))))
+	defer seed.Destroy()
 	if !bytes.Equal(seed.Reveal(), bytes.Repeat([]byte{9}, 64)) {
 		t.Fatal("the seed is not what the reader gave")
 	}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 
 	"filippo.io/age"
 	"filippo.io/age/armor"
@@ -65,11 +66,13 @@ func EncryptKeyFile(k *HybridKey, passphrase *secret.Bytes, opts KeyFileOptions)
 		return nil, fmt.Errorf("%w: it was destroyed", ErrKey)
 	}
 	recipient, err := age.NewScryptRecipient(string(passphrase.Reveal()))
+	runtime.KeepAlive(passphrase)
 	if err != nil {
 		return nil, fmt.Errorf("pqc: passphrase: %w", err)
 	}
 	recipient.SetWorkFactor(opts.WorkFactor)
 	payload, err := keyFilePayload(k.seed)
+	runtime.KeepAlive(k)
 	if err != nil {
 		return nil, err
 	}
@@ -120,6 +123,7 @@ func decryptKeyFile(b []byte, passphrase *secret.Bytes, maxWorkFactor int) (*Hyb
 		return nil, fmt.Errorf("%w: it is empty", ErrPassphrase)
 	}
 	identity, err := age.NewScryptIdentity(string(passphrase.Reveal()))
+	runtime.KeepAlive(passphrase)
 	if err != nil {
 		return nil, fmt.Errorf("pqc: passphrase: %w", err)
 	}

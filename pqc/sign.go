@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"math/big"
+	"runtime"
 
 	"github.com/cloudflare/circl/sign/mldsa/mldsa65"
 
@@ -67,6 +68,7 @@ func NewHybridKey(seed *secret.Bytes) (*HybridKey, error) {
 		return nil, fmt.Errorf("%w: the seed of %v has %d bytes", ErrKey, MLDSA65Ed25519, HybridSeedSize)
 	}
 	keep, err := secret.Copy(seed.Reveal())
+	runtime.KeepAlive(seed)
 	if err != nil {
 		return nil, err
 	}

@@ -6,6 +6,7 @@ import (
 	"crypto/sha3"
 	"encoding/binary"
 	"fmt"
+	"runtime"
 
 	"github.com/conclave-kms/conclave/kms/secret"
 )
@@ -61,6 +62,7 @@ func NewSoftwareKey(suite SuiteID, seed *secret.Bytes) (*SoftwareKey, error) {
 		return nil, err
 	}
 	keep, err := secret.Copy(seed.Reveal())
+	runtime.KeepAlive(seed)
 	if err != nil {
 		return nil, err
 	}
@@ -95,6 +97,7 @@ func (k *SoftwareKey) Marshal() (*secret.Bytes, error) {
 	}
 	binary.BigEndian.PutUint16(out.Reveal(), uint16(k.Suite()))
 	copy(out.Reveal()[2:], k.seed.Reveal())
+	runtime.KeepAlive(k)
 	return out, nil
 }
 
@@ -109,7 +112,9 @@ func ParseSoftwareKey(b *secret.Bytes) (*SoftwareKey, error) {
 		return nil, err
 	}
 	defer seed.Destroy()
-	return NewSoftwareKey(SuiteID(binary.BigEndian.Uint16(b.Reveal())), seed)
+	id := SuiteID(binary.BigEndian.Uint16(b.Reveal()))
+	runtime.KeepAlive(b)
+	return NewSoftwareKey(id, seed)
 }
 
 // Destroy zeroises the seed. The expanded halves are left to the garbage
