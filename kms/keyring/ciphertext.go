@@ -146,8 +146,8 @@ func seal(src hmacSource, id kms.KeyID, version uint32, context Context, plainte
 	if err := keys.fromSource(src, header, aad); err != nil {
 		return nil, err
 	}
-	copy(out[headerSize:], keys.commitment[:])
-	aead, err := newGCM(keys.key[:])
+	copy(out[headerSize:], keys.commitment())
+	aead, err := newGCM(keys.key())
 	if err != nil {
 		return nil, err
 	}
@@ -172,10 +172,10 @@ func open(src hmacSource, id kms.KeyID, version uint32, context Context, ciphert
 		return nil, err
 	}
 	commitment := ciphertext[headerSize : headerSize+commitmentSize]
-	if subtle.ConstantTimeCompare(commitment, keys.commitment[:]) != 1 {
+	if subtle.ConstantTimeCompare(commitment, keys.commitment()) != 1 {
 		return nil, kms.ErrOpen
 	}
-	aead, err := newGCM(keys.key[:])
+	aead, err := newGCM(keys.key())
 	if err != nil {
 		return nil, err
 	}

@@ -6,7 +6,6 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/sha512"
 	"crypto/subtle"
 	"encoding/binary"
 	"slices"
@@ -103,7 +102,7 @@ func expand(entropy []byte, what string, attempt uint32, n int) (*secret.Bytes, 
 	if err != nil {
 		return nil, err
 	}
-	derive(sha512.New, entropy, labelGenerate, binary.BigEndian.AppendUint32([]byte(what), attempt), s.Reveal())
+	derive512(entropy, labelGenerate, binary.BigEndian.AppendUint32([]byte(what), attempt), s.Reveal())
 	return s, nil
 }
 

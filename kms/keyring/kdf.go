@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"crypto/sha512"
 	"encoding/binary"
-	"hash"
 	"runtime"
 
 	"github.com/conclave-kms/conclave/kms"
@@ -23,63 +22,89 @@ const (
 	labelGenerate      = "conclave/generate/1"
 )
 
-// deriveBlock writes to h the input of block i of the KDF in counter mode of
-// SP 800-108 revision 1, section 4.1, with a 32-bit counter before the fixed
-// data: counter ‖ label ‖ 0x00 ‖ context ‖ L, where L is the length of the whole
-// output in bits, 32 bits big endian.
-func deriveBlock(h hash.Hash, i uint32, label string, context []byte, bits uint32) {
-	var n [4]byte
-	binary.BigEndian.PutUint32(n[:], i)
-	h.Write(n[:])
-	h.Write([]byte(label))
-	h.Write([]byte{0})
-	h.Write(context)
-	binary.BigEndian.PutUint32(n[:], bits)
-	h.Write(n[:])
+// kdfInput returns the input of block 1 of the KDF in counter mode of SP
+// 800-108 revision 1, section 4.1, with a 32-bit counter before the fixed data:
+// counter ‖ label ‖ 0x00 ‖ context ‖ L, where L is the length of the whole
+// output in bits. Numbers are big endian; the counter is the first four bytes.
+func kdfInput(label string, context []byte, bits uint32) []byte {
+	b := make([]byte, 0, 4+len(label)+1+len(context)+4)
+	b = binary.BigEndian.AppendUint32(b, 1)
+	b = append(b, label...)
+	b = append(b, 0)
+	b = append(b, context...)
+	return binary.BigEndian.AppendUint32(b, bits)
 }
 
-// derive fills out from key with the KDF of deriveBlock and HMAC over newHash.
-func derive(newHash func() hash.Hash, key []byte, label string, context, out []byte) {
-	h := hmac.New(newHash, key)
+// derive512 fills out from key with the KDF of kdfInput and HMAC-SHA-512.
+func derive512(key []byte, label string, context, out []byte) {
+	input := kdfInput(label, context, uint32(len(out))*8)
 	var sum [sha512.Size]byte
 	defer secret.Wipe(sum[:])
-	bits := uint32(len(out)) * 8
 	for i := uint32(1); len(out) > 0; i++ {
-		h.Reset()
-		deriveBlock(h, i, label, context, bits)
+		binary.BigEndian.PutUint32(input, i)
+		h := hmac.New(sha512.New, key)
+		h.Write(input)
 		out = out[copy(out, h.Sum(sum[:0])):]
 	}
 }
 
 // messageSecretInput returns the exact input of the one HMAC-SHA-256 under the
-// key version that a message needs: block 1 of the KDF with the header, nonce
-// included, as context and 256 bits of output. Wherever the key version lives,
-// this is all that it is asked.
+// key version that a message needs: the only block of the KDF with the header,
+// nonce included, as context and 256 bits of output. Wherever the key version
+// lives, this is all that it is asked.
 func messageSecretInput(header []byte) []byte {
-	b := make([]byte, 0, 4+len(labelMessageSecret)+1+len(header)+4)
-	b = binary.BigEndian.AppendUint32(b, 1)
-	b = append(b, labelMessageSecret...)
-	b = append(b, 0)
-	b = append(b, header...)
-	return binary.BigEndian.AppendUint32(b, 8*sha256.Size)
+	return kdfInput(labelMessageSecret, header, 8*sha256.Size)
 }
 
-// messageKeys are what one message is protected with.
-type messageKeys struct {
-	key        [32]byte // AES-256-GCM
-	commitment [32]byte // stands in the ciphertext
-}
+// messageKeys is what one message is protected with: the AES-256-GCM key and
+// the commitment that stands in the ciphertext.
+type messageKeys [64]byte
 
-func (k *messageKeys) wipe() { secret.Wipe(k.key[:]) }
+func (k *messageKeys) key() []byte        { return k[:32] }
+func (k *messageKeys) commitment() []byte { return k[32:] }
+func (k *messageKeys) wipe()              { secret.Wipe(k[:]) }
 
 // derive computes both from the message secret (two blocks, 512 bits). The
 // context is the AAD, so that the commitment covers the encryption context too.
 func (k *messageKeys) derive(messageSecret, aad []byte) {
-	var out [64]byte
-	derive(sha256.New, messageSecret, labelMessageKeys, aad, out[:])
-	copy(k.key[:], out[:32])
-	copy(k.commitment[:], out[32:])
-	secret.Wipe(out[:])
+	input := kdfInput(labelMessageKeys, aad, 8*uint32(len(k)))
+	hmacSHA256(k[:0], messageSecret, input)
+	binary.BigEndian.PutUint32(input, 2)
+	hmacSHA256(k[:32], messageSecret, input)
+}
+
+// shortInput is the longest HMAC input that is put together on the stack.
+const shortInput = 448
+
+// hmacSHA256 appends HMAC-SHA-256 (FIPS 198-1) of input to dst. For a key that
+// fits a hash block and a short input it does what crypto/hmac does, but in
+// memory that it wipes: crypto/hmac leaves the padded key to the garbage
+// collector, and five allocations with every call.
+func hmacSHA256(dst, key, input []byte) []byte {
+	if len(key) > sha256.BlockSize || len(input) > shortInput {
+		h := hmac.New(sha256.New, key)
+		h.Write(input)
+		return h.Sum(dst)
+	}
+	var buf [sha256.BlockSize + shortInput]byte
+	defer secret.Wipe(buf[:sha256.BlockSize+sha256.Size])
+	pad(buf[:sha256.BlockSize], key, 0x36)
+	sum := sha256.Sum256(buf[:sha256.BlockSize+copy(buf[sha256.BlockSize:], input)])
+	pad(buf[:sha256.BlockSize], key, 0x5c)
+	sum = sha256.Sum256(buf[:sha256.BlockSize+copy(buf[sha256.BlockSize:], sum[:])])
+	dst = append(dst, sum[:]...)
+	secret.Wipe(sum[:])
+	return dst
+}
+
+// pad fills block with key, zeros after it, XOR b.
+func pad(block, key []byte, b byte) {
+	for i := copy(block, key); i < len(block); i++ {
+		block[i] = 0
+	}
+	for i := range block {
+		block[i] ^= b
+	}
 }
 
 // hmacSource computes HMAC-SHA-256 under a key version, wherever that lives:
@@ -92,10 +117,9 @@ type hmacSource interface {
 type memoryHMAC struct{ key *secret.Bytes }
 
 func (m memoryHMAC) HMAC(dst, input []byte) ([]byte, error) {
-	h := hmac.New(sha256.New, m.key.Reveal())
+	dst = hmacSHA256(dst, m.key.Reveal(), input)
 	runtime.KeepAlive(m.key)
-	h.Write(input)
-	return h.Sum(dst), nil
+	return dst, nil
 }
 
 // checkContext is what a check value is bound to.
@@ -123,7 +147,7 @@ func KEKCheckValue(kek *secret.Bytes, cluster, keyring string, version uint32, n
 
 func checkValue(key *secret.Bytes, label string, c checkContext) []byte {
 	out := make([]byte, 32)
-	derive(sha512.New, key.Reveal(), label, canon.Marshal(c), out)
+	derive512(key.Reveal(), label, canon.Marshal(c), out)
 	runtime.KeepAlive(key)
 	return out
 }
