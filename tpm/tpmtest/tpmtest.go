@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/conclave-kms/conclave/tpm"
 )
 
@@ -83,19 +85,25 @@ func (p *TPM) Config() tpm.Config {
 }
 
 // Open provisions the TPM if that has not been done, opens it, and closes it
-// when the test ends.
+// when the test that New was given ends.
 func (p *TPM) Open(cfg tpm.Config) *tpm.Device {
 	p.t.Helper()
+	return p.OpenIn(p.t, cfg)
+}
+
+// OpenIn is Open for a subtest: it reports to t and closes the device when t ends.
+func (p *TPM) OpenIn(t testing.TB, cfg tpm.Config) *tpm.Device {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
 	if err := tpm.Provision(ctx, cfg); err != nil && !errors.Is(err, tpm.ErrProvisioned) {
-		p.t.Fatal(err)
+		t.Fatal(err)
 	}
 	d, err := tpm.Open(ctx, cfg)
 	if err != nil {
-		p.t.Fatal(err)
+		t.Fatal(err)
 	}
-	p.t.Cleanup(func() { _ = d.Close() })
+	t.Cleanup(func() { _ = d.Close() })
 	return d
 }
 
@@ -122,6 +130,16 @@ func (p *TPM) Restart() {
 func (p *TPM) Stop() {
 	p.t.Helper()
 	p.signal(syscall.SIGSTOP)
+	for {
+		err := unix.Waitid(unix.P_PID, p.soft.Pid, nil, unix.WSTOPPED, nil)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			p.t.Error(err)
+		}
+		return
+	}
 }
 
 // Cont lets a frozen TPM go on.

@@ -1,0 +1,110 @@
+package tpm
+
+import (
+	"context"
+
+	"github.com/google/go-tpm/tpm2"
+
+	"github.com/conclave-kms/conclave/kms/secret"
+)
+
+// Fault is a step that brings a TPM into a state that Open or Provision meets.
+type Fault func(d *Device, c *conn) error
+
+// Apply runs steps on a TPM that may or may not be provisioned.
+func Apply(ctx context.Context, cfg Config, faults ...Fault) error {
+	d, err := newDevice(cfg)
+	if err != nil {
+		return err
+	}
+	defer d.abandon()
+	return d.run(ctx, "fault", func(c *conn) error {
+		for _, f := range faults {
+			if err := f(d, c); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// EvictKey removes the i-th key, as if Provision had been cut short.
+func EvictKey(i int) Fault {
+	return func(d *Device, c *conn) error {
+		salt, err := d.saltKey(c)
+		if err != nil {
+			return err
+		}
+		defer c.flush(salt.handle)
+		at := tpm2.TPMHandle(d.cfg.PersistentBase) + tpm2.TPMHandle(i)
+		o, err := c.readObject(at)
+		if err != nil {
+			return err
+		}
+		return d.evict(c, salt, o.named(), at)
+	}
+}
+
+// LoosenKey replaces the i-th key (1 or 2) by one with another template.
+func LoosenKey(i int, change func(*tpm2.TPMTPublic)) Fault {
+	return func(d *Device, c *conn) error {
+		if err := EvictKey(i)(d, c); err != nil {
+			return err
+		}
+		salt, err := d.saltKey(c)
+		if err != nil {
+			return err
+		}
+		defer c.flush(salt.handle)
+		parent, err := c.readObject(tpm2.TPMHandle(d.cfg.PersistentBase))
+		if err != nil {
+			return err
+		}
+		template := d.keyTemplates()[i].template
+		change(&template)
+		return d.makeChild(c, salt, parent, template, tpm2.TPMHandle(d.cfg.PersistentBase)+tpm2.TPMHandle(i))
+	}
+}
+
+// SetLockout changes the lockout authorization value from ours to another.
+func SetLockout(value []byte) Fault {
+	return func(d *Device, c *conn) error {
+		_, err := (tpm2.HierarchyChangeAuth{
+			AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHLockout, Auth: tpm2.PasswordAuth(d.auth.lockout.Reveal())},
+			NewAuth:    tpm2.TPM2BAuth{Buffer: value},
+		}).Execute(c)
+		return err
+	}
+}
+
+// SealForeign seals data under our storage key with another authorization value
+// and template than Wrap's, and returns it in Wrap's encoding.
+func SealForeign(ctx context.Context, d *Device, auth, data []byte) ([]byte, error) {
+	return do(ctx, d, call[[]byte]{op: "seal", fn: func(c *conn) (blob []byte, err error) {
+		err = d.withKeyAuth(c, encryptInOut(), func(s tpm2.Session) error {
+			rsp, err := (tpm2.Create{
+				ParentHandle: d.storage.auth(s),
+				InSensitive: tpm2.TPM2BSensitiveCreate{Sensitive: &tpm2.TPMSSensitiveCreate{
+					UserAuth: tpm2.TPM2BAuth{Buffer: auth},
+					Data:     tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: data}),
+				}},
+				InPublic: tpm2.New2B(d.suite.sealed()),
+			}).Execute(c)
+			if err != nil {
+				return err
+			}
+			blob = encodeBlob(rsp.OutPublic.Bytes(), rsp.OutPrivate.Buffer)
+			return nil
+		})
+		return blob, err
+	}})
+}
+
+// KeyAuth returns a copy of the keys' authorization value.
+func KeyAuth(d *Device) *secret.Bytes {
+	s, err := secret.Copy(d.auth.key.Reveal())
+	if err != nil {
+		panic(err)
+	}
+	return s
+}
