@@ -190,8 +190,9 @@ func wrapUnderWrapping(m wrapMechanism, key func(*session) pkcs11.ObjectHandle) 
 }
 
 // unwrapReadable re-imports a blob as a readable key. Under GCM the blob is a
-// genuine one; elsewhere a token that complains about the blob and not about
-// the key has got past the permission, which is as bad.
+// genuine one; under the others none can be made without the key, so a token
+// that complains about the blob, and not about the key, the mechanism or the
+// template, has got past the permission, which is as bad.
 func unwrapReadable(m wrapMechanism) func(*session) (bool, error) {
 	return func(s *session) (bool, error) {
 		iv, aad, blob := make([]byte, 16), []byte{0xff}, make([]byte, 48)
@@ -215,10 +216,14 @@ func unwrapReadable(m wrapMechanism) func(*session) (bool, error) {
 		if err == nil {
 			_ = s.p11.DestroyObject(s.h, h) // a session object: it goes with the session at the latest
 		}
-		if isRV(err, pkcs11.CKR_WRAPPED_KEY_INVALID) {
-			return true, nil
+		worked, e := refused(err)
+		if worked || e != nil {
+			return worked, e
 		}
-		return refused(err)
+		return !isRV(err, pkcs11.CKR_KEY_FUNCTION_NOT_PERMITTED, pkcs11.CKR_ACTION_PROHIBITED, pkcs11.CKR_KEY_TYPE_INCONSISTENT,
+			pkcs11.CKR_UNWRAPPING_KEY_TYPE_INCONSISTENT, pkcs11.CKR_UNWRAPPING_KEY_HANDLE_INVALID,
+			pkcs11.CKR_MECHANISM_INVALID, pkcs11.CKR_MECHANISM_PARAM_INVALID, pkcs11.CKR_FUNCTION_NOT_SUPPORTED,
+			pkcs11.CKR_TEMPLATE_INCONSISTENT, pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_ATTRIBUTE_READ_ONLY), nil
 	}
 }
 

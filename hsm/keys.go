@@ -87,8 +87,11 @@ func (r role) flags() []flag {
 	return f
 }
 
-// newerFlags came with PKCS#11 2.40; a token that does not know them gets the
+// dialect says which of the newer attributes a token takes: newerFlags (PKCS#11
+// 2.40) and CKA_ALLOWED_MECHANISMS. One that does not know them gets the
 // template without.
+type dialect struct{ flags, mechanisms bool }
+
 var newerFlags = []flag{{pkcs11.CKA_COPYABLE, false}, {pkcs11.CKA_DESTROYABLE, false}}
 
 // historyFlags are set by the token: made inside, never readable.
@@ -109,8 +112,8 @@ func attrs(fs []flag) []*pkcs11.Attribute {
 }
 
 // templates returns the public template (nil for the wrapping key) and the
-// private or secret one. newer adds what only PKCS#11 2.40 knows.
-func (r role) templates(prefix string, crv curve, newer bool) (pub, priv []*pkcs11.Attribute) {
+// private or secret one.
+func (r role) templates(prefix string, crv curve, dl dialect) (pub, priv []*pkcs11.Attribute) {
 	name := []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_LABEL, r.label(prefix)),
 		pkcs11.NewAttribute(pkcs11.CKA_ID, r.id(prefix)),
@@ -118,8 +121,11 @@ func (r role) templates(prefix string, crv curve, newer bool) (pub, priv []*pkcs
 	}
 	priv = append(priv, pkcs11.NewAttribute(pkcs11.CKA_CLASS, r.class))
 	priv = append(append(priv, name...), attrs(r.flags())...)
-	if newer {
-		priv = append(append(priv, attrs(newerFlags)...), pkcs11.NewAttribute(pkcs11.CKA_ALLOWED_MECHANISMS, r.allowed()))
+	if dl.flags {
+		priv = append(priv, attrs(newerFlags)...)
+	}
+	if dl.mechanisms {
+		priv = append(priv, pkcs11.NewAttribute(pkcs11.CKA_ALLOWED_MECHANISMS, r.allowed()))
 	}
 	if r.class == pkcs11.CKO_SECRET_KEY {
 		return nil, append(priv, pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, 32))
@@ -213,7 +219,7 @@ func (s *session) checkAttributes(r role, h pkcs11.ObjectHandle) error {
 	case isRV(err, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID):
 	case err != nil:
 		return err
-	case len(v) != 0 && !bytes.Equal(v, r.allowed()):
+	case !bytes.Equal(v, r.allowed()):
 		return unsafef("the %s key allows other mechanisms than its own", r.name)
 	}
 	return s.checkShape(r, h)

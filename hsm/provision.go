@@ -25,15 +25,15 @@ func Provision(ctx context.Context, cfg Config) error {
 }
 
 // templateFunc is role.templates, or a looser one in tests.
-type templateFunc func(r role, prefix string, crv curve, newer bool) (pub, priv []*pkcs11.Attribute)
+type templateFunc func(r role, prefix string, crv curve, dl dialect) (pub, priv []*pkcs11.Attribute)
 
 func (d *Device) provision(ctx context.Context, templates templateFunc) error {
-	newer, err := call(ctx, d, callOptions{op: "provision", rw: true, bare: true, once: true}, func(s *session) (bool, error) {
+	dl, err := call(ctx, d, callOptions{op: "provision", rw: true, bare: true, once: true}, func(s *session) (dialect, error) {
 		if err := s.checkMechanisms(); err != nil {
-			return false, err
+			return dialect{}, err
 		}
 		if err := s.checkAbsent(d.set.label); err != nil {
-			return false, err
+			return dialect{}, err
 		}
 		return s.rehearse(d.set.label, templates)
 	})
@@ -43,7 +43,7 @@ func (d *Device) provision(ctx context.Context, templates templateFunc) error {
 	var made []string
 	for _, r := range roles {
 		_, err := call(ctx, d, callOptions{op: "generate the " + r.name + " key", rw: true, bare: true, once: true}, func(s *session) (struct{}, error) {
-			pub, priv := templates(r, d.set.label, s.curve, newer)
+			pub, priv := templates(r, d.set.label, s.curve, dl)
 			return struct{}{}, s.generate(r, pub, priv)
 		})
 		if err != nil && len(made) > 0 {
@@ -71,26 +71,26 @@ func (s *session) checkAbsent(prefix string) error {
 }
 
 // rehearse generates the keys as session objects, so that a token that refuses
-// a template does so before the first permanent key is made. It returns whether
-// the token takes the attributes of PKCS#11 2.40.
-func (s *session) rehearse(prefix string, templates templateFunc) (newer bool, err error) {
-	for _, newer = range []bool{true, false} {
+// a template does so before the first permanent key is made. It returns which
+// of the newer attributes the token takes.
+func (s *session) rehearse(prefix string, templates templateFunc) (dl dialect, err error) {
+	for _, dl = range []dialect{{true, true}, {false, true}, {true, false}, {false, false}} {
 		err = nil
 		for _, r := range roles {
-			pub, priv := templates(r, prefix, s.curve, newer)
+			pub, priv := templates(r, prefix, s.curve, dl)
 			if err = s.generate(r, temporary(pub), temporary(priv)); err != nil {
 				err = fmt.Errorf("the %s key: %w", r.name, err)
 				break
 			}
 		}
 		if err == nil {
-			return newer, nil
+			return dl, nil
 		}
 		if !isRV(err, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID, pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_ATTRIBUTE_READ_ONLY, pkcs11.CKR_TEMPLATE_INCONSISTENT) {
-			return false, err
+			return dialect{}, err
 		}
 	}
-	return false, errors.Join(ErrUnsupported, err)
+	return dialect{}, errors.Join(ErrUnsupported, err)
 }
 
 // temporary replaces CKA_TOKEN in a template.
