@@ -1,0 +1,216 @@
+// Package native is Conclave's own API: JSON over HTTPS under /v1, described by
+// the OpenAPI document that it serves at /v1/openapi.json.
+package native
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/engine"
+	"github.com/conclave-kms/conclave/kms/wire"
+)
+
+// Time limits of one connection and one request.
+const (
+	HeaderTimeout  = 10 * time.Second
+	ReadTimeout    = 30 * time.Second
+	RequestTimeout = 60 * time.Second
+	IdleTimeout    = 2 * time.Minute
+)
+
+// Config is what a Server is made of.
+type Config struct {
+	Engine  *engine.Engine
+	Metrics http.Handler // nil: no /v1/metrics
+	Logger  *slog.Logger // nil: discards
+}
+
+// Server is the native API as an http.Handler.
+type Server struct {
+	engine  *engine.Engine
+	log     *slog.Logger
+	mux     *http.ServeMux
+	openapi []byte
+}
+
+// New builds the API's routes.
+func New(cfg Config) *Server {
+	s := &Server{engine: cfg.Engine, log: cfg.Logger, mux: http.NewServeMux()}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	table := routes()
+	if cfg.Metrics != nil {
+		table = append(table, metricsRoute(cfg.Metrics))
+	}
+	s.openapi = describe(table)
+	for _, r := range table {
+		s.mux.Handle(r.method+" "+r.pattern, s.handle(r))
+	}
+	s.mux.HandleFunc("/", s.noRoute)
+	return s
+}
+
+// HTTPServer returns the server for a listener, with its limits set.
+func (s *Server) HTTPServer() *http.Server {
+	return &http.Server{
+		Handler:           s,
+		ReadHeaderTimeout: HeaderTimeout,
+		ReadTimeout:       ReadTimeout,
+		WriteTimeout:      RequestTimeout + ReadTimeout,
+		IdleTimeout:       IdleTimeout,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		ConnContext: func(ctx context.Context, _ net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, new(peer))
+		},
+	}
+}
+
+// ServeHTTP implements http.Handler.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
+
+type connKey struct{}
+
+// peer caches the identity of a connection: its certificate was verified in the
+// handshake and cannot change.
+type peer struct {
+	once sync.Once
+	id   kms.Identity
+	err  error
+}
+
+func (s *Server) identify(r *http.Request) (kms.Identity, error) {
+	if r.TLS == nil {
+		return kms.Identity{}, kms.Errorf(kms.Unauthenticated, "mutual TLS is required")
+	}
+	p, ok := r.Context().Value(connKey{}).(*peer)
+	if !ok {
+		return s.engine.Authenticate(r.TLS.PeerCertificates)
+	}
+	p.once.Do(func() { p.id, p.err = s.engine.Authenticate(r.TLS.PeerCertificates) })
+	return p.id, p.err
+}
+
+// call is one request with what its handler needs.
+type call struct {
+	*http.Request
+	engine *engine.Engine
+	server *Server
+	caller engine.Caller
+	body   []byte
+}
+
+// handle is the path of every request: identify, bound, act, answer.
+func (s *Server) handle(rt route) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		id := requestID(r)
+		w.Header().Set("X-Request-Id", id)
+		w.Header().Set("Cache-Control", "no-store")
+		answer, err := s.act(rt, r, id, w)
+		if err != nil {
+			s.refuse(w, err, id)
+			return
+		}
+		status := http.StatusOK
+		if st, ok := answer.(interface{ httpStatus() int }); ok {
+			status = st.httpStatus()
+		}
+		s.write(w, status, answer)
+	})
+}
+
+func (s *Server) act(rt route, r *http.Request, id string, w http.ResponseWriter) (any, error) {
+	identity, err := s.identify(r)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), RequestTimeout)
+	defer cancel()
+	c := &call{Request: r.WithContext(ctx), engine: s.engine, server: s, caller: engine.Caller{Identity: identity, RequestID: id, IdempotencyKey: r.Header.Get("Idempotency-Key")}}
+	if rt.request != nil {
+		if c.body, err = readBody(w, r); err != nil {
+			return nil, err
+		}
+	}
+	return rt.serve(c)
+}
+
+func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	limited := http.MaxBytesReader(w, r.Body, wire.MaxBody)
+	var body []byte
+	var err error
+	if n := r.ContentLength; n >= 0 && n <= wire.MaxBody {
+		body = make([]byte, n)
+		_, err = io.ReadFull(limited, body)
+	} else {
+		body, err = io.ReadAll(limited)
+	}
+	var tooLarge *http.MaxBytesError
+	switch {
+	case errors.As(err, &tooLarge):
+		return nil, kms.Errorf(kms.TooLarge, "the request body exceeds %d bytes", tooLarge.Limit)
+	case err != nil:
+		return nil, kms.Wrap(kms.Invalid, err, "the request body cannot be read", "")
+	}
+	return body, nil
+}
+
+func (s *Server) refuse(w http.ResponseWriter, err error, id string) {
+	p := wire.NewProblem(err, id)
+	w.Header().Set("Content-Type", wire.ProblemType)
+	if p.Status == http.StatusServiceUnavailable {
+		w.Header().Set("Retry-After", "1")
+	}
+	b, merr := json.Marshal(p)
+	if merr != nil {
+		b = []byte("{}") // a Problem is strings and an int: cannot happen
+	}
+	w.WriteHeader(p.Status)
+	_, _ = w.Write(b) // the client has gone
+}
+
+func (s *Server) write(w http.ResponseWriter, status int, answer any) {
+	b, ok := answer.(json.RawMessage)
+	if !ok {
+		var err error
+		if b, err = json.Marshal(answer); err != nil {
+			s.log.Error("answer cannot be encoded", "error", err)
+			http.Error(w, "{}", http.StatusInternalServerError)
+			return
+		}
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_, _ = w.Write(b) // the client has gone
+}
+
+func (s *Server) noRoute(w http.ResponseWriter, r *http.Request) {
+	s.refuse(w, &kms.Error{Kind: kms.NotFound, Msg: "there is no " + r.Method + " " + r.URL.Path, Fix: "see GET /v1/openapi.json"}, requestID(r))
+}
+
+// requestID takes over the client's X-Request-Id where it is short and plain,
+// and draws one otherwise.
+func requestID(r *http.Request) string {
+	id := r.Header.Get("X-Request-Id")
+	ok := id != "" && len(id) <= engine.MaxRequestID
+	for _, c := range []byte(id) {
+		ok = ok && (c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '-' || c == '_')
+	}
+	if ok {
+		return id
+	}
+	b := make([]byte, 12)
+	_, _ = rand.Read(b) // never fails (crypto/rand)
+	return hex.EncodeToString(b)
+}
