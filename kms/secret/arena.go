@@ -19,7 +19,7 @@ var arena = slabs{free: map[int][][]byte{}}
 
 const (
 	minSlot  = 32
-	slabSize = 64 << 10
+	slabSize = 16 << 10
 )
 
 func class(n int) int {
@@ -59,6 +59,7 @@ func (a *slabs) grow(c int) error {
 	if err != nil {
 		return fmt.Errorf("secret: map memory: %w", err)
 	}
+	// Locking also fills in the pages: nothing is written before it.
 	if err := unix.Mlock(mem); err != nil {
 		_ = unix.Munmap(mem)
 		return fmt.Errorf("secret: lock memory (raise RLIMIT_MEMLOCK, systemd: LimitMEMLOCK): %w", err)

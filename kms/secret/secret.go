@@ -15,16 +15,25 @@ import (
 	"io"
 	"log/slog"
 	"runtime"
+	"sync/atomic"
 )
 
 const redacted = "[secret]"
 
 // Bytes is a secret byte string in locked memory. The zero value and nil are
-// empty secrets. A Bytes must not be copied; it is not safe to Destroy one that
-// another goroutine still reads.
+// empty secrets. A Bytes must not be copied. It may be read by many goroutines;
+// none may still read it when it is destroyed.
+//
+// The one field is a pointer so that even reflection (fmt on a struct that
+// holds a Bytes) comes upon an address and not upon the bytes.
 type Bytes struct {
-	mem  []byte // the slot in the arena, its capacity the size class
-	data []byte // mem[:n]
+	slot atomic.Pointer[slot]
+}
+
+// slot is a piece of the arena, its length the size class; n bytes are used.
+type slot struct {
+	mem []byte
+	n   int
 }
 
 // ErrTooLarge is returned for a secret of more than MaxLen bytes.
@@ -34,19 +43,21 @@ var ErrTooLarge = errors.New("secret: longer than 1 MiB")
 const MaxLen = 1 << 20
 
 // New returns a zeroed secret of n bytes in locked memory. It fails when the
-// operating system refuses to lock more memory (RLIMIT_MEMLOCK).
+// operating system refuses to lock more memory (RLIMIT_MEMLOCK), and with
+// ErrTooLarge when n is negative or more than MaxLen.
 func New(n int) (*Bytes, error) {
 	if n < 0 || n > MaxLen {
 		return nil, ErrTooLarge
 	}
+	s := &Bytes{}
 	if n == 0 {
-		return &Bytes{}, nil
+		return s, nil
 	}
 	mem, err := arena.get(n)
 	if err != nil {
 		return nil, err
 	}
-	s := &Bytes{mem: mem, data: mem[:n:n]}
+	s.slot.Store(&slot{mem: mem, n: n})
 	runtime.SetFinalizer(s, (*Bytes).Destroy)
 	return s, nil
 }
@@ -57,7 +68,7 @@ func Copy(b []byte) (*Bytes, error) {
 	if err != nil {
 		return nil, err
 	}
-	copy(s.data, b)
+	copy(s.Reveal(), b)
 	return s, nil
 }
 
@@ -68,45 +79,51 @@ func Move(b []byte) (*Bytes, error) {
 }
 
 // Len returns the number of bytes, 0 after Destroy.
-func (s *Bytes) Len() int {
-	if s == nil {
-		return 0
-	}
-	return len(s.data)
-}
+func (s *Bytes) Len() int { return len(s.Reveal()) }
 
 // Reveal returns the bytes themselves, not a copy. They are valid until Destroy;
-// the caller must not retain them and must keep s reachable while using them.
+// the caller must not retain them and must keep s reachable while using them
+// (runtime.KeepAlive), or the garbage collector may destroy s.
 func (s *Bytes) Reveal() []byte {
 	if s == nil {
 		return nil
 	}
-	return s.data
+	p := s.slot.Load()
+	if p == nil {
+		return nil
+	}
+	return p.mem[:p.n:p.n]
 }
 
-// Equal compares in constant time; secrets of different lengths are unequal.
+// Equal compares in constant time; secrets of different lengths are unequal,
+// and a destroyed secret equals only an empty one.
 func (s *Bytes) Equal(o *Bytes) bool {
-	return subtle.ConstantTimeCompare(s.Reveal(), o.Reveal()) == 1
+	equal := subtle.ConstantTimeCompare(s.Reveal(), o.Reveal()) == 1
+	runtime.KeepAlive(s)
+	runtime.KeepAlive(o)
+	return equal
 }
 
 // Destroy zeroises the bytes and gives their memory back. It may be called
-// more than once and on nil.
+// more than once, from several goroutines, and on nil.
 func (s *Bytes) Destroy() {
-	if s == nil || s.mem == nil {
+	if s == nil {
 		return
 	}
-	mem := s.mem
-	s.mem, s.data = nil, nil
+	p := s.slot.Swap(nil)
+	if p == nil {
+		return
+	}
 	runtime.SetFinalizer(s, nil)
-	Wipe(mem)
-	arena.put(mem)
+	Wipe(p.mem)
+	arena.put(p.mem)
 }
 
-// Wipe zeroises b.
-func Wipe(b []byte) {
-	clear(b)
-	runtime.KeepAlive(&b)
-}
+// Wipe zeroises b. It is never inlined, so that the compiler cannot see that
+// nobody reads the zeros and leave them out.
+//
+//go:noinline
+func Wipe(b []byte) { clear(b) }
 
 // String returns a fixed text, never the secret.
 func (s *Bytes) String() string { return redacted }
