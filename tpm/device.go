@@ -7,7 +7,6 @@ import (
 	"crypto/ecdsa"
 	"errors"
 	"fmt"
-	"math/big"
 	"strings"
 	"time"
 
@@ -24,7 +23,7 @@ type Device struct {
 
 	storage, agreement, signing *object
 	agreementPub                *ecdh.PublicKey
-	signingPub                  *ecdh.PublicKey
+	signingPub                  *ecdsa.PublicKey
 	description                 string
 
 	turn chan struct{} // a token: whoever holds it owns all below
@@ -108,7 +107,11 @@ func (d *Device) discover(ctx context.Context) error {
 	if d.agreementPub, err = d.suite.publicKey(d.agreement); err != nil {
 		return err
 	}
-	d.signingPub, err = d.suite.publicKey(d.signing)
+	signing, err := d.suite.publicKey(d.signing)
+	if err != nil {
+		return err
+	}
+	d.signingPub, err = ecdsa.ParseUncompressedPublicKey(d.suite.elliptic(), signing.Bytes())
 	return err
 }
 
@@ -183,13 +186,8 @@ func (d *Device) AgreementKey() *ecdh.PublicKey { return d.agreementPub }
 
 // SigningKey returns the public half of the signing key.
 func (d *Device) SigningKey() *ecdsa.PublicKey {
-	raw := d.signingPub.Bytes()[1:]
-	n := len(raw) / 2
-	return &ecdsa.PublicKey{
-		Curve: d.suite.elliptic(),
-		X:     new(big.Int).SetBytes(raw[:n]),
-		Y:     new(big.Int).SetBytes(raw[n:]),
-	}
+	pub := *d.signingPub
+	return &pub
 }
 
 // Describe names the TPM, the curve and the storage key. Nothing in it is secret.

@@ -13,13 +13,10 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
-	"go.uber.org/goleak"
 
 	"github.com/conclave-kms/conclave/tpm"
 	"github.com/conclave-kms/conclave/tpm/tpmtest"
 )
-
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // direct runs a command on the software TPM beside the device.
 func direct[R any, C tpm2.Command[R, *R]](t *testing.T, cfg tpm.Config, cmd C) *R {

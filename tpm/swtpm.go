@@ -65,6 +65,8 @@ func SetupSoftTPM(ctx context.Context, dir string) error {
 	cmd := exec.CommandContext(ctx, setup, "--tpm2", "--tpmstate", dir, "--config", conf,
 		"--create-ek-cert", "--create-platform-cert", "--lock-nvram", "--overwrite")
 	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) } // with the swtpm that it starts
 	cmd.WaitDelay = softStopGrace
 	if err := cmd.Run(); err != nil {
 		_ = os.Remove(filepath.Join(dir, softState)) // half made
