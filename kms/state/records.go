@@ -30,10 +30,12 @@ type Node struct {
 	Voter        bool   `cbor:"voter"`
 }
 
-// NodeStatus is what a node last said of itself, Unix milliseconds.
+// NodeStatus is the latest time that a node has signed in a Tick, Unix
+// milliseconds.
 type NodeStatus struct {
-	Node string `cbor:"node"`
-	Time int64  `cbor:"time"`
+	Node      string `cbor:"node"`
+	Time      int64  `cbor:"time"`
+	Statement []byte `cbor:"statement"` // that tick, empty before the first one
 }
 
 // Keyring is a set of keys with one residency, protection level and policy.
@@ -49,6 +51,7 @@ type Keyring struct {
 	Created      int64          `cbor:"created"`
 	Creator      string         `cbor:"creator"` // SPIFFE ID
 	Revision     uint64         `cbor:"revision"`
+	Index        uint64         `cbor:"index"` // of Statement in the log
 	Statement    []byte         `cbor:"statement"`
 }
 
@@ -69,6 +72,8 @@ type Check struct {
 type Receipt struct {
 	Node      string `cbor:"node"`
 	KCV       []byte `cbor:"kcv"`       // 32 bytes, hashes to the node's Check
+	Time      int64  `cbor:"time"`      // cluster clock
+	Index     uint64 `cbor:"index"`     // of Statement in the log
 	Statement []byte `cbor:"statement"` // the signed receipt command
 }
 
@@ -97,7 +102,8 @@ type Key struct {
 	Rotated        int64         `cbor:"rotated"` // when Primary became primary
 	Creator        string        `cbor:"creator"`
 	Revision       uint64        `cbor:"revision"`
-	Statement      []byte        `cbor:"statement"`
+	Index          uint64        `cbor:"index"`     // of the command that made it in the log
+	Statement      []byte        `cbor:"statement"` // that command, empty once version 1 is destroyed
 }
 
 // Version is a key version. When destroyed it stays as a tombstone without
@@ -115,7 +121,10 @@ type Version struct {
 	Proposal  string    `cbor:"proposal"`   // that authorised it, empty for version 1
 	Created   int64     `cbor:"created"`
 	Activated int64     `cbor:"activated"`
-	Statement []byte    `cbor:"statement"` // the command that brought it
+	Index     uint64    `cbor:"index"`     // of the command that brought it in the log
+	Statement []byte    `cbor:"statement"` // that command, empty once destroyed
+	Origin    string    `cbor:"origin"`    // node that sent it
+	Erased    []byte    `cbor:"erased"`    // once destroyed: SHA-256 of that command, as in its log leaf
 }
 
 // Progress is where a proposal stands.
@@ -133,7 +142,8 @@ const (
 // Vote is a custodian's statement as recorded.
 type Vote struct {
 	Site      string             `cbor:"site"`
-	Time      int64              `cbor:"time"`
+	Time      int64              `cbor:"time"`  // cluster clock
+	Index     uint64             `cbor:"index"` // in the log
 	Statement approval.Statement `cbor:"statement"`
 }
 
@@ -146,6 +156,40 @@ type Proposal struct {
 	Votes        []Vote            `cbor:"votes"`         // in order of arrival, one a custodian
 	AuthorisedAt int64             `cbor:"authorised-at"` // 0 until then
 	ClosedAt     int64             `cbor:"closed-at"`     // executed, rejected or void
-	Execution    []byte            `cbor:"execution"`     // the signed command that carried it out
+	Executed     uint64            `cbor:"executed"`      // index of Execution in the log, 0 until then
+	Execution    []byte            `cbor:"execution"`     // the signed command that carried it out; empty once the version that it brought is destroyed
+	Opened       int64             `cbor:"opened"`        // cluster clock
+	Index        uint64            `cbor:"index"`         // of Statement in the log
 	Statement    []byte            `cbor:"statement"`     // the signed command that opened it
+}
+
+// Outcome is what became of a command with an idempotency key.
+type Outcome struct {
+	Key       []byte   `cbor:"key"`       // the idempotency key, 32 bytes
+	Principal string   `cbor:"principal"` // on whose behalf
+	Request   []byte   `cbor:"request"`   // 32-byte hash of the request
+	Index     uint64   `cbor:"index"`     // in the log
+	Time      int64    `cbor:"time"`      // cluster clock
+	Kind      kms.Kind `cbor:"kind"`      // 0: applied
+	Message   string   `cbor:"message"`
+}
+
+// Result returns the outcome as the result of a repeated command.
+func (o Outcome) Result() Result {
+	return Result{Index: o.Index, Kind: o.Kind, Message: o.Message, Duplicate: true}
+}
+
+// Pending is a version whose receipt by a node is missing: of a key, or of the
+// keyring's KEK where Key is empty.
+type Pending struct {
+	Keyring string
+	Key     string
+	Version uint32
+}
+
+// nonce is a nonce seen in a verified command.
+type nonce struct {
+	Origin string `cbor:"origin"`
+	Nonce  []byte `cbor:"nonce"`
+	Time   int64  `cbor:"time"` // of the envelope
 }

@@ -1,0 +1,223 @@
+package state
+
+import (
+	"bytes"
+	"slices"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
+	"github.com/conclave-kms/conclave/kms/canon"
+)
+
+// RuleFor returns the rule that decides a proposal under the policies that policy
+// looks up: the rule of the named policy for the action. To change a policy takes
+// the stricter of the old and the new rule for the action policy, and besides it
+// the approvals, sites and required sites of every quorum rule that changes, before
+// and after: otherwise a small quorum could lower a large one first. Errors:
+// kms.NotFound, kms.Conflict when the policy has another revision than the
+// proposal names or the change cannot be made in one step, kms.Invalid.
+func RuleFor(policy func(name string) (approval.Policy, bool), p approval.Proposal) (approval.Rule, error) {
+	if slices.Contains(kms.GovernanceActions, p.Action) != (p.Policy == kms.Governance) {
+		return approval.Rule{}, kms.Errorf(kms.Invalid, "policy %s does not decide %q", p.Policy, p.Action)
+	}
+	pol, ok := policy(p.Policy)
+	if !ok {
+		return approval.Rule{}, kms.Errorf(kms.NotFound, "there is no policy %s", p.Policy)
+	}
+	if pol.Revision != p.PolicyRevision {
+		return approval.Rule{}, kms.Errorf(kms.Conflict, "policy %s is at revision %d; the proposal is made under revision %d", p.Policy, pol.Revision, p.PolicyRevision)
+	}
+	rule, ok := pol.Rule(p.Action)
+	if !ok {
+		return approval.Rule{}, kms.Errorf(kms.Invalid, "policy %s has no rule for %q", p.Policy, p.Action)
+	}
+	if p.Action == kms.ActionPolicy {
+		return rulePolicyChange(policy, rule, p)
+	}
+	return rule, nil
+}
+
+func rulePolicyChange(policy func(string) (approval.Policy, bool), rule approval.Rule, p approval.Proposal) (approval.Rule, error) {
+	_, name, err := approval.ParseTarget(p.Target)
+	if err != nil {
+		return rule, err
+	}
+	params, err := p.PolicyParams()
+	if err != nil {
+		return rule, err
+	}
+	next := approval.Policy{Name: name, Rules: params.Rules}
+	if name == kms.Governance {
+		if r, ok := next.Rule(kms.ActionPolicy); ok {
+			rule = rule.Stricter(r)
+		}
+	}
+	old, exists := policy(name)
+	if exists {
+		for _, a := range slices.Concat(kms.KeyActions, kms.GovernanceActions) {
+			before, had := old.Rule(a)
+			after, has := next.Rule(a)
+			if had && has && bytes.Equal(canon.Marshal(before), canon.Marshal(after)) {
+				continue
+			}
+			rule = atLeast(atLeast(rule, before), after)
+		}
+	}
+	if err := rule.Validate(); err != nil {
+		return rule, kms.Errorf(kms.Conflict, "policy %s cannot be changed so in one step: %v", name, err)
+	}
+	return rule, nil
+}
+
+// atLeast returns the rule with the thresholds of other, where that is a quorum.
+func atLeast(rule, other approval.Rule) approval.Rule {
+	if !other.Quorum() {
+		return rule
+	}
+	return rule.Stricter(approval.Rule{
+		Action: rule.Action, Approvals: other.Approvals, Sites: other.Sites, Required: other.Required,
+		ProposerMayApprove: true, Lifetime: rule.Lifetime,
+	})
+}
+
+// rule returns the rule in force for a proposal, and checks that its policy is the
+// one that decides its target.
+func (r reader) rule(p approval.Proposal) (approval.Rule, error) {
+	kind, name, err := approval.ParseTarget(p.Target)
+	if err != nil {
+		return approval.Rule{}, err
+	}
+	if kind == approval.TargetKey {
+		ring, _, err := kms.SplitKeyPath(name)
+		if err != nil {
+			return approval.Rule{}, err
+		}
+		k, ok := r.keyring(ring)
+		if !ok {
+			return approval.Rule{}, kms.Errorf(kms.NotFound, "there is no keyring %s", ring)
+		}
+		if k.Policy != p.Policy {
+			return approval.Rule{}, kms.Errorf(kms.Conflict, "keyring %s is under policy %s, not %s", ring, k.Policy, p.Policy)
+		}
+	}
+	return RuleFor(r.policy, p)
+}
+
+// decide counts approvals; a direct rule is met when the proposer has the role.
+func (r reader) decide(p Proposal, rule approval.Rule, approvals []string) approval.Decision {
+	if len(rule.Direct) == 0 {
+		return rule.Decide(p.Content.Proposer, r.custodian, approvals)
+	}
+	if err := r.genesis.mayAct(p.Content.Proposer, rule); err != nil {
+		return approval.Decision{Missing: []string{"a proposer with a role that the policy lists"}}
+	}
+	return approval.Decision{Met: true}
+}
+
+// counts reports whether a vote still counts: its custodian is not revoked and has
+// the credential.
+func (r reader) counts(v Vote) bool {
+	c, ok := r.custodian(v.Statement.Custodian)
+	return ok && !c.Revoked && slices.ContainsFunc(c.Credentials, func(k approval.Credential) bool { return k.ID == v.Statement.Credential })
+}
+
+// approvers returns the custodians whose approvals count.
+func approvers(r reader, p Proposal) []string {
+	var ids []string
+	for _, v := range p.Votes {
+		if v.Statement.Verdict == approval.Approve && r.counts(v) {
+			ids = append(ids, v.Statement.Custodian)
+		}
+	}
+	return ids
+}
+
+// possible returns the custodians who have not rejected the proposal.
+func (r reader) possible(p Proposal) []string {
+	var ids []string
+	for _, c := range r.custodians() {
+		rejected := slices.ContainsFunc(p.Votes, func(v Vote) bool {
+			return v.Statement.Custodian == c.ID && v.Statement.Verdict == approval.Reject
+		})
+		if !rejected {
+			ids = append(ids, c.ID)
+		}
+	}
+	return ids
+}
+
+// authorisedAt returns when the votes that count first met the rule, 0 if they do
+// not. It depends on the votes alone and not on what was decided before.
+func (r reader) authorisedAt(p Proposal, rule approval.Rule) int64 {
+	if r.decide(p, rule, nil).Met {
+		return p.Opened
+	}
+	for i, v := range p.Votes {
+		q := p
+		q.Votes = p.Votes[:i+1]
+		if r.decide(q, rule, approvers(r, q)).Met {
+			return v.Time
+		}
+	}
+	return 0
+}
+
+// rejected reports whether the votes end the proposal: by a veto, by anybody's
+// rejection of a destruction, or because those left cannot meet the rule.
+func (r reader) rejected(p Proposal, rule approval.Rule) bool {
+	for _, v := range p.Votes {
+		if v.Statement.Verdict != approval.Reject || !r.counts(v) {
+			continue
+		}
+		if p.Content.Action == kms.ActionDestroy || slices.Contains(rule.Veto, v.Statement.Custodian) {
+			return true
+		}
+	}
+	return !r.decide(p, rule, r.possible(p)).Met
+}
+
+// settle decides where a live proposal stands after its votes or the custodians
+// have changed, and stores it.
+func (t *tx) settle(p Proposal) {
+	r := t.reader()
+	rule, err := r.rule(p.Content)
+	if err != nil {
+		t.void(p)
+		return
+	}
+	before := p.Progress
+	p.AuthorisedAt = r.authorisedAt(p, rule)
+	switch {
+	case r.rejected(p, rule):
+		p.Progress, p.ClosedAt = Rejected, t.clock
+		t.event(t.proposalEvent(EventProposalRejected, p))
+	case p.AuthorisedAt > 0:
+		p.Progress = Authorised
+		if before != Authorised {
+			t.event(t.proposalEvent(EventProposalAuthorised, p))
+		}
+	default:
+		p.Progress = Open
+		if before == Authorised {
+			t.event(t.proposalEvent(EventProposalReopened, p))
+		}
+	}
+	insert(t.Txn, tableProposal, p)
+}
+
+func (t *tx) void(p Proposal) {
+	p.Progress, p.ClosedAt = Void, t.clock
+	insert(t.Txn, tableProposal, p)
+	t.event(t.proposalEvent(EventProposalVoid, p))
+}
+
+// voidTarget ends the live proposals about a target that has changed.
+func (t *tx) voidTarget(target string) {
+	for _, p := range list[Proposal](t.Txn, tableProposal, byTarget, prefixKey(target)) {
+		if p.live() {
+			t.void(p)
+		}
+	}
+}
+
+func keyTarget(k Key) string { return approval.KeyTarget(k.Keyring, k.Name) }

@@ -1,0 +1,87 @@
+package state
+
+import (
+	"slices"
+
+	"github.com/conclave-kms/conclave/kms"
+)
+
+func (c CreateKey) validate(e Envelope) error {
+	if err := kms.CheckName("keyring", c.Keyring); err != nil {
+		return err
+	}
+	if err := kms.CheckName("key", c.Name); err != nil {
+		return err
+	}
+	switch {
+	case len(c.ID) != KeyIDSize:
+		return kms.Errorf(kms.Invalid, "the key id has %d bytes, not %d", len(c.ID), KeyIDSize)
+	case !slices.Contains(c.Purpose.Algorithms(), c.Algorithm):
+		return kms.Errorf(kms.Invalid, "algorithm %q is not for purpose %q", c.Algorithm, c.Purpose)
+	case c.RotationPeriod < 0 || c.RotationPeriod > MaxRotationPeriod:
+		return kms.Errorf(kms.Invalid, "the rotation period is %d ms; it must be from 0 (on request only) to ten years", c.RotationPeriod)
+	case c.KEK == 0:
+		return kms.Errorf(kms.Invalid, "the KEK version is missing")
+	}
+	if err := checkWrapped(c.Wrapped); err != nil {
+		return err
+	}
+	if err := checkPublicKey(c.Algorithm, c.PublicKey); err != nil {
+		return err
+	}
+	return noExpect(e)
+}
+
+func (CreateKey) verify(*tx) error { return nil }
+
+func (c CreateKey) apply(t *tx) error {
+	k, err := t.keyringFor(c.Keyring)
+	if err != nil {
+		return err
+	}
+	r := t.reader()
+	rule, err := r.keyRule(k, kms.ActionCreate)
+	if err != nil {
+		return err
+	}
+	if err := t.direct(rule); err != nil {
+		return err
+	}
+	if _, exists := r.key(c.Keyring, c.Name); exists {
+		return kms.Errorf(kms.Exists, "key %s exists", kms.KeyPath(c.Keyring, c.Name))
+	}
+	if _, exists := find[Key](t.Txn, tableKey, byKeyID, c.ID); exists {
+		return kms.Errorf(kms.Exists, "another key has this key id; choose one at random")
+	}
+	if c.KEK != k.KEK {
+		return kms.Errorf(kms.Conflict, "the key is wrapped under KEK version %d; keyring %s now uses %d", c.KEK, k.Name, k.KEK)
+	}
+	t.putKey(c)
+	t.event(Event{Type: EventKeyCreated, Keyring: c.Keyring, Key: c.Name, Version: 1})
+	return nil
+}
+
+func (t *tx) putKey(c CreateKey) {
+	insert(t.Txn, tableKey, Key{
+		Keyring: c.Keyring, Name: c.Name, ID: c.ID, Purpose: c.Purpose, Algorithm: c.Algorithm, Primary: 1, Latest: 1,
+		RotationPeriod: c.RotationPeriod, Created: t.clock, Rotated: t.clock, Creator: t.env.Principal,
+		Revision: 1, Index: t.index, Statement: t.raw,
+	})
+	insert(t.Txn, tableVersion, Version{
+		Keyring: c.Keyring, Key: c.Name, Version: 1, State: kms.Active, KEK: c.KEK, Wrapped: c.Wrapped,
+		PublicKey: c.PublicKey, Created: t.clock, Activated: t.clock, Index: t.index, Statement: t.raw, Origin: t.env.Origin,
+	})
+}
+
+// bump stores a changed key under its next revision and voids the other proposals
+// about it.
+func (t *tx) bump(k Key) {
+	k.Revision++
+	insert(t.Txn, tableKey, k)
+	t.voidTarget(keyTarget(k))
+}
+
+// destroyedWhole reports whether no version of the key has material any more.
+func (r reader) destroyedWhole(k Key) bool {
+	return !slices.ContainsFunc(r.versions(k.Keyring, k.Name), func(v Version) bool { return !v.State.Gone() })
+}

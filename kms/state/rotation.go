@@ -1,0 +1,127 @@
+package state
+
+import (
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
+)
+
+func (c CommitRotation) validate(e Envelope) error {
+	if err := kms.CheckName("keyring", c.Keyring); err != nil {
+		return err
+	}
+	if err := kms.CheckName("key", c.Key); err != nil {
+		return err
+	}
+	if err := checkProposalID(c.Proposal); err != nil {
+		return err
+	}
+	if c.Version < 2 || c.KEK == 0 {
+		return kms.Errorf(kms.Invalid, "rotation: it needs a version of at least 2 and a KEK version")
+	}
+	if len(c.PublicKey) > MaxPublicKey {
+		return kms.Errorf(kms.Invalid, "rotation: the public key is longer than %d bytes", MaxPublicKey)
+	}
+	if err := checkWrapped(c.Wrapped); err != nil {
+		return err
+	}
+	if err := validateChecks(c.Checks); err != nil {
+		return err
+	}
+	if e.Principal != "" {
+		return kms.Errorf(kms.Invalid, "rotation: a node commits it on nobody's behalf")
+	}
+	return nil
+}
+
+func (CommitRotation) verify(*tx) error { return nil }
+
+func (c CommitRotation) apply(t *tx) error {
+	k, err := t.keyringFor(c.Keyring)
+	if err != nil {
+		return err
+	}
+	p, err := t.executable(c.Proposal)
+	if err != nil {
+		return err
+	}
+	if p.Content.Action != kms.ActionRotate || p.Content.Target != approval.KeyTarget(c.Keyring, c.Key) {
+		return kms.Errorf(kms.Conflict, "proposal %s is not to rotate %s", p.ID, kms.KeyPath(c.Keyring, c.Key))
+	}
+	key, err := t.rotatable(c.Keyring, c.Key)
+	if err != nil {
+		return err
+	}
+	switch {
+	case c.Version != key.Latest+1:
+		return kms.Errorf(kms.Conflict, "the next version of %s is %d, not %d", kms.KeyPath(c.Keyring, c.Key), key.Latest+1, c.Version)
+	case c.KEK != k.KEK:
+		return kms.Errorf(kms.Conflict, "the version is wrapped under KEK version %d; keyring %s now uses %d", c.KEK, k.Name, k.KEK)
+	}
+	if err := checkPublicKey(key.Algorithm, c.PublicKey); err != nil {
+		return err
+	}
+	nodes := t.reader().residents(k.Residency)
+	if err := exactly("check", nodes, func(i int) string { return c.Checks[i].Node }, len(c.Checks)); err != nil {
+		return err
+	}
+	t.execute(p)
+	t.putVersion(c, key)
+	return nil
+}
+
+// putVersion adds the new, pre-active version.
+func (t *tx) putVersion(c CommitRotation, key Key) {
+	insert(t.Txn, tableVersion, Version{
+		Keyring: c.Keyring, Key: c.Key, Version: c.Version, State: kms.PreActive, KEK: c.KEK, Wrapped: c.Wrapped,
+		PublicKey: c.PublicKey, Checks: c.Checks, Proposal: c.Proposal, Created: t.clock, Index: t.index, Statement: t.raw,
+		Origin: t.env.Origin,
+	})
+	key.Latest = c.Version
+	t.bump(key)
+	t.event(Event{Type: EventVersionCommitted, Keyring: c.Keyring, Key: c.Key, Version: c.Version, Proposal: c.Proposal, Node: t.env.Origin})
+}
+
+// rotatable returns a key that may get a new version.
+func (t *tx) rotatable(keyring, name string) (Key, error) {
+	r := t.reader()
+	key, ok := r.key(keyring, name)
+	path := kms.KeyPath(keyring, name)
+	switch {
+	case !ok:
+		return key, kms.Errorf(kms.NotFound, "there is no key %s", path)
+	case key.Suspended:
+		return key, kms.Errorf(kms.Conflict, "key %s is suspended; resume it first", path)
+	case r.destroyedWhole(key):
+		return key, kms.Errorf(kms.Conflict, "key %s is destroyed", path)
+	}
+	return key, nil
+}
+
+// applyVersion records a receipt for a key version and makes the version primary
+// when the receipts suffice.
+func (c GiveReceipt) applyVersion(t *tx, k Keyring) error {
+	r := t.reader()
+	v, ok := r.version(c.Keyring, c.Key, c.Version)
+	if !ok {
+		return kms.Errorf(kms.NotFound, "there is no version %d of key %s", c.Version, kms.KeyPath(c.Keyring, c.Key))
+	}
+	if v.State.Gone() {
+		return kms.Errorf(kms.Conflict, "version %d of key %s is destroyed", c.Version, kms.KeyPath(c.Keyring, c.Key))
+	}
+	var err error
+	if v.Receipts, err = t.receive(c, v.Checks, v.Receipts); err != nil {
+		return err
+	}
+	insert(t.Txn, tableVersion, v)
+	t.event(Event{Type: EventReceipt, Keyring: c.Keyring, Key: c.Key, Version: c.Version, Node: t.env.Origin})
+	key, _ := r.key(c.Keyring, c.Key)
+	// A version that a later one has overtaken stays pre-active: it was never used.
+	if v.State.CanBecome(kms.Active) && v.State == kms.PreActive && v.Version > key.Primary && r.proven(k, v.Receipts) {
+		v.State, v.Activated = kms.Active, t.clock
+		insert(t.Txn, tableVersion, v)
+		key.Primary, key.Rotated = v.Version, t.clock
+		t.bump(key)
+		t.event(Event{Type: EventVersionActivated, Keyring: c.Keyring, Key: c.Key, Version: c.Version, Proposal: v.Proposal})
+	}
+	return nil
+}

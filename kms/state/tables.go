@@ -1,0 +1,215 @@
+package state
+
+import (
+	"encoding/binary"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/hashicorp/go-memdb"
+
+	"github.com/conclave-kms/conclave/kms/approval"
+)
+
+// The tables, in the order of a snapshot.
+const (
+	tableStatus    = "status"
+	tableCustodian = "custodian"
+	tablePolicy    = "policy"
+	tableKeyring   = "keyring"
+	tableKEK       = "kek"
+	tableKey       = "key"
+	tableVersion   = "version"
+	tableProposal  = "proposal"
+	tableNonce     = "nonce"
+	tableOutcome   = "outcome"
+)
+
+// The indexes. Index values are strings of names, which have no NUL, and of
+// big-endian numbers; every value of an index that is not unique ends in NUL, so
+// that no value is the start of another.
+const (
+	byID      = "id"
+	byKeyID   = "key-id"  // keys
+	byPending = "pending" // versions and KEKs, by node whose receipt is missing
+	byTarget  = "target"  // proposals
+	byLive    = "live"    // open and authorised proposals
+	bySeq     = "seq"     // proposals, newest first
+	byTime    = "time"    // nonces and outcomes
+)
+
+func nameKey(parts ...string) []byte { return []byte(strings.Join(parts, "\x00")) }
+
+func prefixKey(parts ...string) []byte { return append(nameKey(parts...), 0) }
+
+func numberKey(n uint64, parts ...string) []byte {
+	var b []byte
+	if len(parts) > 0 {
+		b = prefixKey(parts...)
+	}
+	return binary.BigEndian.AppendUint64(b, n)
+}
+
+// index makes a memdb index of a function from records to index values.
+type index[T any] struct{ key func(*T) []byte }
+
+func (index[T]) FromArgs(args ...any) ([]byte, error)       { return keyArg(args) }
+func (index[T]) PrefixFromArgs(args ...any) ([]byte, error) { return keyArg(args) }
+
+func (i index[T]) FromObject(raw any) (bool, []byte, error) {
+	k := i.key(raw.(*T))
+	return k != nil, k, nil
+}
+
+// multiIndex is index with any number of values for a record.
+type multiIndex[T any] struct{ keys func(*T) [][]byte }
+
+func (multiIndex[T]) FromArgs(args ...any) ([]byte, error)       { return keyArg(args) }
+func (multiIndex[T]) PrefixFromArgs(args ...any) ([]byte, error) { return keyArg(args) }
+
+func (i multiIndex[T]) FromObject(raw any) (bool, [][]byte, error) {
+	k := i.keys(raw.(*T))
+	return len(k) > 0, k, nil
+}
+
+func keyArg(args []any) ([]byte, error) {
+	if len(args) == 1 {
+		if b, ok := args[0].([]byte); ok {
+			return b, nil
+		}
+	}
+	return nil, fmt.Errorf("state: an index takes one []byte")
+}
+
+func statusID(r *NodeStatus) []byte            { return nameKey(r.Node) }
+func custodianID(r *approval.Custodian) []byte { return nameKey(r.ID) }
+func policyID(r *approval.Policy) []byte       { return nameKey(r.Name) }
+func keyringID(r *Keyring) []byte              { return nameKey(r.Name) }
+func kekID(r *KEK) []byte                      { return numberKey(uint64(r.Version), r.Keyring) }
+func keyID(r *Key) []byte                      { return nameKey(r.Keyring, r.Name) }
+func versionID(r *Version) []byte              { return numberKey(uint64(r.Version), r.Keyring, r.Key) }
+func proposalID(r *Proposal) []byte            { return nameKey(r.ID) }
+func nonceID(r *nonce) []byte                  { return append(prefixKey(r.Origin), r.Nonce...) }
+func outcomeID(r *Outcome) []byte              { return r.Key }
+
+func table(name string, indexes ...*memdb.IndexSchema) *memdb.TableSchema {
+	t := &memdb.TableSchema{Name: name, Indexes: make(map[string]*memdb.IndexSchema)}
+	for _, i := range indexes {
+		t.Indexes[i.Name] = i
+	}
+	return t
+}
+
+func unique[T any](name string, key func(*T) []byte) *memdb.IndexSchema {
+	return &memdb.IndexSchema{Name: name, Unique: true, Indexer: index[T]{key}}
+}
+
+func some[T any](name string, key func(*T) []byte) *memdb.IndexSchema {
+	return &memdb.IndexSchema{Name: name, AllowMissing: true, Indexer: index[T]{key}}
+}
+
+func many[T any](name string, keys func(*T) [][]byte) *memdb.IndexSchema {
+	return &memdb.IndexSchema{Name: name, AllowMissing: true, Indexer: multiIndex[T]{keys}}
+}
+
+// newDB makes an empty database.
+func newDB() *memdb.MemDB {
+	tables := []*memdb.TableSchema{
+		table(tableStatus, unique(byID, statusID)),
+		table(tableCustodian, unique(byID, custodianID)),
+		table(tablePolicy, unique(byID, policyID)),
+		table(tableKeyring, unique(byID, keyringID)),
+		table(tableKEK, unique(byID, kekID), many(byPending, pendingKEK)),
+		table(tableKey, unique(byID, keyID), unique(byKeyID, func(r *Key) []byte { return r.ID })),
+		table(tableVersion, unique(byID, versionID), many(byPending, pendingVersion)),
+		table(tableProposal, unique(byID, proposalID),
+			some(byTarget, func(r *Proposal) []byte { return prefixKey(r.Content.Target) }),
+			some(byLive, liveProposal),
+			some(bySeq, func(r *Proposal) []byte { return numberKey(^r.Index) })),
+		table(tableNonce, unique(byID, nonceID), some(byTime, func(r *nonce) []byte { return timeKey(r.Time) })),
+		table(tableOutcome, unique(byID, outcomeID), some(byTime, func(r *Outcome) []byte { return timeKey(r.Time) })),
+	}
+	schema := &memdb.DBSchema{Tables: make(map[string]*memdb.TableSchema)}
+	for _, t := range tables {
+		schema.Tables[t.Name] = t
+	}
+	db, err := memdb.NewMemDB(schema)
+	if err != nil {
+		panic(fmt.Sprintf("state: the table schema is wrong: %v", err)) // constant
+	}
+	return db
+}
+
+func timeKey(t int64) []byte { return numberKey(uint64(max(t, 0))) }
+
+func liveProposal(r *Proposal) []byte {
+	if !r.live() {
+		return nil
+	}
+	return []byte{1}
+}
+
+func pendingVersion(r *Version) [][]byte {
+	if r.State.Gone() {
+		return nil
+	}
+	return missing(r.Checks, r.Receipts)
+}
+
+func pendingKEK(r *KEK) [][]byte { return missing(r.Checks, r.Receipts) }
+
+// missing lists the nodes that owe a receipt, as values of byPending.
+func missing(checks []Check, receipts []Receipt) [][]byte {
+	var nodes [][]byte
+	for _, c := range checks {
+		if !slices.ContainsFunc(receipts, func(r Receipt) bool { return r.Node == c.Node }) {
+			nodes = append(nodes, prefixKey(c.Node))
+		}
+	}
+	return nodes
+}
+
+// mustDB stops on an error of the database: its only errors are misuse of the
+// schema, which is a mistake in the program and never in data.
+func mustDB(err error) {
+	if err != nil {
+		panic(fmt.Sprintf("state: %v", err))
+	}
+}
+
+// find returns the record with the given index value.
+func find[T any](x *memdb.Txn, table, index string, key []byte) (T, bool) {
+	raw, err := x.First(table, index, key)
+	mustDB(err)
+	if raw == nil {
+		var zero T
+		return zero, false
+	}
+	return *raw.(*T), true
+}
+
+// list returns the records whose index value begins with prefix, in its order.
+func list[T any](x *memdb.Txn, table, index string, prefix []byte) []T {
+	it, err := x.Get(table, index+"_prefix", prefix)
+	mustDB(err)
+	var l []T
+	for raw := it.Next(); raw != nil; raw = it.Next() {
+		l = append(l, *raw.(*T))
+	}
+	return l
+}
+
+// each calls f for the records of a table in the order of their identifiers, until
+// f returns an error.
+func each[T any](x *memdb.Txn, table string, f func(*T) error) error {
+	it, err := x.Get(table, byID+"_prefix", []byte{})
+	mustDB(err)
+	for raw := it.Next(); raw != nil; raw = it.Next() {
+		if err := f(raw.(*T)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func insert[T any](x *memdb.Txn, table string, r T) { mustDB(x.Insert(table, &r)) }
