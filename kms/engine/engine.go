@@ -1,0 +1,261 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/audit"
+	"github.com/conclave-kms/conclave/kms/keyring"
+	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/kms/wire"
+	"github.com/conclave-kms/conclave/pqc"
+)
+
+// Cluster is the replicated state as the engine needs it.
+type Cluster interface {
+	// State returns the state as applied here; it never blocks.
+	State() *state.State
+	// Propose submits a signed command and returns its outcome once it is
+	// applied here. Errors: kms.Unavailable (certainly not applied), kms.Unknown.
+	Propose(ctx context.Context, raw []byte) (state.Result, error)
+	// Fresh is the age of the last proof that State is up to date.
+	Fresh() time.Duration
+}
+
+// Signer is the node's signing key: a raw ECDSA signature r‖s of a digest.
+type Signer interface {
+	Sign(ctx context.Context, digest []byte) ([]byte, error)
+}
+
+// Device is the node's hardware as a source of randomness.
+type Device interface {
+	Random(ctx context.Context, b []byte) error
+	Check(ctx context.Context) error
+	Describe() string
+}
+
+// Log is the node's access log: Append returns when the entry is durable.
+type Log interface {
+	Append(ctx context.Context, e audit.Entry) error
+}
+
+// Config is what an Engine is made of. All fields but Root, Cache, Now, Logger,
+// Metrics, Raft and Version are required; Root and Cache are required too unless
+// the node is resident nowhere.
+type Config struct {
+	Node    string // this node's id
+	Cluster Cluster
+	Cache   *keyring.Cache
+	Root    *keyring.Root
+	Signer  Signer
+	Device  Device
+	Log     Log
+
+	Now     func() time.Time     // default time.Now
+	Logger  *slog.Logger         // default: discards
+	Metrics *prometheus.Registry // nil: none
+	Raft    func() wire.Raft     // the consensus layer's view for Status; nil: none
+	Version string               // of the program, for Status
+}
+
+// Engine carries out the use cases. It is safe for concurrent use.
+type Engine struct {
+	cfg     Config
+	node    string
+	suite   pqc.SuiteID // of the signing key
+	cluster Cluster
+	now     func() time.Time
+	log     *slog.Logger
+	access  access
+	metrics *metrics
+
+	logFailed atomic.Bool // the access log can take no more entries
+}
+
+// New checks the configuration and returns an Engine. Errors: kms.Invalid.
+func New(cfg Config) (*Engine, error) {
+	if cfg.Cluster == nil || cfg.Signer == nil || cfg.Device == nil || cfg.Log == nil {
+		return nil, kms.Errorf(kms.Invalid, "engine: cluster, signer, device and access log are required")
+	}
+	if cfg.Cache == nil || cfg.Root == nil {
+		return nil, kms.Errorf(kms.Invalid, "engine: hardware root and key cache are required")
+	}
+	n, ok := cfg.Cluster.State().Node(cfg.Node)
+	if !ok {
+		return nil, kms.Errorf(kms.Invalid, "engine: %q is not a node of the cluster", cfg.Node)
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	m, err := newMetrics(cfg.Metrics)
+	if err != nil {
+		return nil, err
+	}
+	e := &Engine{
+		cfg: cfg, node: cfg.Node, suite: pqc.SuiteID(n.SigningSuite), cluster: cfg.Cluster,
+		now: cfg.Now, log: cfg.Logger, metrics: m,
+	}
+	if _, err := e.access.load(cfg.Cluster.State()); err != nil {
+		return nil, err
+	}
+	return e, nil
+}
+
+// Caller is who asks.
+type Caller struct {
+	Identity       kms.Identity
+	RequestID      string // for logs and problems; at most MaxRequestID bytes
+	IdempotencyKey string // of a write, may be empty; at most MaxIdempotencyKey bytes
+}
+
+// Limits of a Caller, in bytes.
+const (
+	MaxRequestID      = 64
+	MaxIdempotencyKey = 128
+)
+
+func (c Caller) check() error {
+	switch {
+	case c.Identity.TrustDomain == "" || c.Identity.Role == "" || c.Identity.Name == "":
+		return kms.Errorf(kms.Unauthenticated, "the caller has no identity")
+	case len(c.RequestID) > MaxRequestID:
+		return kms.Errorf(kms.Invalid, "the request id is longer than %d bytes", MaxRequestID)
+	case len(c.IdempotencyKey) > MaxIdempotencyKey:
+		return kms.Errorf(kms.Invalid, "the idempotency key is longer than %d bytes", MaxIdempotencyKey)
+	}
+	return nil
+}
+
+// request is one request on its way: what the access log will say of it.
+type request struct {
+	caller  Caller
+	act     Action
+	res     resource
+	about   string            // names in the log what res does not, e.g. what is to be created
+	version uint32            // key version used, 0 for none or several
+	context map[string]string // encryption context
+	anyOf   bool              // f itself authorises, item by item
+	count   int               // items, 0 and 1 both mean one
+	failed  int               // items that failed
+}
+
+// do is the path of every request: authorise, act, write the access log,
+// answer. f acts; it runs only when the request is permitted.
+func do[R any](ctx context.Context, e *Engine, rq *request, f func(st *state.State) (R, error)) (R, error) {
+	started := e.now()
+	st := e.cluster.State()
+	var zero, r R
+	err := rq.caller.check()
+	if err == nil {
+		err = rq.res.check()
+	}
+	if err == nil {
+		rq.res = rq.res.at(st)
+	} else {
+		rq.res, rq.about = resource{}, ""
+	}
+	if err == nil && e.logFailed.Load() {
+		err = errLogFailed
+	}
+	if err == nil && !rq.anyOf {
+		err = e.access.allow(st, rq.caller.Identity, rq.act, rq.res)
+	}
+	if err == nil {
+		r, err = f(st)
+	}
+	err = e.plain(err)
+	if lerr := e.record(ctx, rq, started, err); lerr != nil {
+		e.metrics.count(rq.act, lerr, e.now().Sub(started))
+		return zero, lerr
+	}
+	e.metrics.count(rq.act, err, e.now().Sub(started))
+	if err != nil {
+		return zero, err
+	}
+	return r, nil
+}
+
+var errLogFailed error = &kms.Error{
+	Kind: kms.ReadOnly,
+	Msg:  "this node's access log cannot be written, so it refuses every request",
+	Fix:  "use another node; the site's operator must free or repair the disk and restart this one",
+}
+
+// record writes the access log's entry and returns when it is durable. The
+// caller's going away does not stop it.
+func (e *Engine) record(ctx context.Context, rq *request, at time.Time, outcome error) error {
+	entry := audit.Entry{
+		Time: at.UnixMilli(), Node: e.node, Principal: rq.caller.Identity.String(), Action: string(rq.act),
+		Resource: rq.res.name(), Version: rq.version, Request: truncate(rq.caller.RequestID, MaxRequestID),
+		Outcome: "ok", Context: rq.context, Count: max(rq.count, 1),
+	}
+	if rq.about != "" {
+		entry.Resource = rq.about
+	}
+	switch {
+	case outcome != nil:
+		entry.Outcome = kms.KindOf(outcome).String()
+	case rq.failed > 0:
+		entry.Outcome = "partial"
+	}
+	err := e.cfg.Log.Append(context.WithoutCancel(ctx), entry)
+	if err == nil {
+		return nil
+	}
+	if errors.Is(err, kms.ReadOnly) && !e.logFailed.Swap(true) {
+		e.log.ErrorContext(ctx, "the access log cannot be written; refusing every request from now on", "error", err)
+	}
+	return kms.Wrap(kms.ReadOnly, err, "the access log cannot be written, so the answer is withheld",
+		"use another node; a write may have been made: ask again with the same idempotency key")
+}
+
+// plain turns an error that is not ours into one that may leave.
+func (e *Engine) plain(err error) error {
+	if err == nil {
+		return nil
+	}
+	var own *kms.Error
+	if errors.As(err, &own) {
+		return own
+	}
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return kms.Wrap(kms.Unavailable, err, "the request ended before it could be carried out", "try again with more time")
+	}
+	e.log.Error("internal error", "error", err)
+	return kms.Wrap(kms.Internal, err, "internal error", "")
+}
+
+func truncate(s string, n int) string {
+	if len(s) > n {
+		return s[:n]
+	}
+	return s
+}
+
+// Applied is told of every log entry as it is applied, in order, and is quick: it
+// drops from the cache what was destroyed or may no longer be used.
+func (e *Engine) Applied(st *state.State, _ []byte, r state.Result) {
+	for _, ev := range r.Events {
+		switch ev.Type {
+		case state.EventVersionDestroyed, state.EventKeyDestroyed, state.EventVersionCompromised,
+			state.EventVersionDeactivated, state.EventKeySuspended:
+		default:
+			continue
+		}
+		var id kms.KeyID
+		if k, ok := st.Key(ev.Keyring, ev.Key); ok && copy(id[:], k.ID) == len(id) {
+			e.cfg.Cache.ForgetKey(id)
+		} else {
+			e.cfg.Cache.Forget(ev.Keyring)
+		}
+	}
+}
