@@ -1,0 +1,333 @@
+// Package clustertest runs a whole cluster in one process for tests: nodes on
+// loopback TLS with signing keys in software, and a certificate authority for
+// each site. Waiting is always for a condition with a deadline, never for time.
+package clustertest
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/conclave-kms/conclave/cluster"
+	"github.com/conclave-kms/conclave/kms/state"
+)
+
+// Patience is how long the waiting functions wait before they fail the test.
+const Patience = 60 * time.Second
+
+// Options describe a cluster. The zero value is three sites, fr, de and jp, with
+// a node each and timings for a test on loopback.
+type Options struct {
+	Sites  []string                            // one entry a node; a site named twice has two nodes
+	Timing cluster.Timing                      // zero fields: Timing()
+	Change func(g *state.Genesis)              // changes the genesis before it is signed
+	Config func(member int, c *cluster.Config) // changes a node's configuration at each start
+	Logger func(member string) *slog.Logger    // nil: the test's log, warnings and worse
+}
+
+// Timing returns timings for a cluster on loopback under the race detector.
+func Timing() cluster.Timing {
+	return cluster.Timing{Heartbeat: 300 * time.Millisecond, Election: 300 * time.Millisecond, Lease: 200 * time.Millisecond,
+		Commit: 10 * time.Millisecond, RPC: 3 * time.Second, Propose: Patience}
+}
+
+// Member is a node of the cluster, running or not.
+type Member struct {
+	ID, Site    string
+	Address     string // host:port
+	Dir         string // data directory
+	Certificate tls.Certificate
+	Signer      *Signer
+
+	node     *cluster.Node
+	listener net.Listener // for the first start
+}
+
+// Cluster is a set of members.
+type Cluster struct {
+	Members []*Member
+	CAs     map[string]*CA // by site
+	Genesis state.SignedGenesis
+
+	t      testing.TB
+	o      Options
+	closed atomic.Bool
+}
+
+// TrustDomain returns the trust domain of a site.
+func TrustDomain(site string) string { return site + ".test" }
+
+// NodeURI returns the SPIFFE ID of a node.
+func NodeURI(site, node string) string {
+	return fmt.Sprintf("spiffe://%s/node/%s", TrustDomain(site), node)
+}
+
+// New founds a cluster and starts all its nodes. They are closed when the test ends.
+func New(t testing.TB, o Options) *Cluster {
+	t.Helper()
+	c := Prepare(t, o)
+	for i := range c.Members {
+		c.Restart(i)
+	}
+	return c
+}
+
+// Prepare founds a cluster and starts nothing. Members are sorted by id.
+func Prepare(t testing.TB, o Options) *Cluster {
+	t.Helper()
+	if len(o.Sites) == 0 {
+		o.Sites = []string{"fr", "de", "jp"}
+	}
+	c := &Cluster{t: t, o: o, CAs: map[string]*CA{}}
+	dir := t.TempDir()
+	count := map[string]int{}
+	for _, site := range o.Sites {
+		if c.CAs[site] == nil {
+			c.CAs[site] = NewCA(t, "CA of "+site)
+		}
+		count[site]++
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		id := fmt.Sprintf("%s-n%d", site, count[site])
+		c.Members = append(c.Members, &Member{ID: id, Site: site, Address: ln.Addr().String(), Dir: filepath.Join(dir, id),
+			Certificate: c.CAs[site].Issue(t, NodeURI(site, id)), Signer: NewSigner(t), listener: ln})
+	}
+	slices.SortFunc(c.Members, func(a, b *Member) int { return strings.Compare(a.ID, b.ID) })
+	g := newGenesis(t, c.Members, c.CAs)
+	if o.Change != nil {
+		o.Change(&g)
+	}
+	c.Genesis = state.SignedGenesis{Genesis: g.Marshal()}
+	for _, m := range c.Members {
+		c.Genesis.Signatures = append(c.Genesis.Signatures,
+			state.NodeSignature{Node: m.ID, Signature: m.Signer.sign(t, c.Genesis.Genesis, state.GenesisContext)})
+	}
+	t.Cleanup(c.close)
+	return c
+}
+
+func (c *Cluster) close() {
+	for i, m := range c.Members {
+		c.Kill(i)
+		if m.listener != nil {
+			_ = m.listener.Close()
+		}
+	}
+	c.closed.Store(true)
+}
+
+// Config returns the configuration with which a member starts.
+func (c *Cluster) Config(i int) cluster.Config {
+	m := c.Members[i]
+	cfg := cluster.Config{NodeID: m.ID, DataDir: m.Dir, Listen: m.Address, Listener: m.listener, Genesis: c.Genesis,
+		Certificate: m.Certificate, Sign: m.Signer.Sign, Timing: c.timing(),
+		FreeSpace: func(string) (uint64, uint64, error) { return 1 << 40, 1 << 40, nil }}
+	if c.o.Logger != nil {
+		cfg.Logger = c.o.Logger(m.ID)
+	} else {
+		cfg.Logger = slog.New(slog.NewTextHandler(logWriter{c.t, &c.closed}, &slog.HandlerOptions{Level: slog.LevelWarn})).With("node", m.ID)
+	}
+	if c.o.Config != nil {
+		c.o.Config(i, &cfg)
+	}
+	return cfg
+}
+
+// timing fills the periods that Options leaves open.
+func (c *Cluster) timing() cluster.Timing {
+	t, def := c.o.Timing, Timing()
+	for _, f := range []struct{ at, def *time.Duration }{{&t.Heartbeat, &def.Heartbeat}, {&t.Election, &def.Election},
+		{&t.Lease, &def.Lease}, {&t.Commit, &def.Commit}, {&t.RPC, &def.RPC}, {&t.Propose, &def.Propose}} {
+		if *f.at == 0 {
+			*f.at = *f.def
+		}
+	}
+	return t
+}
+
+// Restart starts a member that is not running.
+func (c *Cluster) Restart(i int) *cluster.Node {
+	c.t.Helper()
+	m := c.Members[i]
+	if m.node != nil {
+		c.t.Fatalf("node %s is running", m.ID)
+	}
+	n, err := cluster.Open(context.Background(), c.Config(i))
+	m.listener = nil
+	if err != nil {
+		c.t.Fatalf("node %s does not start: %v", m.ID, err)
+	}
+	m.node = n
+	return n
+}
+
+// Kill closes a member, if it runs. To the others it is as if it had died.
+func (c *Cluster) Kill(i int) {
+	c.t.Helper()
+	m := c.Members[i]
+	if m.node == nil {
+		return
+	}
+	if err := m.node.Close(); err != nil {
+		c.t.Errorf("node %s: %v", m.ID, err)
+	}
+	m.node = nil
+}
+
+// Node returns a running member.
+func (c *Cluster) Node(i int) *cluster.Node {
+	c.t.Helper()
+	n := c.Members[i].node
+	if n == nil {
+		c.t.Fatalf("node %s is not running", c.Members[i].ID)
+	}
+	return n
+}
+
+// Running returns the indices of the running members.
+func (c *Cluster) Running() []int {
+	var l []int
+	for i, m := range c.Members {
+		if m.node != nil {
+			l = append(l, i)
+		}
+	}
+	return l
+}
+
+// Leader waits until a running member leads, with the assent of a majority, and
+// returns its index.
+func (c *Cluster) Leader() int {
+	c.t.Helper()
+	leader := -1
+	c.Until("a leader", func() bool {
+		for _, i := range c.Running() {
+			if c.Members[i].node.Status().State == "leader" && c.Members[i].node.Fresh() < Patience {
+				leader = i
+				return true
+			}
+		}
+		return false
+	})
+	return leader
+}
+
+// Follower returns the index of a running member that does not lead.
+func (c *Cluster) Follower() int {
+	c.t.Helper()
+	leader := c.Leader()
+	for _, i := range c.Running() {
+		if i != leader {
+			return i
+		}
+	}
+	c.t.Fatal("there is no follower")
+	return -1
+}
+
+// WaitApplied waits until all running members have applied the entry at index.
+func (c *Cluster) WaitApplied(index uint64) {
+	c.t.Helper()
+	for _, i := range c.Running() {
+		c.Wait(i, fmt.Sprintf("log entry %d", index), func(st *state.State) bool { return st.Index() >= index })
+	}
+}
+
+// Wait waits until a member's state meets the condition.
+func (c *Cluster) Wait(i int, what string, condition func(*state.State) bool) {
+	c.t.Helper()
+	n := c.Node(i)
+	limit := time.After(Patience)
+	for {
+		changed := n.Changed()
+		if condition(n.State()) {
+			return
+		}
+		select {
+		case <-changed:
+		case <-limit:
+			c.t.Fatalf("node %s: %s did not come within %v; it is at %+v", c.Members[i].ID, what, Patience, n.Status())
+		}
+	}
+}
+
+// Until waits until the condition holds, looking often.
+func (c *Cluster) Until(what string, condition func() bool) {
+	c.t.Helper()
+	limit := time.After(Patience)
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for !condition() {
+		select {
+		case <-tick.C:
+		case <-limit:
+			for _, i := range c.Running() {
+				c.t.Logf("%+v", c.Members[i].node.Status())
+			}
+			c.t.Fatalf("%s did not come within %v", what, Patience)
+		}
+	}
+}
+
+// Command returns a command signed by a member, for its own purposes. change,
+// optional, is called on the envelope before it is signed.
+func (c *Cluster) Command(i int, cmd state.Command, change func(*state.Envelope)) []byte {
+	c.t.Helper()
+	e := state.NewEnvelope(cmd)
+	e.Cluster, e.Origin, e.Time, e.Nonce = c.ID(), c.Members[i].ID, time.Now().UnixMilli(), random(c.t, state.NonceSize)
+	if change != nil {
+		change(&e)
+	}
+	b := e.Marshal()
+	return state.Join(b, c.Members[i].Signer.sign(c.t, b, state.CommandContext))
+}
+
+// Tick returns a signed tick of a member.
+func (c *Cluster) Tick(i int) []byte {
+	c.t.Helper()
+	return c.Command(i, state.Tick{}, nil)
+}
+
+// Propose proposes a command at a member and fails the test unless it is applied.
+func (c *Cluster) Propose(i int, raw []byte) state.Result {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
+	defer cancel()
+	r, err := c.Node(i).Propose(ctx, raw)
+	if err != nil {
+		c.t.Fatalf("node %s: %v", c.Members[i].ID, err)
+	}
+	return r
+}
+
+// ID returns the cluster's identifier.
+func (c *Cluster) ID() string { return clusterID(c.Genesis) }
+
+// SameState waits until all running members have applied index, and fails the
+// test unless their states hash alike.
+func (c *Cluster) SameState(index uint64) {
+	c.t.Helper()
+	c.WaitApplied(index)
+	var first [32]byte
+	for k, i := range c.Running() {
+		st := c.Node(i).State()
+		if st.Index() != index {
+			c.t.Fatalf("node %s is at %d, beyond %d: commands are still under way", c.Members[i].ID, st.Index(), index)
+		}
+		if k == 0 {
+			first = st.Hash()
+		} else if st.Hash() != first {
+			c.t.Fatalf("the state of node %s at %d differs", c.Members[i].ID, index)
+		}
+	}
+}

@@ -1,0 +1,128 @@
+package cluster
+
+import (
+	"context"
+	"crypto/tls"
+	"log/slog"
+	"net"
+	"time"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/state"
+)
+
+// Config is what a node needs to run. Fields marked optional may be zero; every
+// other one is required.
+type Config struct {
+	NodeID  string // of the genesis
+	DataDir string // owned by this node alone, mode 0700; made if missing
+	Listen  string // host:port for the other nodes; not used when Listener is set
+
+	// Listener, optional, is taken over in place of listening on Listen.
+	Listener net.Listener
+	// Dial, optional, replaces plain TCP for connections to other nodes. TLS runs on top.
+	Dial func(ctx context.Context, address string) (net.Conn, error)
+
+	Genesis     state.SignedGenesis
+	Certificate tls.Certificate // URI SAN spiffe://TRUST-DOMAIN/node/NODE-ID
+
+	// Sign has the node's device sign a digest (pqc.Digest of the node's signing
+	// suite) with the node's signing key and returns r‖s. It is used for hashes of
+	// snapshots, in the context SnapshotContext.
+	Sign func(ctx context.Context, digest []byte) ([]byte, error)
+
+	Logger *slog.Logger // optional: slog.Default
+	// RaftLogLevel, optional, is the least level at which Raft's own log is passed on.
+	RaftLogLevel *slog.Level // nil: Warn
+	Timing       Timing      // optional: for a LAN
+
+	// OnApply, optional, is called in log order after each entry that was applied,
+	// before anyone waiting for it wakes. After a restart it sees the entries since
+	// the last snapshot again. It must be quick: the log waits for it.
+	OnApply func(st *state.State, raw []byte, r state.Result)
+	// OnRestore, optional, is called when a snapshot has replaced the state: entries
+	// up to st.Index() that OnApply has not seen yet, it will not see.
+	OnRestore func(st *state.State)
+
+	// FreeSpace, optional, tells the free and total bytes of the disk of a
+	// directory: FreeSpace of this package, other in tests.
+	FreeSpace func(dir string) (free, total uint64, err error)
+}
+
+// Timing are the node's periods and thresholds. The zero value of a field stands
+// for its default, which suits round trips up to about 100 ms; up to 300 ms set
+// Heartbeat and Election to 3 s and Lease to 1.5 s.
+type Timing struct {
+	Heartbeat time.Duration // without a word from the leader before an election: 1 s
+	Election  time.Duration // of an election before the next: 1 s
+	Lease     time.Duration // of a leader without a quorum before it steps down: 500 ms
+	Commit    time.Duration // between messages of an idle leader: 50 ms
+	RPC       time.Duration // for one message between nodes: 10 s
+	Propose   time.Duration // of Propose and Barrier when the context has no deadline: 30 s
+	Stall     time.Duration // of a disk operation before the node gives itself up: 30 s
+
+	SnapshotInterval  time.Duration // between looks whether a snapshot is due: 2 min
+	SnapshotThreshold uint64        // new entries that make one due: 8192
+	TrailingLogs      uint64        // entries kept after a snapshot for nodes that lag: 10240
+	HashEvery         uint64        // entries between comparisons of the nodes' states: 1024
+}
+
+// withDefaults fills in the defaults.
+func (t Timing) withDefaults() Timing {
+	period := func(d *time.Duration, def time.Duration) {
+		if *d == 0 {
+			*d = def
+		}
+	}
+	count := func(n *uint64, def uint64) {
+		if *n == 0 {
+			*n = def
+		}
+	}
+	period(&t.Heartbeat, time.Second)
+	period(&t.Election, max(t.Heartbeat, time.Second))
+	period(&t.Lease, t.Heartbeat/2)
+	period(&t.Commit, 50*time.Millisecond)
+	period(&t.RPC, 10*time.Second)
+	period(&t.Propose, 30*time.Second)
+	period(&t.Stall, 30*time.Second)
+	period(&t.SnapshotInterval, 2*time.Minute)
+	count(&t.SnapshotThreshold, 8192)
+	count(&t.TrailingLogs, 10240)
+	count(&t.HashEvery, 1024)
+	return t
+}
+
+// dial is how long a connection to the leader may take to stand.
+func (t Timing) dial() time.Duration { return 2 * t.Heartbeat }
+
+// check validates the configuration's shape and fills in the defaults.
+func (c Config) check() (Config, error) {
+	if err := kms.CheckName("node id", c.NodeID); err != nil {
+		return c, err
+	}
+	if c.Listen == "" && c.Listener == nil {
+		return c, kms.Errorf(kms.Invalid, "the address to listen on for other nodes is missing")
+	}
+	if c.Sign == nil {
+		return c, kms.Errorf(kms.Invalid, "the node's signing key is missing")
+	}
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	if c.RaftLogLevel == nil {
+		level := slog.LevelWarn
+		c.RaftLogLevel = &level
+	}
+	if c.FreeSpace == nil {
+		c.FreeSpace = FreeSpace
+	}
+	t := c.Timing
+	for _, d := range []time.Duration{t.Heartbeat, t.Election, t.Lease, t.Commit, t.RPC, t.Propose, t.Stall, t.SnapshotInterval} {
+		if d < 0 {
+			return c, kms.Errorf(kms.Invalid, "a period of the cluster's timing is negative")
+		}
+	}
+	c.Timing = t.withDefaults()
+	return c, nil
+}

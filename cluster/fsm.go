@@ -1,0 +1,164 @@
+package cluster
+
+import (
+	"errors"
+	"io"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/state"
+)
+
+// machine is the FSM that Raft drives: it applies committed entries to an
+// immutable state and publishes the result. Once halted it applies nothing more,
+// takes no snapshot and restores none.
+type machine struct {
+	cluster   string
+	onApply   func(*state.State, []byte, state.Result)
+	onRestore func(*state.State)
+	trust     *trust
+	hashes    *hashes
+	snapshots *snapshotStore
+	watch     *watch
+	log       *slog.Logger
+
+	state atomic.Pointer[state.State]
+
+	mu      sync.Mutex
+	changed chan struct{}
+
+	halted  atomic.Bool
+	once    sync.Once
+	onHalt  func(error)
+	applied atomic.Uint64 // entries applied since the start
+	noops   atomic.Uint64 // of those, recorded without effect
+}
+
+// current returns the latest state.
+func (m *machine) current() *state.State { return m.state.Load() }
+
+// publish makes st the current state and wakes those who wait for a change.
+func (m *machine) publish(st *state.State) {
+	m.state.Store(st)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	close(m.changed)
+	m.changed = make(chan struct{})
+}
+
+// change returns a channel that is closed when the next state is published.
+func (m *machine) change() <-chan struct{} {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.changed
+}
+
+// halt stops the machine for good and reports err, once.
+func (m *machine) halt(err error) {
+	m.once.Do(func() {
+		m.halted.Store(true)
+		m.onHalt(err)
+	})
+}
+
+// Apply implements raft.FSM. It returns a state.Result or an error.
+func (m *machine) Apply(l *raft.Log) any {
+	defer m.watch.begin("applying a command")()
+	if m.halted.Load() {
+		return errHalted
+	}
+	next, result := m.current().Apply(l.Index, l.Data)
+	if result.Halt {
+		err := kms.Errorf(kms.Internal, "halted at log entry %d: %s; install the release that the other nodes run and start again", l.Index, result.Message)
+		m.halt(err)
+		return errHalted
+	}
+	m.applied.Add(1)
+	if result.Kind != 0 {
+		m.noops.Add(1)
+	}
+	m.state.Store(next)
+	if m.onApply != nil {
+		m.onApply(next, l.Data, result)
+	}
+	m.publish(next)
+	m.hashes.offer(next)
+	return result
+}
+
+// Snapshot implements raft.FSM.
+func (m *machine) Snapshot() (raft.FSMSnapshot, error) {
+	if m.halted.Load() {
+		return nil, errHalted
+	}
+	return &snapshot{state: m.current(), trust: m.trust, log: m.log}, nil
+}
+
+// Restore implements raft.FSM. It never replaces a state by an older one: a
+// leader has no reason to send one, so it would be a rollback.
+func (m *machine) Restore(r io.ReadCloser) error {
+	defer r.Close()
+	if m.halted.Load() {
+		return errHalted
+	}
+	st, err := m.restore(r)
+	if err != nil {
+		m.log.Error("refused a snapshot", "error", err)
+		m.snapshots.refused()
+		return err
+	}
+	m.publish(st)
+	if m.onRestore != nil {
+		m.onRestore(st)
+	}
+	return nil
+}
+
+func (m *machine) restore(r io.Reader) (*state.State, error) {
+	verified := true
+	st, err := state.Restore(r, func(hash [32]byte) bool {
+		verified = m.trust.signed(hash)
+		return verified
+	})
+	if err != nil {
+		return nil, err
+	}
+	if st.Cluster() != m.cluster {
+		return nil, kms.Errorf(kms.Invalid, "the snapshot is of cluster %s, this is %s", st.Cluster(), m.cluster)
+	}
+	if was := m.current().Index(); st.Index() < was {
+		return nil, kms.Errorf(kms.Conflict, "the snapshot ends at log entry %d, this node has applied %d", st.Index(), was)
+	}
+	if !verified { // every statement in it was verified just now: say so for the next start
+		if err := m.trust.sign(st.Hash()); err != nil {
+			m.log.Warn("cannot sign the hash of a verified snapshot; the next start verifies it again", "error", err)
+		}
+	}
+	return st, nil
+}
+
+// snapshot is an immutable state on its way to disk.
+type snapshot struct {
+	state *state.State
+	trust *trust
+	log   *slog.Logger
+}
+
+// Persist implements raft.FSMSnapshot. Without the device's signature the
+// snapshot is still good: restoring it then verifies every statement in it.
+func (s *snapshot) Persist(sink raft.SnapshotSink) error {
+	if err := s.state.Snapshot(sink); err != nil {
+		return errors.Join(err, sink.Cancel())
+	}
+	if err := s.trust.sign(s.state.Hash()); err != nil {
+		s.log.Warn("cannot sign the hash of a snapshot; restoring it verifies every statement", "error", err)
+	}
+	return sink.Close()
+}
+
+// Release implements raft.FSMSnapshot.
+func (*snapshot) Release() {}

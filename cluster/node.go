@@ -1,0 +1,317 @@
+package cluster
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
+	"go.etcd.io/bbolt"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/state"
+)
+
+// Node is a running member of the cluster. Its methods may be called
+// concurrently.
+type Node struct {
+	cfg     Config
+	self    state.Node
+	dir     *dataDir
+	store   *raftboltdb.BoltStore
+	logs    raft.LogStore
+	stream  *stream
+	links   *links
+	machine *machine
+	hashes  *hashes
+	watch   *watch
+	raft    *raft.Raft
+	ready   chan struct{} // closed when raft is set
+
+	ctx    context.Context // of the node's life; ends with Close or a halt
+	cancel context.CancelFunc
+	loops  sync.WaitGroup
+
+	futures struct { // goroutines that wait for an answer of Raft
+		sync.Mutex
+		sync.WaitGroup
+		closed bool
+	}
+	stop     sync.Once
+	stopped  raft.Future
+	done     chan error
+	doneOnce sync.Once
+
+	readOnly  atomic.Bool
+	readyTerm atomic.Uint64 // the term in which this node, as leader, has applied all that was committed before it
+	proofs    proofs
+	counters  counters
+}
+
+// Open starts the node. On an empty data directory it begins with the genesis;
+// all nodes of the genesis do so with the same first configuration. A data
+// directory of another cluster or node, or one that others can read, is refused.
+// ctx bounds opening only.
+func Open(ctx context.Context, cfg Config) (*Node, error) {
+	cfg, err := cfg.check()
+	if err != nil {
+		return nil, err
+	}
+	genesis, err := state.New(cfg.Genesis)
+	if err != nil {
+		return nil, err
+	}
+	self, ok := genesis.Node(cfg.NodeID)
+	if !ok {
+		return nil, kms.Errorf(kms.Invalid, "%q is not a node of the genesis of cluster %s", cfg.NodeID, genesis.Cluster())
+	}
+	if err := checkOwnCertificate(genesis, cfg.NodeID, cfg.Certificate); err != nil {
+		return nil, err
+	}
+	dir, err := openDataDir(cfg.DataDir, genesis.Cluster(), cfg.NodeID)
+	if err != nil {
+		return nil, err
+	}
+	n := &Node{cfg: cfg, self: self, dir: dir, watch: newWatch(), ready: make(chan struct{}), done: make(chan error, 1)}
+	n.ctx, n.cancel = context.WithCancel(context.Background())
+	if err := n.open(ctx, genesis); err != nil {
+		n.abandon()
+		return nil, err
+	}
+	return n, nil
+}
+
+// open brings the parts up. On error the caller abandons the node.
+func (n *Node) open(ctx context.Context, genesis *state.State) error {
+	logger := raftLogger(n.cfg.Logger, *n.cfg.RaftLogLevel)
+	if err := n.openStore(); err != nil {
+		return err
+	}
+	snapshots, err := newSnapshotStore(n.dir.path, logger)
+	if err != nil {
+		return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("cannot open the snapshots: %v", err), "")
+	}
+	n.buildMachine(genesis, snapshots)
+
+	ln := n.cfg.Listener
+	if ln == nil {
+		var lc net.ListenConfig
+		if ln, err = lc.Listen(ctx, "tcp", n.cfg.Listen); err != nil {
+			return kms.Wrap(kms.Invalid, err, fmt.Sprintf("cannot listen for other nodes: %v", err), "")
+		}
+	}
+	n.stream = newStream(n.cfg.NodeID, func() directory { return n.State() }, n.cfg.Certificate, ln, n.cfg.Dial, n.cfg.Logger)
+	n.links = newLinks(n.stream, genesis.Cluster())
+	transport := raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
+		Logger: logger, Stream: n.stream, MaxPool: 3, Timeout: n.cfg.Timing.RPC,
+		MaxRPCsInFlight: 1, // more can wedge a follower (hashicorp/raft issue 612)
+	})
+	if err := n.openRaft(genesis, snapshots, transport); err != nil {
+		_ = transport.Close()
+		return err
+	}
+	close(n.ready)
+	n.stream.start(func(c *nodeConn) {
+		serveForward(n.ctx, c, greeting{Node: n.cfg.NodeID, Cluster: n.State().Cluster()}, n)
+	})
+	n.loops.Go(func() { n.supervise(n.ctx) })
+	n.loops.Go(func() { n.proveLoop(n.ctx) })
+	n.loops.Go(func() { n.hashes.run(n.ctx) })
+	return nil
+}
+
+func (n *Node) openStore() error {
+	store, err := raftboltdb.New(raftboltdb.Options{
+		Path: n.dir.file(logFile),
+		BoltOptions: &bbolt.Options{
+			Timeout:        time.Second, // for the lock of another process
+			NoFreelistSync: true,
+			FreelistType:   bbolt.FreelistMapType,
+		},
+	})
+	if err != nil {
+		return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("cannot open the log: %v", err), "check that no other process uses "+n.dir.path)
+	}
+	n.store = store
+	if n.logs, err = raft.NewLogCache(512, &watchedStore{store: store, watch: n.watch}); err != nil {
+		return err
+	}
+	return checkModes(n.dir.path)
+}
+
+func (n *Node) buildMachine(genesis *state.State, snapshots *snapshotStore) {
+	n.hashes = &hashes{every: n.cfg.Timing.HashEvery, work: make(chan *state.State, 2), compare: n.compareHashes,
+		log: n.cfg.Logger, known: map[uint64][]byte{}}
+	n.machine = &machine{
+		cluster: genesis.Cluster(), onApply: n.cfg.OnApply, onRestore: n.cfg.OnRestore,
+		trust:  &trust{ctx: n.ctx, dir: n.dir.file(trustDir), cluster: genesis.Cluster(), node: n.self, signer: n.cfg.Sign},
+		hashes: n.hashes, snapshots: snapshots, watch: n.watch, log: n.cfg.Logger,
+		changed: make(chan struct{}), onHalt: n.halted,
+	}
+	n.hashes.halt = n.machine.halt
+	n.machine.state.Store(genesis)
+}
+
+// openRaft starts Raft, with the first configuration if the log is empty.
+func (n *Node) openRaft(genesis *state.State, snapshots raft.SnapshotStore, transport raft.Transport) error {
+	conf := n.raftConfig()
+	stable := &watchedStore{store: n.store, watch: n.watch}
+	exists, err := raft.HasExistingState(n.logs, stable, snapshots)
+	if err != nil {
+		return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("cannot read the log: %v", err), "")
+	}
+	if !exists {
+		if n.dir.id.Initialised {
+			return &kms.Error{Kind: kms.Conflict, Msg: "the log in " + n.dir.path + " is gone, though this node had one",
+				Fix: "a node that forgot its votes must not take part again under the same name: restore the directory from a backup of this moment, or set the node up anew"}
+		}
+		if err := raft.BootstrapCluster(conf, n.logs, stable, snapshots, transport, firstConfiguration(genesis)); err != nil {
+			return kms.Wrap(kms.Invalid, err, fmt.Sprintf("cannot begin the log: %v", err), "")
+		}
+	}
+	if !n.dir.id.Initialised {
+		if err := n.dir.initialised(); err != nil {
+			return err
+		}
+	}
+	n.raft, err = raft.NewRaft(conf, n.machine, n.logs, stable, snapshots, transport)
+	if err != nil {
+		return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("cannot start from the log: %v", err), "")
+	}
+	return nil
+}
+
+func (n *Node) raftConfig() *raft.Config {
+	t := n.cfg.Timing
+	c := raft.DefaultConfig()
+	c.LocalID = raft.ServerID(n.cfg.NodeID)
+	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout, c.CommitTimeout = t.Heartbeat, t.Election, t.Lease, t.Commit
+	c.SnapshotInterval, c.SnapshotThreshold, c.TrailingLogs = t.SnapshotInterval, t.SnapshotThreshold, t.TrailingLogs
+	c.Logger = raftLogger(n.cfg.Logger, *n.cfg.RaftLogLevel)
+	c.NoLegacyTelemetry = true
+	return c
+}
+
+// firstConfiguration lists the nodes of the genesis. Raft knows nodes by id
+// alone; the transport looks addresses up in the state.
+func firstConfiguration(genesis *state.State) raft.Configuration {
+	var c raft.Configuration
+	for _, node := range genesis.Nodes() {
+		s := raft.Server{Suffrage: raft.Nonvoter, ID: raft.ServerID(node.ID), Address: raft.ServerAddress(node.ID)}
+		if node.Voter {
+			s.Suffrage = raft.Voter
+		}
+		c.Servers = append(c.Servers, s)
+	}
+	return c
+}
+
+// State returns the latest state applied here. It never blocks.
+func (n *Node) State() *state.State { return n.machine.current() }
+
+// Changed returns a channel that is closed when the next entry is applied. To
+// wait for a condition take the channel first, then look at State.
+func (n *Node) Changed() <-chan struct{} { return n.machine.change() }
+
+// Done returns a channel that delivers the reason once if the node has halted:
+// an unknown command, a state that differs from the other nodes', a disk that
+// hangs. The process should then end. The channel is closed after that, or by
+// Close.
+func (n *Node) Done() <-chan error { return n.done }
+
+// halted is called once, from anywhere, when the machine stops for good.
+func (n *Node) halted(err error) {
+	n.cfg.Logger.Error("the node halts", "error", err)
+	n.doneOnce.Do(func() {
+		n.done <- err
+		close(n.done)
+	})
+	n.cancel()
+	go func() { // Raft waits for the caller
+		<-n.ready
+		_ = n.stopRaft().Error()
+	}()
+}
+
+// stopRaft begins to stop Raft. The future's Error waits until it has stopped
+// and closes the transport.
+func (n *Node) stopRaft() raft.Future {
+	n.stop.Do(func() { n.stopped = n.raft.Shutdown() })
+	return n.stopped
+}
+
+// Close stops the node. Proposals under way end with kms.Unknown.
+func (n *Node) Close() error {
+	n.cancel()
+	n.doneOnce.Do(func() { close(n.done) })
+	limit := time.NewTimer(n.cfg.Timing.Stall)
+	defer limit.Stop()
+	closed := make(chan error, 1)
+	go func() {
+		n.waitFutures(2 * n.cfg.Timing.Election)
+		_ = n.stopRaft().Error() // always nil
+		n.loops.Wait()
+		closed <- n.store.Close()
+	}()
+	select {
+	case err := <-closed:
+		return err
+	case <-limit.C:
+		return kms.Errorf(kms.Unavailable, "the node did not stop within %v: its disk hangs", n.cfg.Timing.Stall)
+	}
+}
+
+// abandon undoes a failed open.
+func (n *Node) abandon() {
+	n.cancel()
+	if n.stream != nil {
+		_ = n.stream.Close()
+	} else if n.cfg.Listener != nil {
+		_ = n.cfg.Listener.Close()
+	}
+	if n.store != nil {
+		_ = n.store.Close()
+	}
+}
+
+// await returns the error of a future of Raft, or gives up with errGaveUp when ctx or
+// the node ends. Close waits for what was given up, as long as Raft still answers.
+func (n *Node) await(ctx context.Context, begin func() raft.Future) error {
+	n.futures.Lock()
+	if n.futures.closed {
+		n.futures.Unlock()
+		return errNotAppended
+	}
+	result := make(chan error, 1)
+	n.futures.Go(func() { result <- begin().Error() })
+	n.futures.Unlock()
+	select {
+	case err := <-result:
+		return err
+	case <-ctx.Done():
+		return errGaveUp
+	case <-n.ctx.Done():
+		return errGaveUp
+	}
+}
+
+// waitFutures refuses new futures and waits for those under way, which Raft
+// answers at the latest when it loses its quorum.
+func (n *Node) waitFutures(limit time.Duration) {
+	n.futures.Lock()
+	n.futures.closed = true
+	n.futures.Unlock()
+	idle := make(chan struct{})
+	go func() {
+		n.futures.Wait()
+		close(idle)
+	}()
+	select {
+	case <-idle:
+	case <-time.After(limit):
+	}
+}
