@@ -316,11 +316,11 @@ func (d *Device) acquire(ctx context.Context, op string) error {
 }
 
 // attempt runs fn on a connection, and once more if the TPM turns out to have
-// been restarted without a start-up command.
+// been reset without a start-up command, or to be full of leftovers.
 func attempt[T any](d *Device, fn func(*conn) (T, error)) (T, error) {
 	deadline := time.Now().Add(d.cfg.CallTimeout)
 	v, err := attemptOnce(d, deadline, fn)
-	if errors.Is(err, tpm2.TPMRCInitialize) {
+	if restarted(err) {
 		v, err = attemptOnce(d, deadline, fn)
 	}
 	return v, err
@@ -340,7 +340,7 @@ func attemptOnce[T any](d *Device, deadline time.Time, fn func(*conn) (T, error)
 	if err == nil {
 		v, err = fn(c)
 	}
-	if c.err != nil || needsReconnect(err) {
+	if c.err != nil || restarted(err) || distrusts(err) {
 		d.lost()
 	} else {
 		d.link.release()

@@ -53,10 +53,8 @@ func classify(op string, err error) error {
 	if err == nil {
 		return nil
 	}
-	for _, kind := range []error{ErrUnavailable, ErrAuth, ErrNotProvisioned, ErrProvisioned, ErrUnsafe, ErrInvalid} {
-		if errors.Is(err, kind) {
-			return err
-		}
+	if isKind(err) {
+		return err
 	}
 	kind := ErrUnavailable
 	switch {
@@ -70,6 +68,15 @@ func classify(op string, err error) error {
 	return fmt.Errorf("tpm: %s: %w: %w", op, kind, err)
 }
 
+func isKind(err error) bool {
+	for _, kind := range []error{ErrUnavailable, ErrAuth, ErrNotProvisioned, ErrProvisioned, ErrUnsafe, ErrInvalid} {
+		if errors.Is(err, kind) {
+			return true
+		}
+	}
+	return false
+}
+
 // handleMissing reports whether the TPM said that a handle names nothing.
 func handleMissing(err error) bool {
 	var f tpm2.TPMFmt1Error
@@ -80,8 +87,26 @@ func handleMissing(err error) bool {
 	return onHandle && errors.Is(err, tpm2.TPMRCHandle)
 }
 
-// needsReconnect reports whether the TPM must be started up or looked at anew
-// before its next use.
-func needsReconnect(err error) bool {
-	return errors.Is(err, tpm2.TPMRCInitialize) || errors.Is(err, tpm2.TPMRCReboot) || errors.Is(err, tpm2.TPMRCFailure)
+// restarted reports whether the TPM lost its volatile state or is full of what
+// somebody left in it: reconnecting helps.
+func restarted(err error) bool {
+	for _, rc := range []tpm2.TPMRC{
+		tpm2.TPMRCInitialize, tpm2.TPMRCReboot,
+		tpm2.TPMRCSessionMemory, tpm2.TPMRCSessionHandles, tpm2.TPMRCObjectMemory, tpm2.TPMRCObjectHandles,
+	} {
+		if errors.Is(err, rc) {
+			return true
+		}
+	}
+	return false
+}
+
+// distrusts reports whether err leaves open in which state the TPM is: it failed,
+// or its answer was not well-formed or not authentic.
+func distrusts(err error) bool {
+	if err == nil || isKind(err) {
+		return false
+	}
+	var rc tpm2.TPMRC
+	return !errors.As(err, &rc) || errors.Is(err, tpm2.TPMRCFailure)
 }

@@ -100,11 +100,14 @@ func SealForeign(ctx context.Context, d *Device, auth, data []byte) ([]byte, err
 	}})
 }
 
-// KeyAuth returns a copy of the keys' authorization value.
-func KeyAuth(d *Device) *secret.Bytes {
-	s, err := secret.Copy(d.auth.key.Reveal())
-	if err != nil {
-		panic(err)
+// AuthValues returns copies of the owner, lockout and key authorization values.
+func AuthValues(d *Device) (owner, lockout, key *secret.Bytes) {
+	dup := func(s *secret.Bytes) *secret.Bytes {
+		c, err := secret.Copy(s.Reveal())
+		if err != nil {
+			panic(err) // no locked memory: no test
+		}
+		return c
 	}
-	return s
+	return dup(d.auth.owner), dup(d.auth.lockout), dup(d.auth.key)
 }

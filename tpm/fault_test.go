@@ -109,6 +109,28 @@ func TestNoLeftovers(t *testing.T) {
 	}
 }
 
+// TestFullOfLeftovers: sessions that a killed process left do not lock us out.
+func TestFullOfLeftovers(t *testing.T) {
+	p := tpmtest.New(t)
+	cfg := p.Config()
+	d := p.Open(cfg)
+	for range 3 {
+		direct(t, cfg, tpm2.StartAuthSession{
+			TPMKey: tpm2.TPMRHNull, Bind: tpm2.TPMRHNull, NonceCaller: tpm2.TPM2BNonce{Buffer: make([]byte, 16)},
+			SessionType: tpm2.TPMSEHMAC, Symmetric: tpm2.TPMTSymDef{Algorithm: tpm2.TPMAlgNull}, AuthHash: tpm2.TPMAlgSHA256,
+		})
+	}
+	if n := loaded(t, cfg); n != 3 {
+		t.Fatalf("%d sessions are left", n)
+	}
+	if err := everything(t.Context(), d); err != nil {
+		t.Error(err)
+	}
+	if n := loaded(t, cfg); n != 0 {
+		t.Errorf("%d sessions are left", n)
+	}
+}
+
 // TestKilled: after kill -9 and a restart the device works on without reopening.
 func TestKilled(t *testing.T) {
 	p := tpmtest.New(t)

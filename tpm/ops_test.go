@@ -191,7 +191,7 @@ func TestUnwrapRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused(t, "sealed with another authorization value", d, aad, sealed)
-	auth := tpm.KeyAuth(d)
+	_, _, auth := tpm.AuthValues(d)
 	defer auth.Destroy()
 	if sealed, err = tpm.SealForeign(t.Context(), d, auth.Reveal(), make([]byte, 20)); err != nil {
 		t.Fatal(err)
