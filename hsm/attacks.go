@@ -64,6 +64,11 @@ func attacks() []attack {
 			attack{"wrap a fresh sensitive key under the wrapping key with " + m.name, wrapUnderWrapping(m, freshKey)},
 			attack{"unwrap as readable with the wrapping key and " + m.name, unwrapReadable(m)})
 	}
+	for _, t := range targets {
+		for _, m := range wrapMechanisms {
+			all = append(all, attack{fmt.Sprintf("wrap the %s key under a fresh key with %s", t.name, m.name), t.wrapUnderFresh(m)})
+		}
+	}
 	return append(all, crossUses()...)
 }
 
@@ -158,7 +163,8 @@ func (m wrapMechanism) with(iv, aad []byte) (mech []*pkcs11.Mechanism, done func
 }
 
 // freshKey makes a sensitive but extractable session key, the kind that a
-// wrapping key is for. 0 when the token does not make one.
+// wrapping key is for, which itself may wrap and decrypt: the pair of uses that
+// reveals every extractable key. 0 when the token does not make one.
 func freshKey(s *session) pkcs11.ObjectHandle {
 	h, err := s.p11.GenerateKey(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)}, []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
@@ -168,12 +174,27 @@ func freshKey(s *session) pkcs11.ObjectHandle {
 		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
 		pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, true),
 		pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, true),
-		pkcs11.NewAttribute(pkcs11.CKA_ENCRYPT, true),
+		pkcs11.NewAttribute(pkcs11.CKA_WRAP, true),
+		pkcs11.NewAttribute(pkcs11.CKA_DECRYPT, true),
 	})
 	if err != nil {
 		return 0
 	}
 	return h
+}
+
+// wrapUnderFresh takes a device key out under a key of the attacker's.
+func (t target) wrapUnderFresh(m wrapMechanism) func(*session) (bool, error) {
+	return func(s *session) (bool, error) {
+		h := freshKey(s)
+		if h == 0 {
+			return false, nil // a token that makes no such key cannot be attacked with one
+		}
+		mech, done := m.with(make([]byte, 16), nil)
+		defer done()
+		_, err := s.p11.WrapKey(s.h, mech, h, t.handle(s))
+		return refused(err)
+	}
 }
 
 func wrapUnderWrapping(m wrapMechanism, key func(*session) pkcs11.ObjectHandle) func(*session) (bool, error) {
@@ -197,11 +218,11 @@ func unwrapReadable(m wrapMechanism) func(*session) (bool, error) {
 	return func(s *session) (bool, error) {
 		iv, aad, blob := make([]byte, 16), []byte{0xff}, make([]byte, 48)
 		if m.mech == pkcs11.CKM_AES_GCM {
-			own, err := s.seal(s.keys.wrapping, aad, make([]byte, 32))
+			own, err := s.seal(aad, make([]byte, 32))
 			if err != nil {
 				return false, err
 			}
-			iv, blob = append(own[1:1+ivSize:1+ivSize], 0, 0, 0, 0), own[1+ivSize:]
+			iv, blob = own.iv, own.box
 		}
 		mech, done := m.with(iv, aad)
 		defer done()

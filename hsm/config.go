@@ -45,6 +45,8 @@ type Config struct {
 	Curve ecdh.Curve
 
 	// CallTimeout bounds every single device call; 0 means DefaultCallTimeout.
+	// An operation may first wait as long for a free session, and on an
+	// unhealthy device for a probe.
 	CallTimeout time.Duration
 	// MaxSessions bounds the sessions open at a time; 0 means DefaultMaxSessions.
 	MaxSessions int

@@ -14,9 +14,11 @@ import (
 	"crypto/ecdh"
 	"crypto/ecdsa"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode"
 
 	"github.com/conclave-kms/conclave/kms/secret"
 	"github.com/miekg/pkcs11"
@@ -182,8 +184,18 @@ func (d *Device) SigningKey() *ecdsa.PublicKey {
 // Describe names the token for a person: manufacturer, model, serial, firmware.
 func (d *Device) Describe() string {
 	return fmt.Sprintf("PKCS#11 token %q: %s %s, serial %s, firmware %d.%d, keys %q on %s",
-		clean(d.info.Label), clean(d.info.ManufacturerID), clean(d.info.Model), clean(d.info.SerialNumber),
+		clean(d.info.Label), shown(d.info.ManufacturerID), shown(d.info.Model), shown(d.info.SerialNumber),
 		d.info.FirmwareVersion.Major, d.info.FirmwareVersion.Minor, d.set.label, d.set.curve.name)
+}
+
+// shown makes a string from a token fit for a terminal.
+func shown(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return '?'
+	}, clean(s))
 }
 
 // Close ends the device. Calls that come later are refused with ErrUnavailable.

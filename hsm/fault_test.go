@@ -429,3 +429,75 @@ func TestErrorClosesSession(t *testing.T) {
 	}
 	useAll(t, d)
 }
+
+// TestLibraryInUseElsewhere: a library that others in the process initialised
+// is used and not finalised.
+func TestLibraryInUseElsewhere(t *testing.T) {
+	tok := newToken(t)
+	set, err := tok.cfg.settings()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := loadModule(set.uri.ModulePath, set.softHSMConf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	restore, err := m.setConf()
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = m.p11.Initialize()
+	restore()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Provision(context.Background(), tok.cfg); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.p11.GetInfo(); err != nil {
+		t.Fatalf("the library was finalised under its owner: %v", err)
+	}
+	if err := m.p11.Finalize(); err != nil {
+		t.Fatal(err)
+	}
+	useAll(t, tok.open(t))
+}
+
+// TestModulesSideBySide: copies of the library come and go while another works.
+func TestModulesSideBySide(t *testing.T) {
+	_, d := openNew(t)
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-done:
+					return
+				default:
+					if err := callAll(d); err != nil {
+						t.Error(err)
+						return
+					}
+				}
+			}
+		})
+	}
+	for range 3 {
+		tok := newToken(t)
+		if err := Provision(context.Background(), tok.cfg); err != nil {
+			t.Error(err)
+			break
+		}
+		other, err := Open(context.Background(), tok.cfg)
+		if err != nil {
+			t.Error(err)
+			break
+		}
+		if err := other.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	close(done)
+	wg.Wait()
+}

@@ -188,12 +188,17 @@ func (s *session) point(pub pkcs11.ObjectHandle) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(v) == 1+2*s.curve.size && v[0] == 4 {
+	return decodePoint(v, s.curve)
+}
+
+func decodePoint(v []byte, crv curve) ([]byte, error) {
+	n := 1 + 2*crv.size
+	if len(v) == n && v[0] == 4 {
 		return v, nil
 	}
 	var p []byte
-	if rest, err := asn1.Unmarshal(v, &p); err != nil || len(rest) != 0 || len(p) != 1+2*s.curve.size {
-		return nil, unsafef("a public key is not an uncompressed point on %s", s.curve.name)
+	if rest, err := asn1.Unmarshal(v, &p); err != nil || len(rest) != 0 || len(p) != n || p[0] != 4 {
+		return nil, unsafef("a public key is not an uncompressed point on %s", crv.name)
 	}
 	return p, nil
 }

@@ -117,7 +117,11 @@ func (d *Device) Wrap(ctx context.Context, aad, key []byte) ([]byte, error) {
 	}
 	bound := boundAAD(aad)
 	return call(ctx, d, callOptions{op: "wrap", release: held.Destroy}, func(s *session) ([]byte, error) {
-		return s.seal(s.keys.wrapping, bound, held.Reveal())
+		blob, err := s.seal(bound, held.Reveal())
+		if err != nil {
+			return nil, err
+		}
+		return blob.bytes(), nil
 	})
 }
 
@@ -126,44 +130,44 @@ func boundAAD(aad []byte) []byte {
 	return append([]byte{blobVersion}, aad...)
 }
 
-func (s *session) seal(key pkcs11.ObjectHandle, bound, plain []byte) ([]byte, error) {
+func (s *session) seal(bound, plain []byte) (sealed, error) {
 	iv := make([]byte, ivSize)
 	if _, err := rand.Read(iv); err != nil {
-		return nil, err
+		return sealed{}, err
 	}
 	p := pkcs11.NewGCMParams(iv, bound, 8*tagSize)
 	defer p.Free()
-	if err := s.p11.EncryptInit(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_GCM, p)}, key); err != nil {
-		return nil, fmt.Errorf("C_EncryptInit: %w", err)
+	if err := s.p11.EncryptInit(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_GCM, p)}, s.keys.wrapping); err != nil {
+		return sealed{}, fmt.Errorf("C_EncryptInit: %w", err)
 	}
 	ct, err := s.p11.Encrypt(s.h, plain)
 	if err != nil {
-		return nil, fmt.Errorf("C_Encrypt: %w", err)
+		return sealed{}, fmt.Errorf("C_Encrypt: %w", err)
 	}
 	if len(ct) != len(plain)+tagSize {
-		return nil, unavailablef("Wrap: the token returned %d bytes instead of %d", len(ct), len(plain)+tagSize)
+		return sealed{}, unavailablef("Wrap: the token returned %d bytes instead of %d", len(ct), len(plain)+tagSize)
 	}
 	// Some tokens put an IV of their own in the place of ours.
-	blob := append([]byte{blobVersion}, p.IV()...)
-	if len(blob) != 1+ivSize {
-		return nil, unavailablef("Wrap: the token changed the length of the IV")
+	if iv = p.IV(); len(iv) != ivSize {
+		return sealed{}, unavailablef("Wrap: the token changed the length of the IV")
 	}
-	return append(blob, ct...), nil
+	return sealed{iv, ct}, nil
 }
 
 // Unwrap opens what Wrap returned, with the same aad. Every blob that does not
 // open is ErrInvalid: too short, too long, of another version, altered, or
 // wrapped by another key or with another aad.
 func (d *Device) Unwrap(ctx context.Context, aad, wrapped []byte) (*secret.Bytes, error) {
-	if len(wrapped) <= overhead || len(wrapped) > overhead+MaxWrap || wrapped[0] != blobVersion {
-		return nil, errBlob
+	blob, err := parseBlob(wrapped)
+	if err != nil {
+		return nil, err
 	}
 	if len(aad) > MaxAAD {
 		return nil, invalidf("Unwrap: the AAD has more than %d bytes", MaxAAD)
 	}
-	bound, wrapped := boundAAD(aad), bytes.Clone(wrapped)
+	bound := boundAAD(aad)
 	return call(ctx, d, callOptions{op: "unwrap"}, func(s *session) (*secret.Bytes, error) {
-		plain, err := s.open(bound, wrapped)
+		plain, err := s.open(bound, blob)
 		if err != nil {
 			return nil, d.openError(err)
 		}
@@ -171,22 +175,40 @@ func (d *Device) Unwrap(ctx context.Context, aad, wrapped []byte) (*secret.Bytes
 	})
 }
 
+// sealed is a wrapped blob in its parts.
+type sealed struct {
+	iv, box []byte // box is the ciphertext and the tag
+}
+
+// parseBlob cuts a wrapped blob into copies of its parts.
+func parseBlob(b []byte) (sealed, error) {
+	if len(b) <= overhead || len(b) > overhead+MaxWrap || b[0] != blobVersion {
+		return sealed{}, errBlob
+	}
+	b = bytes.Clone(b)
+	return sealed{b[1 : 1+ivSize], b[1+ivSize:]}, nil
+}
+
+func (s sealed) bytes() []byte {
+	return append(append([]byte{blobVersion}, s.iv...), s.box...)
+}
+
 var errBlob = invalidf("Unwrap: the blob does not open: it was altered, or wrapped by another key or with other AAD")
 
 // errDecrypt marks a failure of C_Decrypt, in contrast to one of its Init.
 var errDecrypt = errors.New("C_Decrypt")
 
-func (s *session) open(bound, blob []byte) ([]byte, error) {
-	p := pkcs11.NewGCMParams(blob[1:1+ivSize], bound, 8*tagSize)
+func (s *session) open(bound []byte, blob sealed) ([]byte, error) {
+	p := pkcs11.NewGCMParams(blob.iv, bound, 8*tagSize)
 	defer p.Free()
 	if err := s.p11.DecryptInit(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_GCM, p)}, s.keys.wrapping); err != nil {
 		return nil, fmt.Errorf("C_DecryptInit: %w", err)
 	}
-	plain, err := s.p11.Decrypt(s.h, blob[1+ivSize:])
+	plain, err := s.p11.Decrypt(s.h, blob.box)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errDecrypt, err)
 	}
-	if len(plain) != len(blob)-overhead {
+	if len(plain) != len(blob.box)-tagSize {
 		secret.Wipe(plain)
 		return nil, unavailablef("Unwrap: the token returned a wrong length")
 	}
@@ -226,7 +248,7 @@ const ckrAEADDecryptFailed = 0x35
 func (s *session) keyWorks() error {
 	probe := make([]byte, 16)
 	bound := boundAAD([]byte("probe"))
-	blob, err := s.seal(s.keys.wrapping, bound, probe)
+	blob, err := s.seal(bound, probe)
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,8 @@ package hsm
 
 import (
 	"context"
+	"crypto/ecdh"
+	"crypto/ecdsa"
 	"errors"
 	"strings"
 	"testing"
@@ -37,7 +39,8 @@ var looseTokens = []struct {
 	templates templateFunc
 	attack    string // what the attacks alone say; "" when only the attributes tell
 }{
-	{"extractable signing key", loosen("signing", nil, flag{pkcs11.CKA_EXTRACTABLE, true}), ""},
+	{"extractable signing key", loosen("signing", nil, flag{pkcs11.CKA_EXTRACTABLE, true}), "wrap the signing key under a fresh key"},
+	{"extractable wrapping key", loosen("wrapping", nil, flag{pkcs11.CKA_EXTRACTABLE, true}), "wrap the wrapping key under a fresh key"},
 	{"readable agreement key", loosen("agreement", nil, flag{pkcs11.CKA_EXTRACTABLE, true}, flag{pkcs11.CKA_SENSITIVE, false}), "read CKA_VALUE of the agreement key"},
 	{"readable wrapping key", loosen("wrapping", nil, flag{pkcs11.CKA_EXTRACTABLE, true}, flag{pkcs11.CKA_SENSITIVE, false}), "read CKA_VALUE of the wrapping key"},
 	{"wrapping key that wraps", loosen("wrapping", []uint{pkcs11.CKA_ALLOWED_MECHANISMS}, flag{pkcs11.CKA_WRAP, true}), "wrap a fresh sensitive key under the wrapping key"},
@@ -110,5 +113,40 @@ func TestAttacksRunAll(t *testing.T) {
 		if worked || err != nil {
 			t.Errorf("%s: worked=%v, %v", a.name, worked, err)
 		}
+	}
+}
+
+// TestKnownAnswersDetect: public objects that are not the keys' own are seen.
+func TestKnownAnswersDetect(t *testing.T) {
+	_, d := openNew(t)
+	ctx := context.Background()
+	agreement, signing := d.agreement, d.signing
+	other, err := signing.ECDH()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.agreement = other
+	if err := d.testECDH(ctx); !errors.Is(err, ErrUnsafeToken) {
+		t.Errorf("ECDH: %v", err)
+	}
+	d.agreement = agreement
+	if d.signing, err = ecdsa.ParseUncompressedPublicKey(d.set.curve.ec, agreement.Bytes()); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.testSign(ctx); !errors.Is(err, ErrUnsafeToken) {
+		t.Errorf("Sign: %v", err)
+	}
+	d.signing = signing
+	if err := d.selfTest(ctx); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestOtherCurve: a token provisioned on one curve does not open as another.
+func TestOtherCurve(t *testing.T) {
+	tok, _ := openNew(t)
+	tok.cfg.Curve = ecdh.P256()
+	if _, err := Open(context.Background(), tok.cfg); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "P-256") {
+		t.Fatal(err)
 	}
 }

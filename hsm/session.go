@@ -52,7 +52,7 @@ func findSlot(p11 *pkcs11.Ctx, u *URI) (uint, pkcs11.TokenInfo, error) {
 			found = append(found, slot)
 			info = ti
 		} else {
-			there = append(there, fmt.Sprintf("%q (serial %s)", clean(ti.Label), clean(ti.SerialNumber)))
+			there = append(there, fmt.Sprintf("%q (serial %s)", clean(ti.Label), shown(ti.SerialNumber)))
 		}
 	}
 	switch {

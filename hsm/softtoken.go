@@ -97,9 +97,10 @@ func CreateSoftToken(ctx context.Context, dir, label string, pin *secret.Bytes) 
 	return t, nil
 }
 
-// CopyLibrary copies the SoftHSM library into dir and returns the copy's path.
-// A process that needs several SoftHSM configurations loads a copy for each,
-// with Config.SoftHSMConf.
+// CopyLibrary copies the SoftHSM library into dir, in the place of an earlier
+// copy, and returns the path. A process that needs several SoftHSM
+// configurations loads a copy for each: module-path names the copy, and
+// Config.SoftHSMConf the configuration.
 func CopyLibrary(dir string) (string, error) {
 	module, err := FindSoftHSM()
 	if err != nil {
@@ -135,6 +136,10 @@ func copyFile(to, from string) error {
 		return fmt.Errorf("%w: %w", ErrModule, err)
 	}
 	defer in.Close()
+	// Never written over: a process may have the old file mapped.
+	if err := os.Remove(to); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return unavailablef("%v", err)
+	}
 	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o700)
 	if err != nil {
 		return unavailablef("%v", err)
