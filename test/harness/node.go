@@ -1,0 +1,134 @@
+package harness
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/conclave-kms/conclave/kms/wire"
+)
+
+// readyWait bounds a node's start, including the election that it may need.
+const readyWait = 60 * time.Second
+
+// Node is one node of a development cluster.
+type Node struct {
+	Site   string // fr, de or jp
+	ID     string // fr-1
+	API    string // https URL
+	Dir    string // DIR/SITE
+	Config string // DIR/SITE/conclaved.toml
+	Data   string // data directory
+	Log    string // standard error
+
+	c     *Cluster
+	pid   int
+	own   *process // once restarted by us
+	check func(context.Context) (wire.Ready, error)
+}
+
+// PID returns the process id of the node.
+func (n *Node) PID() int { return n.pid }
+
+// Running reports whether the node's process exists.
+func (n *Node) Running() bool {
+	g, err := gone(n.pid)
+	return err == nil && !g
+}
+
+// Kill ends the node with SIGKILL, as a power cut would, and waits for its end.
+func (n *Node) Kill(ctx context.Context) error {
+	if err := syscall.Kill(n.pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+		return fmt.Errorf("kill %s (process %d): %w", n.ID, n.pid, err)
+	}
+	return Within(ctx, 10*time.Second, n.ID+" ends after SIGKILL", func(context.Context) error {
+		g, err := gone(n.pid)
+		if err == nil && !g {
+			err = errors.New("the process is still there")
+		}
+		return err
+	})
+}
+
+// Pause freezes the node with SIGSTOP and returns when it stands still.
+func (n *Node) Pause(ctx context.Context) error {
+	if err := syscall.Kill(n.pid, syscall.SIGSTOP); err != nil {
+		return fmt.Errorf("stop %s (process %d): %w", n.ID, n.pid, err)
+	}
+	return Within(ctx, 5*time.Second, n.ID+" stands still", func(context.Context) error {
+		s, err := processState(n.pid)
+		if err == nil && s != 'T' {
+			err = fmt.Errorf("its state is %q", s)
+		}
+		return err
+	})
+}
+
+// Resume lets a frozen node go on.
+func (n *Node) Resume() error {
+	if err := syscall.Kill(n.pid, syscall.SIGCONT); err != nil {
+		return fmt.Errorf("continue %s (process %d): %w", n.ID, n.pid, err)
+	}
+	return nil
+}
+
+// Start starts a node that was killed, with `conclaved run` on its own
+// configuration, and returns when it is ready to serve. Its log goes on in the
+// same file.
+func (n *Node) Start(ctx context.Context) error {
+	if n.Running() {
+		return fmt.Errorf("%s runs already (process %d)", n.ID, n.pid)
+	}
+	log, err := os.OpenFile(n.Log, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	cmd := exec.Command(n.c.Bin.Conclaved, "run", "--config", n.Config)
+	cmd.Env = base().list()
+	cmd.Dir = n.Dir
+	cmd.Stdout, cmd.Stderr = log, log
+	p, err := spawn(cmd)
+	if err != nil {
+		return err
+	}
+	n.own, n.pid = p, p.pid
+	return n.Ready(ctx)
+}
+
+// Ready waits until the node says that it is ready to serve.
+func (n *Node) Ready(ctx context.Context) error {
+	return Within(ctx, readyWait, n.ID+" is ready", func(ctx context.Context) error {
+		if !n.Running() {
+			return Give(fmt.Errorf("the process has ended; its log says:\n%s", lastLines(n.Log, 10)))
+		}
+		r, err := n.check(ctx)
+		if err == nil && !r.Ready {
+			err = errors.New(strings.Join(r.Reasons, "; "))
+		}
+		return err
+	})
+}
+
+// Tail returns the last lines of the node's log.
+func (n *Node) Tail(lines int) string { return lastLines(n.Log, lines) }
+
+// newNode describes the node of a site from the environment file.
+func (c *Cluster) newNode(site string) (*Node, error) {
+	upper := strings.ToUpper(site)
+	n := &Node{Site: site, ID: site + "-1", c: c, Dir: filepath.Join(c.Dir, site), API: c.Vars["CONCLAVE_ADDR_"+upper]}
+	n.Config, n.Data, n.Log = filepath.Join(n.Dir, "conclaved.toml"), filepath.Join(n.Dir, "data"), filepath.Join(n.Dir, "log")
+	if n.API == "" {
+		return nil, fmt.Errorf("%s lacks CONCLAVE_ADDR_%s", c.envFile(), upper)
+	}
+	if _, err := fmt.Sscanf(c.Vars["CONCLAVE_PID_"+upper], "%d", &n.pid); err != nil || n.pid <= 1 {
+		return nil, fmt.Errorf("%s: CONCLAVE_PID_%s is no process id", c.envFile(), upper)
+	}
+	return n, nil
+}
