@@ -1,0 +1,112 @@
+package audit
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
+	"github.com/conclave-kms/conclave/kms/state"
+)
+
+// BuildEvidence collects the evidence for an executed proposal and verifies it.
+// Errors: kms.NotFound for an unknown proposal and for a rotation whose version
+// has been destroyed since; kms.Conflict for a proposal not carried out or a
+// version whose receipts are not all in; kms.Internal if what was collected does
+// not verify.
+func BuildEvidence(s *state.State, proposalID string) (Evidence, error) {
+	p, ok := s.Proposal(proposalID)
+	switch {
+	case !ok:
+		return Evidence{}, kms.Errorf(kms.NotFound, "there is no proposal %s", proposalID)
+	case p.Progress != state.Executed:
+		return Evidence{}, kms.Errorf(kms.Conflict, "proposal %s is %s; there is evidence once it has been executed", proposalID, p.Progress)
+	case len(p.Execution) == 0:
+		return Evidence{}, kms.Errorf(kms.NotFound, "the version that proposal %s brought has been destroyed, and the command with it", proposalID)
+	}
+	w, err := newReplay(s.SignedGenesis())
+	if err != nil {
+		return Evidence{}, err
+	}
+	e := Evidence{Format: EvidenceFormat, Cluster: s.Cluster(), Genesis: s.SignedGenesis().Marshal(), Governance: []Decision{}}
+	for _, g := range governanceBefore(s, p.Executed) {
+		d := w.collect(g)
+		out, err := w.decide(d)
+		if err == nil {
+			err = w.govern(out)
+		}
+		if err != nil {
+			return Evidence{}, kms.Wrap(kms.Internal, err, "the governance decision "+g.ID+" does not verify", "compare this node's state with another's")
+		}
+		e.Governance = append(e.Governance, d)
+	}
+	e.Decision = w.collect(p)
+	if err := addTarget(s, p, &e); err != nil {
+		return Evidence{}, err
+	}
+	if _, err := VerifyEvidence(e, s.Cluster()); err != nil {
+		return Evidence{}, kms.Wrap(kms.Internal, err, "the evidence for proposal "+proposalID+" does not verify: "+err.Error(), "compare this node's state with another's")
+	}
+	return e, nil
+}
+
+// governanceBefore returns the decisions on policies and custodians executed
+// before an index, in that order.
+func governanceBefore(s *state.State, index uint64) []state.Proposal {
+	all := slices.DeleteFunc(s.Proposals(), func(p state.Proposal) bool {
+		governs := p.Content.Action == kms.ActionPolicy || p.Content.Action == kms.ActionCustodian
+		return !governs || p.Progress != state.Executed || p.Executed >= index
+	})
+	slices.SortFunc(all, func(a, b state.Proposal) int { return cmp.Compare(a.Executed, b.Executed) })
+	return all
+}
+
+// collect takes from a proposal's record what is signed. Votes that no longer
+// counted when it was carried out, for the custodian or credential was gone, are
+// left out.
+func (w *replay) collect(p state.Proposal) Decision {
+	d := Decision{Proposal: p.Bytes, Open: p.Statement, Execution: p.Execution, Votes: []approval.Statement{}}
+	for _, v := range p.Votes {
+		if c, ok := w.custodian(v.Statement.Custodian); ok && v.Statement.Verify(c, p.Bytes) == nil {
+			d.Votes = append(d.Votes, v.Statement)
+		}
+	}
+	slices.SortFunc(d.Votes, func(a, b approval.Statement) int { return strings.Compare(a.Custodian, b.Custodian) })
+	return d
+}
+
+// addTarget adds what belongs to a decision about a key.
+func addTarget(s *state.State, p state.Proposal, e *Evidence) error {
+	kind, name, err := approval.ParseTarget(p.Content.Target)
+	if err != nil || kind != approval.TargetKey {
+		return err
+	}
+	ringName, keyName, err := kms.SplitKeyPath(name)
+	if err != nil {
+		return err
+	}
+	ring, _ := s.Keyring(ringName)
+	key, ok := s.Key(ringName, keyName)
+	if !ok {
+		return kms.Errorf(kms.NotFound, "there is no key %s", name)
+	}
+	e.Keyring, e.Key = ring.Statement, key.Statement
+	if p.Content.Action != kms.ActionRotate {
+		return nil
+	}
+	i := slices.IndexFunc(s.Versions(ringName, keyName), func(v state.Version) bool { return v.Proposal == p.ID })
+	if i < 0 {
+		return kms.Errorf(kms.Internal, "proposal %s was executed and brought no version of %s", p.ID, name)
+	}
+	v := s.Versions(ringName, keyName)[i]
+	var given []string
+	for _, r := range v.Receipts {
+		e.Receipts = append(e.Receipts, r.Statement)
+		given = append(given, r.Node)
+	}
+	if missing := unproven(s.ResidentNodes(ringName), state.CreateKeyring{Residency: ring.Residency, Receipts: ring.Receipts}, given); len(missing) > 0 {
+		return kms.Errorf(kms.Conflict, "version %d of %s waits for the receipts of %s; there is evidence once they are in", v.Version, name, list(missing))
+	}
+	return nil
+}

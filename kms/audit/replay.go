@@ -1,0 +1,358 @@
+package audit
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
+	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/pqc"
+)
+
+// replay is the cluster as far as authority goes: who is a custodian and which
+// policies hold, derived from the genesis through one governance decision after
+// another. Nothing in it is taken on anybody's word.
+type replay struct {
+	genesis    state.Genesis
+	cluster    string
+	custodians map[string]approval.Custodian
+	policies   map[string]approval.Policy
+	past       map[string][]approval.Policy // every revision so far, by name
+}
+
+// newReplay verifies the genesis.
+func newReplay(signed state.SignedGenesis) (*replay, error) {
+	g, err := signed.Verify()
+	if err != nil {
+		return nil, err
+	}
+	w := &replay{
+		genesis: g, cluster: kms.ClusterID(signed.Genesis),
+		custodians: make(map[string]approval.Custodian),
+		policies:   make(map[string]approval.Policy),
+		past:       make(map[string][]approval.Policy),
+	}
+	for _, c := range g.Custodians {
+		w.custodians[c.ID] = c
+	}
+	for _, p := range g.Policies {
+		w.setPolicy(p)
+	}
+	return w, nil
+}
+
+func (w *replay) setPolicy(p approval.Policy) {
+	w.policies[p.Name] = p
+	w.past[p.Name] = append(w.past[p.Name], p)
+}
+
+func (w *replay) custodian(id string) (approval.Custodian, bool) {
+	c, ok := w.custodians[id]
+	return c, ok
+}
+
+func (w *replay) policy(name string) (approval.Policy, bool) {
+	p, ok := w.policies[name]
+	return p, ok
+}
+
+func (w *replay) node(id string) (state.Node, bool) {
+	i := slices.IndexFunc(w.genesis.Nodes, func(n state.Node) bool { return n.ID == id })
+	if i < 0 {
+		return state.Node{}, false
+	}
+	return w.genesis.Nodes[i], true
+}
+
+// residents returns the nodes at the given sites, sorted.
+func (w *replay) residents(sites []string) (nodes []state.Node) {
+	for _, n := range w.genesis.Nodes {
+		if slices.Contains(sites, n.Site) {
+			nodes = append(nodes, n)
+		}
+	}
+	return nodes
+}
+
+// command verifies a signed command of a node of this cluster and decodes it.
+func command[T state.Command](w *replay, what string, raw []byte) (e state.Envelope, c T, err error) {
+	envelope, signature, err := state.Split(raw)
+	if err != nil {
+		return e, c, refuse(kms.Invalid, err, "%s: %v", what, err)
+	}
+	e, cmd, err := state.ParseEnvelope(envelope)
+	if err != nil {
+		return e, c, refuse(kms.Invalid, err, "%s: %v", what, err)
+	}
+	if e.Cluster != w.cluster {
+		return e, c, refuse(kms.Invalid, nil, "%s: the command is for another cluster", what)
+	}
+	n, ok := w.node(e.Origin)
+	if !ok {
+		return e, c, refuse(kms.Denied, nil, "%s: %q is no node of the cluster", what, e.Origin)
+	}
+	if err := pqc.Verify(pqc.SuiteID(n.SigningSuite), n.Signing, envelope, []byte(state.CommandContext), signature); err != nil {
+		return e, c, refuse(kms.BadSignature, err, "%s: the signature of node %s does not verify", what, n.ID)
+	}
+	c, ok = cmd.(T)
+	if !ok {
+		return e, c, refuse(kms.Invalid, nil, "%s: the command is of another type", what)
+	}
+	return e, c, nil
+}
+
+func refuse(k kms.Kind, cause error, format string, args ...any) error {
+	return &kms.Error{Kind: k, Msg: fmt.Sprintf(format, args...), Err: cause}
+}
+
+// identity parses a SPIFFE ID of a trust domain of one of the sites.
+func (w *replay) identity(principal string) (kms.Identity, error) {
+	id, err := kms.ParseIdentity(principal)
+	if err != nil {
+		return id, err
+	}
+	if !slices.ContainsFunc(w.genesis.Sites, func(s state.Site) bool { return s.TrustDomain == id.TrustDomain }) {
+		return id, refuse(kms.Denied, nil, "%s is not of the trust domain of any site", principal)
+	}
+	return id, nil
+}
+
+func (w *replay) nodeIdentity(node string) string {
+	n, _ := w.node(node)
+	for _, s := range w.genesis.Sites {
+		if s.ID == n.Site {
+			return kms.Identity{TrustDomain: s.TrustDomain, Role: "node", Name: n.ID}.String()
+		}
+	}
+	return ""
+}
+
+// decided is a decision that verified.
+type decided struct {
+	id         string
+	content    approval.Proposal
+	rule       approval.Rule
+	approvals  []Approval
+	rejections []Approval
+	execution  state.Envelope
+	commit     state.CommitRotation // for a rotation
+}
+
+// decide verifies a decision under the custodians and policies in force.
+func (w *replay) decide(d Decision) (decided, error) {
+	p, err := approval.ParseProposal(d.Proposal)
+	if err != nil {
+		return decided{}, err
+	}
+	out := decided{id: approval.ProposalID(d.Proposal), content: p}
+	if p.Cluster != w.cluster {
+		return out, refuse(kms.Invalid, nil, "proposal %s is for another cluster", out.id)
+	}
+	if err := w.checkOpen(out.id, p, d); err != nil {
+		return out, err
+	}
+	if out.rule, err = state.RuleFor(w.policy, p); err != nil {
+		return out, err
+	}
+	if err := w.checkRevision(p); err != nil {
+		return out, err
+	}
+	if err := w.countVotes(d, &out); err != nil {
+		return out, err
+	}
+	return out, w.checkExecution(d, &out)
+}
+
+// checkOpen verifies the command that opened the proposal and whom it names.
+func (w *replay) checkOpen(id string, p approval.Proposal, d Decision) error {
+	e, open, err := command[state.OpenProposal](w, "the opening of proposal "+id, d.Open)
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(open.Proposal, d.Proposal) {
+		return refuse(kms.Invalid, nil, "the opening of proposal %s carries other bytes", id)
+	}
+	who := e.Principal
+	if who == "" {
+		who = w.nodeIdentity(e.Origin)
+	}
+	if who != p.Proposer {
+		return refuse(kms.Denied, nil, "proposal %s names %s as proposer, but was opened for %s", id, p.Proposer, who)
+	}
+	_, err = w.identity(p.Proposer)
+	return err
+}
+
+// checkRevision holds a proposal on a policy or custodian against the revision in
+// force. The revision of a key is in the signed execution.
+func (w *replay) checkRevision(p approval.Proposal) error {
+	kind, name, err := approval.ParseTarget(p.Target)
+	if err != nil {
+		return err
+	}
+	now := p.Revision
+	switch kind {
+	case approval.TargetPolicy:
+		now = w.policies[name].Revision
+	case approval.TargetCustodian:
+		now = w.custodians[name].Revision
+	}
+	if now != p.Revision {
+		return refuse(kms.Conflict, nil, "%s was at revision %d, the proposal is about revision %d", p.Target, now, p.Revision)
+	}
+	return nil
+}
+
+// countVotes verifies every statement and the quorum.
+func (w *replay) countVotes(d Decision, out *decided) error {
+	var approvers []string
+	last := ""
+	for _, s := range d.Votes {
+		if s.Custodian <= last {
+			return refuse(kms.Invalid, nil, "the votes on proposal %s are not sorted by custodian or repeat one", out.id)
+		}
+		last = s.Custodian
+		c, ok := w.custodian(s.Custodian)
+		if !ok {
+			return refuse(kms.Denied, nil, "there was no custodian %q when proposal %s was carried out", s.Custodian, out.id)
+		}
+		if err := s.Verify(c, d.Proposal); err != nil {
+			return err
+		}
+		a := Approval{Custodian: c.ID, Site: c.Site, Credential: s.Credential}
+		if s.Verdict == approval.Approve {
+			out.approvals = append(out.approvals, a)
+			approvers = append(approvers, c.ID)
+			continue
+		}
+		if out.content.Action == kms.ActionDestroy || slices.Contains(out.rule.Veto, c.ID) {
+			return refuse(kms.Denied, nil, "the rejection of custodian %s ends proposal %s", c.ID, out.id)
+		}
+		out.rejections = append(out.rejections, a)
+	}
+	if len(out.rule.Direct) > 0 {
+		return w.mayAct(out.content.Proposer, out.rule)
+	}
+	if got := out.rule.Decide(out.content.Proposer, w.custodian, approvers); !got.Met {
+		return refuse(kms.NeedsApproval, nil, "proposal %s has %d approvals from %d sites; it lacks %s", out.id, got.Approvals, got.Sites, list(got.Missing))
+	}
+	return nil
+}
+
+// mayAct checks a principal against a direct rule.
+func (w *replay) mayAct(principal string, rule approval.Rule) error {
+	id, err := w.identity(principal)
+	if err != nil {
+		return err
+	}
+	if !slices.Contains(rule.Direct, id.Role) {
+		return refuse(kms.Denied, nil, "the role %s may not do %q by the policy", id.Role, rule.Action)
+	}
+	return nil
+}
+
+// checkExecution verifies the command that carried the decision out: for this
+// proposal, about this revision, by a node itself, not too early.
+func (w *replay) checkExecution(d Decision, out *decided) error {
+	what := "the execution of proposal " + out.id
+	var proposal string
+	var err error
+	if out.content.Action == kms.ActionRotate {
+		out.execution, out.commit, err = command[state.CommitRotation](w, what, d.Execution)
+		proposal = out.commit.Proposal
+	} else {
+		var c state.Execute
+		out.execution, c, err = command[state.Execute](w, what, d.Execution)
+		proposal = c.Proposal
+	}
+	switch {
+	case err != nil:
+		return err
+	case proposal != out.id:
+		return refuse(kms.Invalid, nil, "%s is that of proposal %s", what, proposal)
+	case out.execution.Expect != out.content.Revision:
+		return refuse(kms.Conflict, nil, "%s expects revision %d, the proposal is about %d", what, out.execution.Expect, out.content.Revision)
+	}
+	// The cluster's clock at a command is at most Window past its signed time, and
+	// at the opening at least Window before the proposal's creation.
+	earliest := max(out.content.NotBefore-state.Window, out.content.Created+out.rule.Delay-2*state.Window)
+	if out.execution.Time < earliest {
+		return refuse(kms.Conflict, nil, "%s is signed %d ms too early for the delay or the earliest time", what, earliest-out.execution.Time)
+	}
+	return nil
+}
+
+// govern applies a verified decision on a policy or a custodian.
+func (w *replay) govern(d decided) error {
+	_, name, err := approval.ParseTarget(d.content.Target)
+	if err != nil {
+		return err
+	}
+	switch d.content.Action {
+	case kms.ActionPolicy:
+		params, err := d.content.PolicyParams()
+		if err != nil {
+			return err
+		}
+		return w.changePolicy(approval.Policy{Name: name, Revision: w.policies[name].Revision + 1, Rules: params.Rules})
+	case kms.ActionCustodian:
+		params, err := d.content.CustodianParams()
+		if err != nil {
+			return err
+		}
+		return w.changeCustodian(params.Custodian)
+	}
+	return refuse(kms.Invalid, nil, "proposal %s is about %q, which changes neither policies nor custodians", d.id, d.content.Action)
+}
+
+func (w *replay) changePolicy(p approval.Policy) error {
+	if err := p.Validate(); err != nil {
+		return err
+	}
+	for _, r := range p.Rules {
+		if slices.Contains([]kms.Action{kms.ActionPolicy, kms.ActionCustodian}, r.Action) && !r.Quorum() {
+			return refuse(kms.Invalid, nil, "policy %s lets one person alone change %q", p.Name, r.Action)
+		}
+	}
+	if err := p.Possible(w.sortedCustodians()); err != nil {
+		return err
+	}
+	w.setPolicy(p)
+	return nil
+}
+
+func (w *replay) changeCustodian(next approval.Custodian) error {
+	old, exists := w.custodians[next.ID]
+	switch {
+	case exists && old.Revoked:
+		return refuse(kms.Conflict, nil, "custodian %s was revoked for good", next.ID)
+	case exists && old.Site != next.Site:
+		return refuse(kms.Conflict, nil, "custodian %s is of site %s, which cannot change", next.ID, old.Site)
+	case !exists && next.Revoked:
+		return refuse(kms.NotFound, nil, "there is no custodian %s to revoke", next.ID)
+	case !slices.ContainsFunc(w.genesis.Sites, func(s state.Site) bool { return s.ID == next.Site }):
+		return refuse(kms.NotFound, nil, "there is no site %s", next.Site)
+	}
+	next.Revision = old.Revision + 1
+	w.custodians[next.ID] = next
+	all := w.sortedCustodians()
+	if err := approval.CheckCustodians(all); err != nil {
+		return err
+	}
+	for _, p := range w.policies {
+		if err := p.Possible(all); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w *replay) sortedCustodians() (all []approval.Custodian) {
+	for _, id := range slices.Sorted(maps.Keys(w.custodians)) {
+		all = append(all, w.custodians[id])
+	}
+	return all
+}

@@ -1,0 +1,341 @@
+package audit
+
+import (
+	"crypto/sha256"
+	"crypto/subtle"
+	"fmt"
+	"strings"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
+	"github.com/conclave-kms/conclave/kms/state"
+)
+
+func list(s []string) string { return strings.Join(s, ", ") }
+
+func (r *Report) passed(format string, args ...any) {
+	r.Checks = append(r.Checks, fmt.Sprintf(format, args...))
+}
+
+// VerifyEvidence re-verifies evidence offline. It believes nothing but the
+// identifier of the cluster that the verifier knows from elsewhere (32
+// hexadecimal digits); with "" it shows only that the evidence is consistent in
+// itself, and Report.Pinned is false. On an error the report holds the checks
+// passed before it. Errors have the kind of what failed.
+func VerifyEvidence(e Evidence, cluster string) (Report, error) {
+	r := Report{Notes: []string{
+		"That these are all decisions on policies and custodians, and that the cluster carried this one out, is stated by its nodes; the inclusion in the cluster log is not part of this file.",
+	}}
+	if e.Format != EvidenceFormat {
+		return r, kms.Errorf(kms.Invalid, "the evidence has format %d; this program knows %d", e.Format, EvidenceFormat)
+	}
+	w, err := openEvidence(e, cluster, &r)
+	if err != nil {
+		return r, err
+	}
+	for i, d := range e.Governance {
+		if err := w.replayGovernance(d, &r); err != nil {
+			return r, inGovernance(err, i)
+		}
+	}
+	if err := w.verifyDecision(e, &r); err != nil {
+		return r, err
+	}
+	return r, w.verifyTarget(e, &r)
+}
+
+func inGovernance(err error, i int) error {
+	return refuse(kms.KindOf(err), err, "governance decision %d: %v", i+1, err)
+}
+
+// openEvidence verifies the genesis and which cluster it founded.
+func openEvidence(e Evidence, cluster string, r *Report) (*replay, error) {
+	signed, err := state.ParseSignedGenesis(e.Genesis)
+	if err != nil {
+		return nil, err
+	}
+	w, err := newReplay(signed)
+	if err != nil {
+		return nil, err
+	}
+	r.Cluster, r.ClusterName = w.cluster, w.genesis.Name
+	if e.Cluster != w.cluster {
+		return nil, refuse(kms.Invalid, nil, "the evidence names cluster %q, its genesis is that of %s", e.Cluster, w.cluster)
+	}
+	r.passed("The genesis of %q is signed by each of its %d nodes.", w.genesis.Name, len(w.genesis.Nodes))
+	switch cluster {
+	case "":
+		r.Notes = append(r.Notes, "No cluster identifier was given: the file is consistent in itself, whoever made it.")
+	case w.cluster:
+		r.Pinned = true
+		r.passed("It founds cluster %s, the one asked for.", w.cluster)
+	default:
+		return nil, refuse(kms.Denied, nil, "the evidence is of cluster %s, not of %s", w.cluster, cluster)
+	}
+	return w, nil
+}
+
+func (w *replay) replayGovernance(d Decision, r *Report) error {
+	out, err := w.decide(d)
+	if err != nil {
+		return err
+	}
+	if err := w.govern(out); err != nil {
+		return err
+	}
+	r.passed("Proposal %s to change %s was authorised by %s and is in force.", out.id, out.content.Target, authority(out))
+	return nil
+}
+
+// authority says in words who authorised a decision.
+func authority(d decided) string {
+	if len(d.rule.Direct) > 0 {
+		return fmt.Sprintf("%s alone, whose role the policy lists", d.content.Proposer)
+	}
+	var who []string
+	for _, a := range d.approvals {
+		who = append(who, fmt.Sprintf("%s (%s)", a.Custodian, a.Site))
+	}
+	return list(who)
+}
+
+func (w *replay) verifyDecision(e Evidence, r *Report) error {
+	out, err := w.decide(e.Decision)
+	if err != nil {
+		return err
+	}
+	r.Proposal, r.Content, r.Rule = out.id, out.content, out.rule
+	r.Approvals, r.Rejections = out.approvals, out.rejections
+	r.Executor, r.Executed = out.execution.Origin, out.execution.Time
+	p := out.content
+	r.passed("Proposal %s asks to %s %s; node %s signed its opening for %s.", out.id, p.Action, p.Target, w.opener(e.Decision), p.Proposer)
+	if len(out.rule.Direct) > 0 {
+		r.passed("Policy %s revision %d lets the role of %s do this alone.", p.Policy, p.PolicyRevision, p.Proposer)
+		r.Notes = append(r.Notes, "The proposer's identity was checked by the node that opened the proposal; this file holds no signature of the proposer's.")
+	} else {
+		r.passed("The signatures of %s verify.", authority(out))
+		r.passed("They meet policy %s revision %d: %d approvals from %d sites%s.", p.Policy, p.PolicyRevision,
+			out.rule.Approvals, out.rule.Sites, required(out.rule))
+	}
+	r.passed("Node %s signed its execution, for revision %d of %s and no earlier than the policy's delay.", out.execution.Origin, p.Revision, p.Target)
+	return nil
+}
+
+func (w *replay) opener(d Decision) string {
+	e, _, err := command[state.OpenProposal](w, "", d.Open)
+	if err != nil {
+		return "" // impossible: decide has verified it
+	}
+	return e.Origin
+}
+
+func required(r approval.Rule) string {
+	if len(r.Required) == 0 {
+		return ""
+	}
+	return ", among them " + list(r.Required)
+}
+
+// verifyTarget verifies what belongs to a decision about a key: the keyring and
+// its policy, the key, and for a rotation the commit and the receipts.
+func (w *replay) verifyTarget(e Evidence, r *Report) error {
+	kind, name, err := approval.ParseTarget(r.Content.Target)
+	if err != nil {
+		return err
+	}
+	if kind != approval.TargetKey {
+		if len(e.Keyring) != 0 || len(e.Key) != 0 || len(e.Receipts) != 0 {
+			return refuse(kms.Invalid, nil, "the evidence holds commands on a key, but %s is none", r.Content.Target)
+		}
+		return nil
+	}
+	ringName, keyName, err := kms.SplitKeyPath(name)
+	if err != nil {
+		return err
+	}
+	ring, err := w.verifyKeyring(e, ringName, r)
+	if err != nil {
+		return err
+	}
+	if err := w.verifyKey(e, ring, keyName, r); err != nil {
+		return err
+	}
+	if r.Content.Action == kms.ActionRotate {
+		return w.verifyRotation(e, ring, keyName, r)
+	}
+	if len(e.Receipts) != 0 {
+		return refuse(kms.Invalid, nil, "the evidence holds receipts, but to %s asks for none", r.Content.Action)
+	}
+	return nil
+}
+
+// allowed checks that a revision of the policy, up to the one in force, lets the
+// principal act alone.
+func (w *replay) allowed(policy string, a kms.Action, principal string) error {
+	var last error = refuse(kms.NotFound, nil, "there is no policy %s", policy)
+	for _, p := range w.past[policy] {
+		rule, ok := p.Rule(a)
+		if !ok || len(rule.Direct) == 0 {
+			last = refuse(kms.NeedsApproval, nil, "policy %s lets nobody do %q alone", policy, a)
+			continue
+		}
+		if last = w.mayAct(principal, rule); last == nil {
+			return nil
+		}
+	}
+	return last
+}
+
+func (w *replay) verifyKeyring(e Evidence, name string, r *Report) (state.CreateKeyring, error) {
+	what := "the creation of keyring " + name
+	env, ring, err := command[state.CreateKeyring](w, what, e.Keyring)
+	if err != nil {
+		return ring, err
+	}
+	nodes := w.residents(ring.Residency)
+	switch {
+	case ring.Name != name:
+		return ring, refuse(kms.Invalid, nil, "%s is that of %s", what, ring.Name)
+	case ring.Policy != r.Content.Policy:
+		return ring, refuse(kms.Conflict, nil, "keyring %s is under policy %s, the proposal was made under %s", name, ring.Policy, r.Content.Policy)
+	case !sameNodes(nodes, ring.Checks):
+		return ring, refuse(kms.Invalid, nil, "%s is not for exactly the nodes of its residency", what)
+	}
+	if err := w.residentOrigin(what, env, ring); err != nil {
+		return ring, err
+	}
+	if err := w.allowed(kms.Governance, kms.ActionKeyring, env.Principal); err != nil {
+		return ring, refuse(kms.KindOf(err), err, "%s: %v", what, err)
+	}
+	r.passed("Keyring %s is resident at %s, under policy %s, with receipts of %s; node %s signed its creation for %s.",
+		name, list(ring.Residency), ring.Policy, ring.Receipts, env.Origin, env.Principal)
+	return ring, nil
+}
+
+func (w *replay) verifyKey(e Evidence, ring state.CreateKeyring, name string, r *Report) error {
+	path := kms.KeyPath(ring.Name, name)
+	if len(e.Key) == 0 {
+		r.Notes = append(r.Notes, "The creation of key "+path+" is not in this file: it is erased when version 1 is destroyed.")
+		return nil
+	}
+	what := "the creation of key " + path
+	env, key, err := command[state.CreateKey](w, what, e.Key)
+	if err != nil {
+		return err
+	}
+	if key.Keyring != ring.Name || key.Name != name {
+		return refuse(kms.Invalid, nil, "%s is that of %s", what, kms.KeyPath(key.Keyring, key.Name))
+	}
+	if err := w.residentOrigin(what, env, ring); err != nil {
+		return err
+	}
+	if err := w.allowed(ring.Policy, kms.ActionCreate, env.Principal); err != nil {
+		return refuse(kms.KindOf(err), err, "%s: %v", what, err)
+	}
+	r.passed("Key %s has the identifier %x and the algorithm %s; node %s signed its creation for %s.", path, key.ID, key.Algorithm, env.Origin, env.Principal)
+	return nil
+}
+
+func (w *replay) residentOrigin(what string, e state.Envelope, ring state.CreateKeyring) error {
+	for _, n := range w.residents(ring.Residency) {
+		if n.ID == e.Origin {
+			return nil
+		}
+	}
+	return refuse(kms.NotResident, nil, "%s: node %s may not open keyring %s", what, e.Origin, ring.Name)
+}
+
+func sameNodes(nodes []state.Node, checks []state.Check) bool {
+	if len(nodes) != len(checks) {
+		return false
+	}
+	for i := range nodes {
+		if nodes[i].ID != checks[i].Node {
+			return false
+		}
+	}
+	return true
+}
+
+// verifyRotation verifies the commit and the receipts for it.
+func (w *replay) verifyRotation(e Evidence, ring state.CreateKeyring, key string, r *Report) error {
+	what := "the execution of proposal " + r.Proposal
+	env, commit, err := command[state.CommitRotation](w, what, e.Decision.Execution)
+	if err != nil {
+		return err
+	}
+	if commit.Keyring != ring.Name || commit.Key != key {
+		return refuse(kms.Invalid, nil, "%s brings a version of %s", what, kms.KeyPath(commit.Keyring, commit.Key))
+	}
+	if err := w.residentOrigin(what, env, ring); err != nil {
+		return err
+	}
+	nodes := w.residents(ring.Residency)
+	if !sameNodes(nodes, commit.Checks) {
+		return refuse(kms.Invalid, nil, "%s does not ask exactly the resident nodes for receipts", what)
+	}
+	r.Version = commit.Version
+	r.passed("Node %s, resident for keyring %s, committed version %d (wrapped material SHA-256 %x).", env.Origin, ring.Name, commit.Version, sha256.Sum256(commit.Wrapped))
+	if r.Receipts, err = w.verifyReceipts(e.Receipts, commit); err != nil {
+		return err
+	}
+	if missing := unproven(nodes, ring, r.Receipts); len(missing) > 0 {
+		return refuse(kms.Conflict, nil, "version %d is not proven: receipts of %s are missing by the rule %s", commit.Version, list(missing), ring.Receipts)
+	}
+	r.passed("Nodes %s proved with signed receipts that they can open it, which meets the rule %s.", list(r.Receipts), ring.Receipts)
+	return nil
+}
+
+func (w *replay) verifyReceipts(receipts [][]byte, commit state.CommitRotation) (given []string, err error) {
+	last := ""
+	for i, raw := range receipts {
+		what := fmt.Sprintf("receipt %d", i+1)
+		env, c, err := command[state.GiveReceipt](w, what, raw)
+		if err != nil {
+			return nil, err
+		}
+		if env.Origin <= last {
+			return nil, refuse(kms.Invalid, nil, "the receipts are not sorted by node or repeat that of %s", env.Origin)
+		}
+		last = env.Origin
+		if c.Keyring != commit.Keyring || c.Key != commit.Key || c.Version != commit.Version {
+			return nil, refuse(kms.Invalid, nil, "the receipt of node %s is for another version", env.Origin)
+		}
+		sum := sha256.Sum256(c.KCV)
+		match := false
+		for _, check := range commit.Checks {
+			match = match || check.Node == env.Origin && subtle.ConstantTimeCompare(sum[:], check.Hash) == 1
+		}
+		if !match {
+			return nil, refuse(kms.Invalid, nil, "the receipt of node %s does not show the key of the version committed", env.Origin)
+		}
+		given = append(given, env.Origin)
+	}
+	return given, nil
+}
+
+// unproven returns the nodes, or sites, whose receipts the keyring's rule misses.
+func unproven(nodes []state.Node, ring state.CreateKeyring, given []string) (missing []string) {
+	has := make(map[string]bool)
+	for _, n := range given {
+		has[n] = true
+	}
+	if ring.Receipts != kms.EverySite {
+		for _, n := range nodes {
+			if !has[n.ID] {
+				missing = append(missing, n.ID)
+			}
+		}
+		return missing
+	}
+	sites := make(map[string]bool)
+	for _, n := range nodes {
+		sites[n.Site] = sites[n.Site] || has[n.ID]
+	}
+	for _, s := range ring.Residency {
+		if !sites[s] {
+			missing = append(missing, "site "+s)
+		}
+	}
+	return missing
+}
