@@ -24,6 +24,9 @@ const (
 	// maxSocketPath leaves room in the 108 bytes of sockaddr_un.
 	maxSocketPath = 100
 	softStopGrace = 5 * time.Second
+	// swtpm logs a line for every connection and cannot be told not to.
+	softLogMax   = 1 << 20
+	softLogCheck = time.Minute
 )
 
 // SoftTPM is a running software TPM. Its private state is protected by file
@@ -110,7 +113,7 @@ func writeSetupConfig(dir string) (string, error) {
 // StartSoftTPM starts the software TPM that SetupSoftTPM made in dir and waits
 // until it accepts connections or ctx ends. The process dies with this one. The
 // socket is dir/swtpm.sock, or in a new temporary directory when that path is
-// too long for a Unix socket. The TPM's log is dir/swtpm.log.
+// too long for a Unix socket. The TPM's log is dir/swtpm.log, of bounded length.
 func StartSoftTPM(ctx context.Context, dir string) (*SoftTPM, error) {
 	if _, err := findTools(); err != nil {
 		return nil, err
@@ -144,11 +147,10 @@ func StartSoftTPM(ctx context.Context, dir string) (*SoftTPM, error) {
 // start runs swtpm. The parent-death signal is tied to the thread that forks,
 // so that thread belongs to the process until it ends.
 func (s *SoftTPM) start(dir string) error {
-	logFile, err := os.OpenFile(filepath.Join(dir, softLog), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	logFile, err := os.OpenFile(filepath.Join(dir, softLog), os.O_WRONLY|os.O_CREATE|os.O_TRUNC|os.O_APPEND, 0o600)
 	if err != nil {
 		return fmt.Errorf("tpm: software TPM: %w", err)
 	}
-	defer logFile.Close()
 	cmd := exec.Command("swtpm", "socket", "--tpm2",
 		"--tpmstate", "dir="+dir+",mode=0600",
 		"--server", "type=unixio,mode=0600,path="+s.Socket,
@@ -167,10 +169,29 @@ func (s *SoftTPM) start(dir string) error {
 		close(s.done)
 	}()
 	if err := <-started; err != nil {
+		logFile.Close()
 		return fmt.Errorf("tpm: swtpm: %w", err)
 	}
+	go s.boundLog(logFile)
 	s.Pid = cmd.Process.Pid
 	return nil
+}
+
+// boundLog empties the log when it has grown too long, until the process ends.
+func (s *SoftTPM) boundLog(f *os.File) {
+	defer f.Close()
+	tick := time.NewTicker(softLogCheck)
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.done:
+			return
+		case <-tick.C:
+			if fi, err := f.Stat(); err == nil && fi.Size() > softLogMax {
+				_ = f.Truncate(0)
+			}
+		}
+	}
 }
 
 // waitReady polls until the socket accepts.
