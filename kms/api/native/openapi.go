@@ -50,7 +50,7 @@ func (d *describer) operation(r route) object {
 	op := object{
 		"operationId": r.id, "summary": r.summary,
 		"responses": object{
-			"200":     object{"description": "done", "content": object{"application/json": object{"schema": d.answer(r)}}},
+			"200":     object{"description": "done", "content": object{mediaType(r): object{"schema": d.answer(r)}}},
 			"default": object{"description": "refused (RFC 9457)", "content": object{wire.ProblemType: object{"schema": d.schema(reflect.TypeFor[wire.Problem]())}}},
 		},
 	}
@@ -76,6 +76,13 @@ func (d *describer) operation(r route) object {
 		op["requestBody"] = object{"required": true, "content": object{"application/json": object{"schema": schema}}}
 	}
 	return op
+}
+
+func mediaType(r route) string {
+	if r.response == reflect.TypeFor[text]() {
+		return "text/plain"
+	}
+	return "application/json"
 }
 
 // answer is the schema of a route's answer: of one item, or of a batch's result.

@@ -105,11 +105,10 @@ func (r ready) httpStatus() int {
 func routes() []route {
 	return append([]route{
 		read("/v1/health", "health", "Whether the process runs", func(c *call) (wire.Health, error) {
-			return c.engine.Health(c.Context(), c.caller)
+			return c.engine.Health(), nil
 		}),
 		read("/v1/ready", "ready", "Whether the node can serve; 503 with the reasons otherwise", func(c *call) (ready, error) {
-			r, err := c.engine.Ready(c.Context(), c.caller)
-			return ready{r}, err
+			return ready{c.engine.Ready(c.Context())}, nil
 		}),
 		read("/v1/openapi.json", "openapi", "This document", func(c *call) (json.RawMessage, error) {
 			return c.server.openapi, nil
@@ -195,3 +194,18 @@ func publicKeyRoute() route {
 	rt.query = []string{"version"}
 	return rt
 }
+
+// metricsRoute serves the metrics in Prometheus's text format to whom the access
+// policy lets read them.
+func metricsRoute(h http.Handler) route {
+	return route{method: http.MethodGet, pattern: "/v1/metrics", id: "metrics", summary: "Metrics in Prometheus text format", response: reflect.TypeFor[text](),
+		serve: func(c *call) (any, error) {
+			if err := c.engine.Authorise(c.Context(), c.caller, engine.ActReadMetrics); err != nil {
+				return nil, err
+			}
+			return h, nil
+		}}
+}
+
+// text is an answer that is not JSON.
+type text string

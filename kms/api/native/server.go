@@ -122,6 +122,10 @@ func (s *Server) handle(rt route) http.Handler {
 			s.refuse(w, err, id)
 			return
 		}
+		if h, ok := answer.(http.Handler); ok {
+			h.ServeHTTP(w, r)
+			return
+		}
 		status := http.StatusOK
 		if st, ok := answer.(interface{ httpStatus() int }); ok {
 			status = st.httpStatus()

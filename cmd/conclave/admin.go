@@ -1,0 +1,337 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/client"
+	"github.com/conclave-kms/conclave/kms/wire"
+)
+
+// asOperator runs fn with a client of the administrator's identity.
+func (a *app) asOperator(cmd *cobra.Command, fn func(ctx context.Context, c *client.Client) error) error {
+	c, err := a.operator()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	return fn(cmd.Context(), c)
+}
+
+func (a *app) keyringCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "keyring", Short: "Create and look at keyrings"}
+	cmd.AddCommand(a.keyringCreateCommand(), a.keyringListCommand(), a.keyringShowCommand())
+	return cmd
+}
+
+func (a *app) keyringCreateCommand() *cobra.Command {
+	var req wire.CreateKeyringRequest
+	var stale time.Duration
+	cmd := &cobra.Command{
+		Use:     "create NAME --residency SITE,SITE... --policy NAME",
+		Short:   "Create a keyring that only the nodes of the given sites can open",
+		Example: "  conclave keyring create europe --residency fr,de --policy keys",
+		Args:    exactly(1, "NAME"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(req.Residency) == 0 {
+				return usagef("--residency is missing: name the sites that may open the keyring, for example --residency fr,de")
+			}
+			if req.Policy == "" {
+				return usagef("--policy is missing: name the approval policy of the keyring; see: conclave policy list")
+			}
+			req.Name, req.MaxStalenessMS = args[0], stale.Milliseconds()
+			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
+				kr, err := c.CreateKeyring(ctx, req)
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, kr, func(w io.Writer) { keyringTable(w, []wire.Keyring{kr}) })
+			})
+		},
+	}
+	f := cmd.Flags()
+	f.StringSliceVar(&req.Residency, "residency", nil, "sites that may open it")
+	f.StringVar(&req.Policy, "policy", "", "approval policy for its keys")
+	f.StringVar(&req.Protection, "protection", "software", "protection level")
+	f.StringVar(&req.Receipts, "receipts", "every-node", "who must prove that a new version opens before it becomes primary: every-node or every-site")
+	f.DurationVar(&stale, "max-staleness", 30*time.Second, "how long a cut-off node goes on serving it")
+	f.BoolVar(&req.Survive, "survive", false, "a node cut off for longer still decrypts and verifies")
+	return cmd
+}
+
+func (a *app) keyringListCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "list", Aliases: []string{"ls"}, Short: "List the keyrings", Args: exactly(0, "no arguments"),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
+				list, err := c.Keyrings(ctx)
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, list, func(w io.Writer) { keyringTable(w, list) })
+			})
+		},
+	}
+}
+
+func (a *app) keyringShowCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "show NAME", Short: "Show a keyring", Args: exactly(1, "NAME"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
+				kr, err := c.Keyring(ctx, args[0])
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, kr, func(w io.Writer) { keyringDetail(w, kr) })
+			})
+		},
+	}
+}
+
+func keyringTable(w io.Writer, list []wire.Keyring) {
+	row(w, "KEYRING", "RESIDENCY", "PROTECTION", "POLICY", "KEK", "KEYS", "CREATED")
+	for _, k := range list {
+		row(w, k.Name, strings.Join(k.Residency, ","), k.Protection, k.Policy, k.KEK, k.Keys, when(k.Created))
+	}
+}
+
+func keyringDetail(w io.Writer, k wire.Keyring) {
+	var nodes []string
+	for _, n := range k.Nodes {
+		nodes = append(nodes, n.ID+" ("+n.API+")")
+	}
+	row(w, "keyring", k.Name)
+	row(w, "residency", strings.Join(k.Residency, ", "))
+	row(w, "opened by", strings.Join(nodes, ", "))
+	row(w, "protection", k.Protection)
+	row(w, "policy", k.Policy)
+	row(w, "receipts", k.Receipts)
+	row(w, "max staleness", time.Duration(k.MaxStalenessMS)*time.Millisecond)
+	row(w, "survive", k.Survive)
+	row(w, "KEK version", k.KEK)
+	row(w, "keys", k.Keys)
+	row(w, "created", when(k.Created)+" by "+k.Creator)
+}
+
+func (a *app) keyCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "key", Short: "Create and look at keys; propose rotation, suspension and the rest"}
+	cmd.AddCommand(a.keyCreateCommand(), a.keyListCommand(), a.keyShowCommand(),
+		a.proposeOnKey("rotate", "Propose a new version", false),
+		a.proposeOnKey("suspend", "Propose that the key refuses every operation until it is resumed", false),
+		a.proposeOnKey("resume", "Propose that a suspended key serves again", false),
+		a.proposeOnKey("deactivate", "Propose that an old version stops decrypting", true),
+		a.proposeOnKey("compromise", "Propose that a version is marked compromised", true),
+		a.proposeOnKey("destroy", "Propose the destruction of a version, or of the whole key with --all", true))
+	return cmd
+}
+
+func (a *app) keyCreateCommand() *cobra.Command {
+	var req wire.CreateKeyRequest
+	var period time.Duration
+	cmd := &cobra.Command{
+		Use:     "create KEYRING/KEY --purpose encrypt|mac|sign",
+		Short:   "Create a key",
+		Example: "  conclave key create coalition/db --purpose encrypt --rotation-period 2160h\n  conclave key create europe/seal --purpose sign --algorithm ecdsa-p384",
+		Args:    exactly(1, "KEYRING/KEY"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			keyring, name, err := keyPath(args[0])
+			if err != nil {
+				return err
+			}
+			if req.Purpose == "" {
+				return usagef("--purpose is missing: encrypt, mac or sign")
+			}
+			req.Name, req.RotationPeriodMS = name, period.Milliseconds()
+			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
+				k, err := c.CreateKey(ctx, keyring, req)
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, k, func(w io.Writer) { keyTable(w, []wire.Key{k}) })
+			})
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&req.Purpose, "purpose", "", "encrypt, mac or sign")
+	f.StringVar(&req.Algorithm, "algorithm", "", "aes256-gcm; hmac-sha256; ecdsa-p256, ecdsa-p384, ed25519 (default: the purpose's first)")
+	f.DurationVar(&period, "rotation-period", 0, "rotate this often, 0 for on request only")
+	return cmd
+}
+
+func (a *app) keyListCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "list KEYRING", Aliases: []string{"ls"}, Short: "List the keys of a keyring", Args: exactly(1, "KEYRING"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := kms.CheckName("keyring", args[0]); err != nil {
+				return usageError{err}
+			}
+			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
+				list, err := c.Keys(ctx, args[0])
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, list, func(w io.Writer) { keyTable(w, list) })
+			})
+		},
+	}
+}
+
+func (a *app) keyShowCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "show KEYRING/KEY", Short: "Show a key, its versions and their receipts", Args: exactly(1, "KEYRING/KEY"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			keyring, name, err := keyPath(args[0])
+			if err != nil {
+				return err
+			}
+			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
+				k, err := c.Key(keyring, name).Describe(ctx)
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, k, func(w io.Writer) { keyDetail(w, k) })
+			})
+		},
+	}
+}
+
+func keyTable(w io.Writer, list []wire.Key) {
+	row(w, "KEY", "PURPOSE", "ALGORITHM", "PRIMARY", "STATE", "NEXT ROTATION", "CREATED")
+	for _, k := range list {
+		row(w, kms.KeyPath(k.Keyring, k.Name), k.Purpose, k.Algorithm, k.Primary, keyState(k), nextRotation(k), when(k.Created))
+	}
+}
+
+func keyState(k wire.Key) string {
+	switch {
+	case k.Suspended:
+		return "suspended"
+	case k.Primary == 0:
+		return "destroyed"
+	}
+	return "active"
+}
+
+func nextRotation(k wire.Key) string {
+	if k.Overdue {
+		return "OVERDUE " + when(k.NextRotation)
+	}
+	return when(k.NextRotation)
+}
+
+func keyDetail(w io.Writer, k wire.Key) {
+	row(w, "key", kms.KeyPath(k.Keyring, k.Name))
+	row(w, "id", k.ID)
+	row(w, "purpose", k.Purpose+", "+k.Algorithm)
+	row(w, "state", keyState(k))
+	row(w, "next rotation", nextRotation(k))
+	row(w, "created", when(k.Created)+" by "+k.Creator)
+	for _, id := range k.Proposals {
+		row(w, "open proposal", id)
+	}
+	row(w)
+	row(w, "VERSION", "STATE", "PRIMARY", "CREATED", "ACTIVATED", "RECEIPTS", "AUTHORISED BY")
+	for _, v := range k.Versions {
+		var receipts []string
+		for _, r := range v.Receipts {
+			mark := "missing"
+			if r.Received {
+				mark = "ok"
+			}
+			receipts = append(receipts, r.Node+" "+mark)
+		}
+		row(w, v.Version, v.State, map[bool]string{true: "yes", false: "-"}[v.Primary], when(v.Created), when(v.Activated), or(strings.Join(receipts, ", "), "-"), or(v.Proposal, "-"))
+	}
+}
+
+func (a *app) statusCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "status", Short: "Show how the cluster looks from one node", Args: exactly(0, "no arguments"),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
+				s, err := c.Status(ctx)
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, s, func(w io.Writer) { statusTable(w, s) })
+			})
+		},
+	}
+}
+
+func statusTable(w io.Writer, s wire.Status) {
+	row(w, "cluster", s.Cluster+" ("+s.Name+")")
+	row(w, "node", s.Node+", site "+s.Site)
+	row(w, "device", s.Device)
+	if s.Raft != nil {
+		row(w, "role", s.Raft.State)
+		row(w, "leader", or(s.Raft.Leader, "none"))
+		row(w, "term, index", fmt.Sprintf("%d, %d", s.Raft.Term, s.Index))
+	}
+	row(w, "fresh", (time.Duration(s.FreshMS) * time.Millisecond).String())
+	row(w, "cluster clock", when(s.Clock))
+	row(w, "cluster log", fmt.Sprintf("%d leaves, root %s", s.LogSize, b64(s.LogRoot)))
+	row(w, "keyrings, keys", fmt.Sprintf("%d (%d openable here), %d keys, %d overdue", s.Keys.Keyrings, s.Keys.Resident, s.Keys.Keys, s.Keys.Overdue))
+	row(w, "open proposals", s.Open)
+	row(w, "receipts owed", s.Pending)
+	if s.Raft != nil {
+		row(w)
+		row(w, "PEER", "SITE", "ADDRESS", "SUFFRAGE")
+		for _, p := range s.Raft.Peers {
+			row(w, p.ID, p.Site, p.Address, p.Suffrage)
+		}
+	}
+}
+
+func (a *app) nodeCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "node", Short: "Look at the members of the cluster"}
+	cmd.AddCommand(&cobra.Command{
+		Use: "list", Aliases: []string{"ls"}, Short: "List the nodes", Args: exactly(0, "no arguments"),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
+				nodes, err := c.Nodes(ctx)
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, nodes, func(w io.Writer) {
+					row(w, "NODE", "SITE", "API", "SUITE", "LAST HEARD", "DEVICE (as claimed)")
+					for _, n := range nodes {
+						row(w, n.ID, n.Site, n.API, n.Suite, when(n.LastHeard), n.Device)
+					}
+				})
+			})
+		},
+	})
+	return cmd
+}
+
+func (a *app) policyCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "policy", Short: "Look at the approval policies"}
+	cmd.AddCommand(&cobra.Command{
+		Use: "list", Aliases: []string{"ls"}, Short: "List the approval policies, rule by rule", Args: exactly(0, "no arguments"),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
+				p, err := c.Policies(ctx)
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, p, func(w io.Writer) {
+					row(w, "POLICY", "REVISION", "RULE")
+					for _, pol := range p.Policies {
+						for _, s := range pol.Summary {
+							row(w, pol.Name, pol.Revision, s)
+						}
+					}
+				})
+			})
+		},
+	})
+	return cmd
+}

@@ -1,0 +1,156 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/client"
+)
+
+// app holds the flags that all commands share.
+type app struct {
+	addr, cacert, cert, key string
+	output                  string
+	timeout                 time.Duration
+}
+
+func (a *app) flags(root *cobra.Command) {
+	f := root.PersistentFlags()
+	f.StringVar(&a.addr, "addr", "", "https URLs of nodes, comma-separated (CONCLAVE_ADDR)")
+	f.StringVar(&a.cacert, "cacert", "", "the sites' CA certificates, PEM (CONCLAVE_CACERT)")
+	f.StringVar(&a.cert, "cert", "", "client certificate, PEM (CONCLAVE_CLIENT_CERT or CONCLAVE_ADMIN_CERT)")
+	f.StringVar(&a.key, "key-file", "", "key of the client certificate, PEM (CONCLAVE_CLIENT_KEY or CONCLAVE_ADMIN_KEY)")
+	f.StringVarP(&a.output, "output", "o", "table", "output: table or json")
+	f.DurationVar(&a.timeout, "timeout", 30*time.Second, "longest wait for one request")
+	root.PersistentPreRunE = func(*cobra.Command, []string) error {
+		if a.output != "table" && a.output != "json" {
+			return usagef("--output %q is not table or json", a.output)
+		}
+		return nil
+	}
+	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp))
+}
+
+// service connects as the service identity, operator as the administrator.
+func (a *app) service() (*client.Client, error) {
+	return a.connect("CONCLAVE_CLIENT_CERT", "CONCLAVE_CLIENT_KEY")
+}
+
+func (a *app) operator() (*client.Client, error) {
+	if os.Getenv("CONCLAVE_ADMIN_CERT") == "" {
+		return a.service()
+	}
+	return a.connect("CONCLAVE_ADMIN_CERT", "CONCLAVE_ADMIN_KEY")
+}
+
+func (a *app) connect(certEnv, keyEnv string) (*client.Client, error) {
+	cert, key := or(a.cert, os.Getenv(certEnv)), or(a.key, os.Getenv(keyEnv))
+	tlsConfig, err := client.LoadTLS(or(a.cacert, os.Getenv("CONCLAVE_CACERT")), cert, key)
+	if err != nil {
+		return nil, err
+	}
+	var addresses []string
+	for _, s := range strings.Split(or(a.addr, os.Getenv("CONCLAVE_ADDR")), ",") {
+		if s = strings.TrimSpace(s); s != "" {
+			addresses = append(addresses, s)
+		}
+	}
+	return client.New(client.Config{Addresses: addresses, TLS: tlsConfig, Timeout: a.timeout})
+}
+
+func or(s, fallback string) string {
+	if s != "" {
+		return s
+	}
+	return fallback
+}
+
+// show prints v as JSON or by the table function.
+func (a *app) show(cmd *cobra.Command, v any, table func(w io.Writer)) error {
+	w := cmd.OutOrStdout()
+	if a.output == "json" {
+		enc := json.NewEncoder(w)
+		enc.SetIndent("", "  ")
+		enc.SetEscapeHTML(false)
+		return enc.Encode(v)
+	}
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	table(t)
+	return t.Flush()
+}
+
+func row(w io.Writer, cells ...any) {
+	for i, c := range cells {
+		if i > 0 {
+			fmt.Fprint(w, "\t")
+		}
+		fmt.Fprint(w, c)
+	}
+	fmt.Fprintln(w)
+}
+
+// when prints an instant for a person.
+func when(t time.Time) string {
+	if t.IsZero() {
+		return "-"
+	}
+	return t.UTC().Format("2006-01-02 15:04:05Z")
+}
+
+// input reads a value given on the command line: "@FILE" is the file's content,
+// "-" standard input, anything else itself.
+func input(cmd *cobra.Command, arg string) ([]byte, error) {
+	switch {
+	case arg == "-":
+		return io.ReadAll(cmd.InOrStdin())
+	case strings.HasPrefix(arg, "@"):
+		return os.ReadFile(arg[1:])
+	}
+	return []byte(arg), nil
+}
+
+// pairs parses NAME=VALUE flags.
+func pairs(flags []string) (map[string]string, error) {
+	if len(flags) == 0 {
+		return nil, nil
+	}
+	m := make(map[string]string, len(flags))
+	for _, f := range flags {
+		name, value, ok := strings.Cut(f, "=")
+		if !ok || name == "" {
+			return nil, usagef("--context %q is not NAME=VALUE", f)
+		}
+		if _, twice := m[name]; twice {
+			return nil, usagef("--context %s is given twice", name)
+		}
+		m[name] = value
+	}
+	return m, nil
+}
+
+// keyPath splits the argument KEYRING/KEY.
+func keyPath(arg string) (keyring, key string, err error) {
+	keyring, key, err = kms.SplitKeyPath(arg)
+	if err != nil {
+		return "", "", usageError{err}
+	}
+	return keyring, key, nil
+}
+
+// exactly is cobra.ExactArgs with the usage in the message.
+func exactly(n int, names string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) != n {
+			return usagef("%s takes %s; see: %s --help", cmd.CommandPath(), names, cmd.CommandPath())
+		}
+		return nil
+	}
+}

@@ -1,0 +1,103 @@
+// Command conclave is the tool of operators, custodians, services and auditors.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/conclave-kms/conclave/kms"
+)
+
+// version is set by the linker.
+var version = "unknown"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	os.Exit(run(ctx))
+}
+
+// run returns the exit code: 0 done, 2 wrong usage, and for the rest one code for
+// each family of errors, as the help of the root command lists them.
+func run(ctx context.Context) int {
+	root := rootCommand()
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintln(os.Stderr, "conclave:", err)
+	return exitCode(err)
+}
+
+// usageError marks a mistake on the command line.
+type usageError struct{ error }
+
+func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+func exitCode(err error) int {
+	if errors.As(err, new(usageError)) {
+		return 2
+	}
+	var e *kms.Error
+	if !errors.As(err, &e) {
+		return 1
+	}
+	switch e.Kind {
+	case kms.Unauthenticated, kms.Denied, kms.NeedsApproval:
+		return 3
+	case kms.NotFound:
+		return 4
+	case kms.Exists, kms.Conflict, kms.Expired, kms.Replayed:
+		return 5
+	case kms.OpenFailed, kms.BadSignature:
+		return 6
+	case kms.Unavailable, kms.Stale, kms.Unknown, kms.ReadOnly, kms.NotResident:
+		return 7
+	}
+	return 1
+}
+
+func rootCommand() *cobra.Command {
+	a := &app{}
+	root := &cobra.Command{
+		Use:   "conclave",
+		Short: "Use and govern the keys of a Conclave cluster",
+		Long: `conclave is the tool of operators, custodians, services and auditors.
+
+It connects with a client certificate; the environment says where and as whom:
+
+  CONCLAVE_ADDR          https URLs of nodes, comma-separated, tried in this order
+  CONCLAVE_CACERT        the sites' CA certificates (PEM)
+  CONCLAVE_CLIENT_CERT   certificate and key used for operations on keys
+  CONCLAVE_CLIENT_KEY
+  CONCLAVE_ADMIN_CERT    certificate and key used to administer (keyrings, keys,
+  CONCLAVE_ADMIN_KEY     proposals, status); default: the client's
+
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 not permitted; 4 not found;
+5 conflict or expired; 6 does not open or verify; 7 unavailable, try again.`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Version:       version,
+	}
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return usagef("%w; see: %s --help", err, cmd.CommandPath())
+	})
+	a.flags(root)
+	root.AddGroup(&cobra.Group{ID: "use", Title: "Use keys:"}, &cobra.Group{ID: "govern", Title: "Govern keys:"}, &cobra.Group{ID: "look", Title: "Look:"})
+	add := func(group string, cmds ...*cobra.Command) {
+		for _, c := range cmds {
+			c.GroupID = group
+			root.AddCommand(c)
+		}
+	}
+	add("use", a.encryptCommand(), a.decryptCommand(), a.rewrapCommand(), a.datakeyCommand(), a.macCommand(), a.verifyMACCommand(), a.signCommand(), a.verifyCommand(), a.publicKeyCommand(), a.exportCommand())
+	add("govern", a.keyringCommand(), a.keyCommand(), a.proposalCommand(), a.custodianCommand())
+	add("look", a.statusCommand(), a.nodeCommand(), a.policyCommand(), a.evidenceCommand())
+	return root
+}

@@ -1,0 +1,300 @@
+package main
+
+import (
+	"context"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
+	"github.com/conclave-kms/conclave/kms/client"
+	"github.com/conclave-kms/conclave/kms/wire"
+)
+
+// proposeOnKey is `conclave key ACTION`: it opens a proposal.
+func (a *app) proposeOnKey(action, short string, version bool) *cobra.Command {
+	var reason string
+	var expires time.Duration
+	var n uint32
+	var all bool
+	use := action + " KEYRING/KEY --reason TEXT"
+	if version {
+		use += " --version N"
+	}
+	cmd := &cobra.Command{
+		Use:   use,
+		Short: short,
+		Long:  short + ".\nOpens a proposal: it is carried out once the quorum of the keyring's policy has approved it.",
+		Args:  exactly(1, "KEYRING/KEY"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			keyring, key, err := keyPath(args[0])
+			if err != nil {
+				return err
+			}
+			if reason == "" {
+				return usagef("--reason is missing: custodians sign it with the proposal")
+			}
+			if version && (n == 0) == !all {
+				if action == "destroy" {
+					return usagef("give either --version N or --all")
+				}
+				return usagef("--version is missing: the key version")
+			}
+			req := wire.OpenProposalRequest{
+				Action: action, Target: approval.KeyTarget(keyring, key), Reason: reason,
+				Parameters: wire.ProposalParameters{Version: n}, ExpiresInMS: expires.Milliseconds(),
+			}
+			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
+				p, err := c.OpenProposal(ctx, req)
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, p, func(w io.Writer) {
+					proposalTable(w, []wire.Proposal{p})
+					row(w)
+					row(w, "Custodians approve with: conclave proposal approve "+p.ID+" --custodian-key FILE")
+				})
+			})
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&reason, "reason", "", "why; part of what custodians sign")
+	f.DurationVar(&expires, "expires", 0, "give up after this time (default and most: the policy's lifetime)")
+	if version {
+		f.Uint32Var(&n, "version", 0, "key version")
+	}
+	if action == "destroy" {
+		f.BoolVar(&all, "all", false, "all versions")
+	}
+	return cmd
+}
+
+func (a *app) proposalCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "proposal", Short: "List, read, approve and reject proposals"}
+	cmd.AddCommand(a.proposalListCommand(), a.proposalShowCommand(),
+		a.voteCommand(approval.Approve, "Approve a proposal with a custodian's own key"),
+		a.voteCommand(approval.Reject, "Reject a proposal with a custodian's own key"))
+	return cmd
+}
+
+func (a *app) proposalListCommand() *cobra.Command {
+	var open bool
+	cmd := &cobra.Command{
+		Use: "list", Aliases: []string{"ls"}, Short: "List the proposals, newest first", Args: exactly(0, "no arguments"),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
+				all, err := c.Proposals(ctx)
+				if err != nil {
+					return err
+				}
+				list := make([]wire.Proposal, 0, len(all))
+				for _, p := range all {
+					if !open || p.ClosedAt.IsZero() && p.Progress != "expired" {
+						list = append(list, p)
+					}
+				}
+				return a.show(cmd, list, func(w io.Writer) { proposalTable(w, list) })
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&open, "open", false, "only those that still wait for something")
+	return cmd
+}
+
+func proposalTable(w io.Writer, list []wire.Proposal) {
+	row(w, "PROPOSAL", "ACTION", "TARGET", "PROGRESS", "APPROVALS", "SITES", "EXPIRES", "MISSING")
+	for _, p := range list {
+		row(w, p.ID, p.Content.Action, p.Content.Target, p.Progress, p.Approvals, p.Sites, when(p.Content.Expires), or(strings.Join(p.Missing, ", "), "-"))
+	}
+}
+
+func (a *app) proposalShowCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "show ID",
+		Short: "Show a proposal, decoded from the exact bytes that custodians sign",
+		Args:  exactly(1, "ID"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
+				p, content, err := fetchProposal(ctx, c, args[0])
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, p, func(w io.Writer) {
+					showSigned(w, p.Bytes, content)
+					row(w)
+					showProgress(w, p)
+				})
+			})
+		},
+	}
+}
+
+// fetchProposal returns a proposal whose bytes hash to its identifier, and the
+// content decoded here from those bytes: the node's own decoding is not trusted.
+func fetchProposal(ctx context.Context, c *client.Client, id string) (wire.Proposal, approval.Proposal, error) {
+	p, err := c.Proposal(ctx, id)
+	if err != nil {
+		return p, approval.Proposal{}, err
+	}
+	if approval.ProposalID(p.Bytes) != id {
+		return p, approval.Proposal{}, kms.Errorf(kms.BadSignature, "the node sent another proposal than %s: its bytes hash to %s", id, approval.ProposalID(p.Bytes))
+	}
+	content, err := approval.ParseProposal(p.Bytes)
+	return p, content, err
+}
+
+// showSigned renders the signed bytes field for field.
+func showSigned(w io.Writer, b []byte, p approval.Proposal) {
+	ms := func(t int64) string {
+		if t == 0 {
+			return "-"
+		}
+		return when(time.UnixMilli(t))
+	}
+	row(w, "proposal", approval.ProposalID(b))
+	row(w, "format", p.Format)
+	row(w, "cluster", p.Cluster)
+	row(w, "nonce", hex.EncodeToString(p.Nonce))
+	row(w, "action", p.Action)
+	row(w, "target", p.Target)
+	row(w, "at revision", p.Revision)
+	row(w, "policy", fmt.Sprintf("%s, revision %d", p.Policy, p.PolicyRevision))
+	row(w, "proposer", p.Proposer)
+	row(w, "created", ms(p.Created))
+	row(w, "not before", ms(p.NotBefore))
+	row(w, "expires", ms(p.Expires))
+	row(w, "reason", fmt.Sprintf("%q", p.Reason))
+	row(w, "parameters", parameters(p))
+	row(w, "signed bytes", fmt.Sprintf("%d bytes, %s", len(b), hex.EncodeToString(b)))
+}
+
+func parameters(p approval.Proposal) string {
+	var v any
+	var err error
+	switch p.Action {
+	case kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
+		v, err = p.VersionParams()
+	case kms.ActionPolicy:
+		v, err = p.PolicyParams()
+	case kms.ActionCustodian:
+		v, err = p.CustodianParams()
+	default:
+		return "-"
+	}
+	if err != nil {
+		return "NOT READABLE: " + err.Error()
+	}
+	b, err := json.Marshal(v)
+	if err != nil {
+		return "NOT READABLE: " + err.Error()
+	}
+	return string(b)
+}
+
+func showProgress(w io.Writer, p wire.Proposal) {
+	row(w, "progress", p.Progress)
+	row(w, "", p.Summary)
+	row(w, "authorised", when(p.AuthorisedAt))
+	row(w, "executable", when(p.ExecutableAt))
+	row(w, "closed", when(p.ClosedAt))
+	for _, m := range p.Missing {
+		row(w, "missing", m)
+	}
+	row(w)
+	row(w, "CUSTODIAN", "SITE", "VERDICT", "CREDENTIAL", "TIME")
+	for _, v := range p.Votes {
+		row(w, v.Statement.Custodian, v.Site, v.Statement.Verdict, v.Statement.Credential, when(v.Time))
+	}
+}
+
+func (a *app) voteCommand(verdict approval.Verdict, short string) *cobra.Command {
+	var keyFile, passFile string
+	var yes bool
+	cmd := &cobra.Command{
+		Use:   string(verdict) + " ID --custodian-key FILE",
+		Short: short,
+		Long: short + `.
+Shows the proposal, decoded here from the exact bytes that are signed, and asks
+before signing. The key never leaves this program; the node gets the signature.`,
+		Args: exactly(1, "ID"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if keyFile == "" {
+				return usagef("--custodian-key is missing: the key file that conclave custodian keygen made")
+			}
+			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
+				p, content, err := fetchProposal(ctx, c, args[0])
+				if err != nil {
+					return err
+				}
+				if !yes {
+					if err := a.confirm(cmd, verdict, p.Bytes, content); err != nil {
+						return err
+					}
+				}
+				statement, err := signVote(ctx, cmd, c, verdict, p, keyFile, passFile)
+				if err != nil {
+					return err
+				}
+				after, err := c.Vote(ctx, p.ID, wire.VoteRequest{Statement: statement})
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, after, func(w io.Writer) { proposalTable(w, []wire.Proposal{after}) })
+			})
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&keyFile, "custodian-key", "", "the custodian's key file")
+	f.StringVar(&passFile, "pass-file", "", "file with the key file's passphrase (default: ask)")
+	f.BoolVarP(&yes, "yes", "y", false, "do not ask before signing")
+	return cmd
+}
+
+func (a *app) confirm(cmd *cobra.Command, verdict approval.Verdict, b []byte, content approval.Proposal) error {
+	quiet := app{output: "table"}
+	out := cmd.OutOrStdout()
+	cmd.SetOut(cmd.ErrOrStderr())
+	err := quiet.show(cmd, nil, func(w io.Writer) { showSigned(w, b, content) })
+	cmd.SetOut(out)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(cmd.ErrOrStderr(), "\n%s this? Type yes: ", strings.ToUpper(string(verdict[:1]))+string(verdict[1:]))
+	var answer string
+	if _, err := fmt.Fscanln(cmd.InOrStdin(), &answer); err != nil || answer != "yes" {
+		return usagef("nothing was signed; answer yes, or give --yes")
+	}
+	return nil
+}
+
+// signVote finds the custodian that the key file belongs to and signs.
+func signVote(ctx context.Context, cmd *cobra.Command, c *client.Client, verdict approval.Verdict, p wire.Proposal, keyFile, passFile string) (wire.Statement, error) {
+	key, fingerprint, err := openKeyFile(cmd, keyFile, passFile)
+	if err != nil {
+		return wire.Statement{}, err
+	}
+	defer key.Destroy()
+	custodians, err := c.Custodians(ctx)
+	if err != nil {
+		return wire.Statement{}, err
+	}
+	for _, cu := range custodians {
+		for _, cred := range cu.Credentials {
+			if cred.ID != fingerprint {
+				continue
+			}
+			sig, err := key.Sign(approval.Message(verdict, p.Bytes), []byte(approval.Context))
+			if err != nil {
+				return wire.Statement{}, err
+			}
+			return wire.Statement{Proposal: p.ID, Verdict: string(verdict), Custodian: cu.ID, Credential: cred.ID, Signature: sig}, nil
+		}
+	}
+	return wire.Statement{}, kms.Errorf(kms.NotFound, "no custodian of this cluster has the key %s (%s)", fingerprint, keyFile)
+}

@@ -1,0 +1,114 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/conclave-kms/conclave/kms/keyring"
+	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/pqc"
+)
+
+// card is what a node tells the founders of a cluster about itself,
+// DATA_DIR/node.json: nothing in it is secret.
+type card struct {
+	Format       int    `json:"format"` // 1
+	Node         string `json:"node"`
+	Site         string `json:"site"`
+	Address      string `json:"address"`
+	API          string `json:"api"`
+	Suite        string `json:"suite"`
+	Agreement    []byte `json:"agreement"`
+	SigningSuite string `json:"signing_suite"`
+	Signing      []byte `json:"signing"`
+	Device       string `json:"device"`
+}
+
+func cardPath(dataDir string) string { return filepath.Join(dataDir, "node.json") }
+
+// newCard describes the node of the configuration with its device and root.
+func newCard(cfg Config, dev device, root *keyring.Root) (card, error) {
+	signing, err := dev.SigningKey().Bytes()
+	if err != nil {
+		return card{}, err
+	}
+	kem, sig := cfg.Device.suites()
+	return card{
+		Format: 1, Node: cfg.Node, Site: cfg.Site, Address: cfg.Cluster.Advertise, API: cfg.API.Advertise,
+		Suite: kem.String(), Agreement: root.PublicKey().Bytes(),
+		SigningSuite: sig.String(), Signing: signing, Device: dev.Describe(),
+	}, nil
+}
+
+// node turns the card into the record of the genesis document.
+func (c card) node() (state.Node, error) {
+	kem, ok := pqc.ByName(c.Suite)
+	if !ok {
+		return state.Node{}, fmt.Errorf("unknown suite %q", c.Suite)
+	}
+	sig, ok := pqc.ByName(c.SigningSuite)
+	if !ok {
+		return state.Node{}, fmt.Errorf("unknown signing suite %q", c.SigningSuite)
+	}
+	return state.Node{
+		ID: c.Node, Site: c.Site, Address: c.Address, API: c.API, Suite: uint16(kem.ID), Agreement: c.Agreement,
+		SigningSuite: uint16(sig.ID), Signing: c.Signing, Device: c.Device,
+	}, nil
+}
+
+func readCard(path string) (card, error) {
+	var c card
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return c, fmt.Errorf("node card: %w", err)
+	}
+	if err := strictJSON(b, &c); err != nil {
+		return c, fmt.Errorf("%s: %w", path, err)
+	}
+	if c.Format != 1 {
+		return c, fmt.Errorf("%s: format %d is not known", path, c.Format)
+	}
+	return c, nil
+}
+
+// sameRoot checks that the genesis document names the keys that the device holds.
+func sameRoot(n state.Node, dev device, root *keyring.Root) error {
+	signing, err := dev.SigningKey().Bytes()
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(n.Signing, signing) {
+		return fmt.Errorf("the genesis document names signing key %s for node %s, but this device holds %s: wrong device, or wrong document", pqc.Fingerprint(n.Signing), n.ID, pqc.Fingerprint(signing))
+	}
+	if !bytes.Equal(n.Agreement, root.PublicKey().Bytes()) {
+		return fmt.Errorf("the genesis document names another agreement key for node %s than this device and root.json hold", n.ID)
+	}
+	return nil
+}
+
+// initNode provisions the device where that has not happened yet, makes the root
+// file and writes the node's card. It can be repeated: what exists stays.
+func writeCard(cfg Config, c card) error {
+	b, err := json.MarshalIndent(c, "", "  ")
+	if err != nil {
+		return err
+	}
+	return replaceFile(cardPath(cfg.DataDir), append(b, '\n'), 0o644)
+}
+
+// replaceFile writes a file atomically and makes it durable.
+func replaceFile(path string, b []byte, mode fs.FileMode) error {
+	tmp := path + ".new"
+	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := writeNew(tmp, b, mode); err != nil {
+		return err
+	}
+	return os.Rename(tmp, path)
+}

@@ -1,0 +1,236 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+	"github.com/pelletier/go-toml/v2/unstable"
+
+	"github.com/conclave-kms/conclave/cluster"
+	"github.com/conclave-kms/conclave/kms"
+)
+
+// Config is the configuration file of a node. Paths are relative to the file.
+type Config struct {
+	Node    string `toml:"node"`
+	Site    string `toml:"site"`
+	DataDir string `toml:"data_dir"`
+	Genesis string `toml:"genesis"`
+
+	TLS     TLSConfig     `toml:"tls"`
+	Cluster ClusterConfig `toml:"cluster"`
+	API     APIConfig     `toml:"api"`
+	Device  DeviceConfig  `toml:"device"`
+	Cache   CacheConfig   `toml:"cache"`
+	Log     LogConfig     `toml:"log"`
+}
+
+// TLSConfig names the node's certificate (URI SAN spiffe://TRUST-DOMAIN/node/NODE,
+// issued by the site's CA) and its key, PEM.
+type TLSConfig struct {
+	Certificate string `toml:"certificate"`
+	Key         string `toml:"key"`
+}
+
+// ClusterConfig is where other nodes connect.
+type ClusterConfig struct {
+	Listen    string `toml:"listen"`
+	Advertise string `toml:"advertise"` // host:port put into the node card; default: listen
+
+	Heartbeat         Duration `toml:"heartbeat"`          // without a word from the leader before an election; default 1s
+	SnapshotThreshold uint64   `toml:"snapshot_threshold"` // log entries between snapshots; default 8192
+}
+
+// timing is for round trips up to 100 ms unless heartbeat says more.
+func (c ClusterConfig) timing() cluster.Timing {
+	h := time.Duration(c.Heartbeat)
+	return cluster.Timing{Heartbeat: h, Election: h, Lease: h / 2, SnapshotThreshold: c.SnapshotThreshold}
+}
+
+// APIConfig is where clients connect.
+type APIConfig struct {
+	Listen        string `toml:"listen"`
+	Advertise     string `toml:"advertise"` // URL put into the node card; default: https://listen
+	RequireHybrid bool   `toml:"require_hybrid"`
+}
+
+// DeviceConfig says where the hardware root is.
+type DeviceConfig struct {
+	Type        string   `toml:"type"` // "pkcs11" or "tpm"
+	Curve       string   `toml:"curve"`
+	CallTimeout Duration `toml:"call_timeout"`
+
+	URI         string `toml:"uri"`          // pkcs11: RFC 7512, with pin-source
+	SoftHSMConf string `toml:"softhsm_conf"` // pkcs11: SoftHSM's configuration file, for SoftHSM only
+
+	Path     string `toml:"path"`      // tpm: /dev/tpmrm0 or unix:SOCKET
+	AuthFile string `toml:"auth_file"` // tpm: file of mode 0600 with the authorisation secret
+}
+
+// CacheConfig bounds the opened key material in locked memory.
+type CacheConfig struct {
+	TTL  Duration `toml:"ttl"`
+	KEKs int      `toml:"keks"`
+	Keys int      `toml:"keys"`
+}
+
+// LogConfig is the node's own log on standard error.
+type LogConfig struct {
+	Level  string `toml:"level"`  // debug, info, warn, error
+	Format string `toml:"format"` // text, json
+}
+
+// Duration is a time.Duration written as "10s".
+type Duration time.Duration
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (d *Duration) UnmarshalText(b []byte) error {
+	v, err := time.ParseDuration(string(b))
+	if err != nil || v <= 0 {
+		return fmt.Errorf("%q is not a positive duration such as \"10s\"", b)
+	}
+	*d = Duration(v)
+	return nil
+}
+
+// loadConfig reads and checks a configuration file. Errors name file, line and field.
+func loadConfig(path string) (Config, error) {
+	c := Config{
+		Cache: CacheConfig{TTL: Duration(10 * time.Minute), KEKs: 1024, Keys: 16384},
+		Log:   LogConfig{Level: "info", Format: "text"},
+		Device: DeviceConfig{
+			Curve: "P-384", CallTimeout: Duration(10 * time.Second),
+		},
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return c, fmt.Errorf("configuration: %w", err)
+	}
+	dec := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields()
+	if err := dec.Decode(&c); err != nil {
+		return c, positioned(path, err)
+	}
+	if field, why := c.check(); field != "" {
+		return c, fmt.Errorf("%s:%d: %s: %s", path, lineOf(b, field), field, why)
+	}
+	dir := filepath.Dir(path)
+	for _, p := range []*string{&c.DataDir, &c.Genesis, &c.TLS.Certificate, &c.TLS.Key, &c.Device.SoftHSMConf, &c.Device.AuthFile} {
+		if *p != "" && !filepath.IsAbs(*p) {
+			*p = filepath.Join(dir, *p)
+		}
+	}
+	if c.Cluster.Advertise == "" {
+		c.Cluster.Advertise = c.Cluster.Listen
+	}
+	if c.API.Advertise == "" {
+		c.API.Advertise = "https://" + c.API.Listen
+	}
+	return c, nil
+}
+
+// check returns the first field that is wrong and why.
+func (c *Config) check() (field, why string) {
+	for _, f := range []struct{ name, value string }{{"node", c.Node}, {"site", c.Site}} {
+		if err := kms.CheckName(f.name, f.value); err != nil {
+			return f.name, err.Error()
+		}
+	}
+	required := []struct{ name, value, what string }{
+		{"data_dir", c.DataDir, "the directory for the node's state"},
+		{"genesis", c.Genesis, "the signed genesis document"},
+		{"tls.certificate", c.TLS.Certificate, "the node's certificate (PEM)"},
+		{"tls.key", c.TLS.Key, "the key of the node's certificate (PEM)"},
+		{"cluster.listen", c.Cluster.Listen, "host:port for other nodes"},
+		{"api.listen", c.API.Listen, "host:port for clients"},
+		{"device.type", c.Device.Type, `"pkcs11" or "tpm"`},
+	}
+	switch c.Device.Type {
+	case "pkcs11":
+		required = append(required, struct{ name, value, what string }{"device.uri", c.Device.URI, "a PKCS#11 URI (RFC 7512) with module-path and pin-source"})
+	case "tpm":
+		required = append(required,
+			struct{ name, value, what string }{"device.path", c.Device.Path, "/dev/tpmrm0 or unix:SOCKET"},
+			struct{ name, value, what string }{"device.auth_file", c.Device.AuthFile, "a file of mode 0600 with the TPM's authorisation secret"})
+	case "":
+	default:
+		return "device.type", fmt.Sprintf("%q is not \"pkcs11\" or \"tpm\"", c.Device.Type)
+	}
+	for _, r := range required {
+		if r.value == "" {
+			return r.name, "missing: " + r.what
+		}
+	}
+	if c.Device.Curve != "P-384" && c.Device.Curve != "P-256" {
+		return "device.curve", fmt.Sprintf("%q is not \"P-384\" or \"P-256\"", c.Device.Curve)
+	}
+	if c.Cache.KEKs < 1 || c.Cache.Keys < 1 {
+		return "cache", "keks and keys must be at least 1"
+	}
+	if _, err := logLevel(c.Log.Level); err != nil {
+		return "log.level", err.Error()
+	}
+	if c.Log.Format != "text" && c.Log.Format != "json" {
+		return "log.format", fmt.Sprintf("%q is not \"text\" or \"json\"", c.Log.Format)
+	}
+	return "", ""
+}
+
+// positioned turns a decoder's error into file:line:column: field: reason.
+func positioned(path string, err error) error {
+	var strict *toml.StrictMissingError
+	if errors.As(err, &strict) && len(strict.Errors) > 0 {
+		first := strict.Errors[0]
+		row, col := first.Position()
+		return fmt.Errorf("%s:%d:%d: %s: no such field", path, row, col, strings.Join(first.Key(), "."))
+	}
+	var decode *toml.DecodeError
+	if errors.As(err, &decode) {
+		row, col := decode.Position()
+		field := strings.Join(decode.Key(), ".")
+		if field != "" {
+			field += ": "
+		}
+		return fmt.Errorf("%s:%d:%d: %s%s", path, row, col, field, strings.TrimPrefix(decode.Error(), "toml: "))
+	}
+	return fmt.Errorf("%s: %w", path, err)
+}
+
+// lineOf returns the line of a dotted field in the file: of its key, else of its
+// table, else 1. It asks the TOML parser, so that comments and strings that look
+// like the field do not mislead.
+func lineOf(b []byte, field string) int {
+	table, best := "", 1
+	var p unstable.Parser
+	p.Reset(b)
+	for p.NextExpression() {
+		e := p.Expression()
+		var parts []string
+		offset := uint32(0)
+		for it := e.Key(); it.Next(); {
+			if len(parts) == 0 {
+				offset = it.Node().Raw.Offset
+			}
+			parts = append(parts, string(it.Node().Data))
+		}
+		name := strings.Join(parts, ".")
+		line := 1 + bytes.Count(b[:offset], []byte("\n"))
+		switch e.Kind {
+		case unstable.Table:
+			table = name + "."
+			if strings.HasPrefix(field, table) {
+				best = line
+			}
+		case unstable.KeyValue:
+			if table+name == field {
+				return line
+			}
+		}
+	}
+	return best
+}

@@ -1,0 +1,363 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+	"github.com/spf13/cobra"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
+	"github.com/conclave-kms/conclave/kms/engine"
+	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/pqc"
+)
+
+// genesisPlan is the file from which `conclaved genesis create` makes the
+// genesis document. Paths are relative to it.
+type genesisPlan struct {
+	Name       string          `toml:"name"`
+	Access     string          `toml:"access"` // Cedar policy set; default: the built-in one
+	Sites      []sitePlan      `toml:"site"`
+	Nodes      []nodePlan      `toml:"node"`
+	Custodians []custodianPlan `toml:"custodian"`
+	Policies   []policyPlan    `toml:"policy"`
+}
+
+type sitePlan struct {
+	ID          string `toml:"id"`
+	TrustDomain string `toml:"trust_domain"`
+	CA          string `toml:"ca"` // PEM bundle
+}
+
+type nodePlan struct {
+	Card  string `toml:"card"` // node.json as written by conclaved init
+	Voter bool   `toml:"voter"`
+}
+
+type custodianPlan struct {
+	ID   string   `toml:"id"`
+	Site string   `toml:"site"`
+	Keys []string `toml:"keys"` // public key files of conclave custodian keygen
+}
+
+type policyPlan struct {
+	Name  string     `toml:"name"`
+	Rules []rulePlan `toml:"rule"`
+}
+
+type rulePlan struct {
+	Actions            []string `toml:"actions"`
+	Direct             []string `toml:"direct"`
+	Approvals          uint32   `toml:"approvals"`
+	Sites              uint32   `toml:"sites"`
+	Required           []string `toml:"required"`
+	ProposerMayApprove bool     `toml:"proposer_may_approve"`
+	Delay              Duration `toml:"delay"`
+	Lifetime           Duration `toml:"lifetime"`
+	Veto               []string `toml:"veto"`
+}
+
+// build reads everything that the plan names.
+func (p genesisPlan) build(dir string, now time.Time) (state.Genesis, error) {
+	g := state.Genesis{Format: 1, Name: p.Name, Nonce: make([]byte, state.GenesisNonce), Created: now.UnixMilli(), Access: []byte(engine.DefaultAccess())}
+	if _, err := rand.Read(g.Nonce); err != nil {
+		return g, err
+	}
+	at := func(path string) string {
+		if filepath.IsAbs(path) {
+			return path
+		}
+		return filepath.Join(dir, path)
+	}
+	if p.Access != "" {
+		b, err := os.ReadFile(at(p.Access))
+		if err != nil {
+			return g, fmt.Errorf("access: %w", err)
+		}
+		g.Access = b
+	}
+	for _, s := range p.Sites {
+		cas, err := readCertificates(at(s.CA))
+		if err != nil {
+			return g, fmt.Errorf("site %s: ca: %w", s.ID, err)
+		}
+		g.Sites = append(g.Sites, state.Site{ID: s.ID, TrustDomain: s.TrustDomain, CAs: cas})
+	}
+	for _, n := range p.Nodes {
+		card, err := readCard(at(n.Card))
+		if err != nil {
+			return g, err
+		}
+		node, err := card.node()
+		if err != nil {
+			return g, fmt.Errorf("%s: %w", n.Card, err)
+		}
+		node.Voter = n.Voter
+		g.Nodes = append(g.Nodes, node)
+	}
+	for _, c := range p.Custodians {
+		custodian, err := c.build(at)
+		if err != nil {
+			return g, fmt.Errorf("custodian %s: %w", c.ID, err)
+		}
+		g.Custodians = append(g.Custodians, custodian)
+	}
+	for _, pol := range p.Policies {
+		g.Policies = append(g.Policies, pol.build())
+	}
+	slices.SortFunc(g.Sites, func(a, b state.Site) int { return strings.Compare(a.ID, b.ID) })
+	slices.SortFunc(g.Nodes, func(a, b state.Node) int { return strings.Compare(a.ID, b.ID) })
+	slices.SortFunc(g.Custodians, func(a, b approval.Custodian) int { return strings.Compare(a.ID, b.ID) })
+	slices.SortFunc(g.Policies, func(a, b approval.Policy) int { return strings.Compare(a.Name, b.Name) })
+	return g, g.Validate()
+}
+
+func (c custodianPlan) build(at func(string) string) (approval.Custodian, error) {
+	out := approval.Custodian{ID: c.ID, Site: c.Site, Revision: 1}
+	for _, path := range c.Keys {
+		b, err := os.ReadFile(at(path))
+		if err != nil {
+			return out, err
+		}
+		pub, err := pqc.ParsePublic(b)
+		if err != nil {
+			return out, fmt.Errorf("%s: %w", path, err)
+		}
+		out.Credentials = append(out.Credentials, approval.Credential{ID: pqc.Fingerprint(pub), Suite: uint16(pqc.MLDSA65Ed25519), PublicKey: pub})
+	}
+	slices.SortFunc(out.Credentials, func(a, b approval.Credential) int { return strings.Compare(a.ID, b.ID) })
+	return out, nil
+}
+
+func (p policyPlan) build() approval.Policy {
+	out := approval.Policy{Name: p.Name, Revision: 1}
+	for _, r := range p.Rules {
+		for _, action := range r.Actions {
+			rule := approval.Rule{
+				Action: kms.Action(action), Direct: r.Direct, Approvals: r.Approvals, Sites: r.Sites, Required: r.Required,
+				ProposerMayApprove: r.ProposerMayApprove, Delay: time.Duration(r.Delay).Milliseconds(),
+				Lifetime: time.Duration(r.Lifetime).Milliseconds(), Veto: r.Veto,
+			}
+			for _, l := range [][]string{rule.Direct, rule.Required, rule.Veto} {
+				slices.Sort(l)
+			}
+			out.Rules = append(out.Rules, rule)
+		}
+	}
+	slices.SortFunc(out.Rules, func(a, b approval.Rule) int { return strings.Compare(string(a.Action), string(b.Action)) })
+	return out
+}
+
+func readCertificates(path string) ([][]byte, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var out [][]byte
+	for {
+		var block *pem.Block
+		if block, b = pem.Decode(b); block == nil {
+			break
+		}
+		if block.Type == "CERTIFICATE" {
+			out = append(out, block.Bytes)
+		}
+	}
+	if len(out) == 0 {
+		return nil, fmt.Errorf("%s holds no PEM certificate", path)
+	}
+	return out, nil
+}
+
+func readSignedGenesis(path string) (state.SignedGenesis, error) {
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return state.SignedGenesis{}, fmt.Errorf("the genesis document %s is missing: get the signed one from whoever founded the cluster, or make it with: conclaved genesis create", path)
+	}
+	if err != nil {
+		return state.SignedGenesis{}, err
+	}
+	s, err := state.ParseSignedGenesis(b)
+	if err != nil {
+		return s, fmt.Errorf("%s: %w", path, err)
+	}
+	return s, nil
+}
+
+func genesisCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "genesis",
+		Short: "Make, sign and show the document that founds a cluster",
+		Long: `The genesis document names the sites with their CAs, the nodes with their hardware
+roots, the custodians and the policies. Its hash is the cluster's identity. Every
+node signs it with the signing key in its device; a node runs only with a document
+that all nodes have signed.
+
+  1. at every site:  conclaved init         writes DATA_DIR/node.json, the node's card
+  2. at one site:    conclaved genesis create --plan genesis.toml --out genesis.cbor
+  3. at every site:  conclaved genesis show genesis.cbor   and, if it is what was agreed,
+                     conclaved genesis sign --config conclaved.toml genesis.cbor
+  4. give the fully signed file to every node and start it: conclaved run`,
+	}
+	cmd.AddCommand(genesisCreateCommand(), genesisSignCommand(), genesisShowCommand())
+	return cmd
+}
+
+func genesisCreateCommand() *cobra.Command {
+	var plan, out string
+	cmd := &cobra.Command{
+		Use:   "create --plan FILE --out FILE",
+		Short: "Make an unsigned genesis document from a plan and the nodes' cards",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			b, err := os.ReadFile(plan)
+			if err != nil {
+				return err
+			}
+			var p genesisPlan
+			if err := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields().Decode(&p); err != nil {
+				return positioned(plan, err)
+			}
+			g, err := p.build(filepath.Dir(plan), time.Now())
+			if err != nil {
+				return fmt.Errorf("%s: %w", plan, err)
+			}
+			s := state.SignedGenesis{Genesis: g.Marshal()}
+			if err := writeNew(out, s.Marshal(), 0o644); err != nil {
+				return err
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "cluster %s: %s, to be signed by %d nodes\n", kms.ClusterID(s.Genesis), out, len(g.Nodes))
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&plan, "plan", "genesis.toml", "the plan")
+	cmd.Flags().StringVar(&out, "out", "genesis.cbor", "the document to write")
+	return cmd
+}
+
+func genesisSignCommand() *cobra.Command {
+	var config string
+	cmd := &cobra.Command{
+		Use:   "sign FILE",
+		Short: "Add this node's signature, made in its device",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			cfg, err := loadConfig(config)
+			if err != nil {
+				return err
+			}
+			s, err := readSignedGenesis(args[0])
+			if err != nil {
+				return err
+			}
+			if s, err = signGenesis(cmd.Context(), cfg, s); err != nil {
+				return err
+			}
+			if err := replaceFile(args[0], s.Marshal(), 0o644); err != nil {
+				return err
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%s has signed cluster %s\n", cfg.Node, kms.ClusterID(s.Genesis))
+			return nil
+		},
+	}
+	cmd.Flags().StringVarP(&config, "config", "c", "conclaved.toml", "configuration file")
+	return cmd
+}
+
+// signGenesis adds the node's signature after checking that the document says
+// of this node what its device holds.
+func signGenesis(ctx context.Context, cfg Config, s state.SignedGenesis) (state.SignedGenesis, error) {
+	g, err := state.ParseGenesis(s.Genesis)
+	if err != nil {
+		return s, err
+	}
+	dev, err := openDevice(ctx, cfg.Device)
+	if err != nil {
+		return s, err
+	}
+	defer dev.Close()
+	root, err := loadRoot(ctx, dev, cfg)
+	if err != nil {
+		return s, err
+	}
+	i := slices.IndexFunc(g.Nodes, func(n state.Node) bool { return n.ID == cfg.Node })
+	if i < 0 {
+		return s, fmt.Errorf("the document does not name node %s", cfg.Node)
+	}
+	if err := sameRoot(g.Nodes[i], dev, root); err != nil {
+		return s, err
+	}
+	_, suite := cfg.Device.suites()
+	digest, err := pqc.Digest(suite, s.Genesis, []byte(state.GenesisContext))
+	if err != nil {
+		return s, err
+	}
+	sig, err := dev.Sign(ctx, digest)
+	if err != nil {
+		return s, err
+	}
+	s.Signatures = slices.DeleteFunc(slices.Clone(s.Signatures), func(n state.NodeSignature) bool { return n.Node == cfg.Node })
+	s.Signatures = append(s.Signatures, state.NodeSignature{Node: cfg.Node, Signature: sig})
+	slices.SortFunc(s.Signatures, func(a, b state.NodeSignature) int { return strings.Compare(a.Node, b.Node) })
+	return s, nil
+}
+
+func genesisShowCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "show FILE",
+		Short: "Print a genesis document, decoded from its bytes, and who has signed it",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			s, err := readSignedGenesis(args[0])
+			if err != nil {
+				return err
+			}
+			g, err := state.ParseGenesis(s.Genesis)
+			if err != nil {
+				return err
+			}
+			showGenesis(cmd.OutOrStdout(), s, g)
+			return nil
+		},
+	}
+}
+
+func showGenesis(w io.Writer, s state.SignedGenesis, g state.Genesis) {
+	fmt.Fprintf(w, "cluster   %s\nname      %s\ncreated   %s\n", kms.ClusterID(s.Genesis), g.Name, time.UnixMilli(g.Created).UTC().Format(time.RFC3339))
+	for _, site := range g.Sites {
+		fmt.Fprintf(w, "site      %s  trust domain %s, %d CA certificate(s)\n", site.ID, site.TrustDomain, len(site.CAs))
+	}
+	for _, n := range g.Nodes {
+		fmt.Fprintf(w, "node      %s  site %s, %s, %s, signing key %s, %s\n", n.ID, n.Site, n.Address, pqc.SuiteID(n.Suite), pqc.Fingerprint(n.Signing), n.Device)
+	}
+	for _, c := range g.Custodians {
+		for _, cred := range c.Credentials {
+			fmt.Fprintf(w, "custodian %s  site %s, key %s (%s)\n", c.ID, c.Site, cred.ID, pqc.SuiteID(cred.Suite))
+		}
+	}
+	for _, p := range g.Policies {
+		for _, r := range p.Rules {
+			b, _ := json.Marshal(r) // plain data
+			fmt.Fprintf(w, "policy    %s  %s\n", p.Name, b)
+		}
+	}
+	if _, err := s.Verify(); err != nil {
+		fmt.Fprintf(w, "signed    NOT complete: %v\n", err)
+		return
+	}
+	fmt.Fprintf(w, "signed    by all %d nodes\n", len(g.Nodes))
+}

@@ -1,0 +1,55 @@
+// Command conclaved is the daemon: one node of a Conclave cluster.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+
+	"github.com/spf13/cobra"
+)
+
+// version is set by the linker.
+var version = "unknown"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := rootCommand().ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "conclaved:", err)
+		os.Exit(1)
+	}
+}
+
+func rootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "conclaved",
+		Short: "Run a node of a Conclave cluster",
+		Long: `conclaved is one node of a Conclave cluster: it keeps a replica of the wrapped keys and
+opens those of the keyrings that are resident at its site with its own HSM or TPM.
+
+To try it out:            conclaved dev --dir /tmp/conclave
+To found a real cluster:  conclaved init, conclaved genesis --help, conclaved run`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Version:       version,
+	}
+	root.AddCommand(runCommand(), initCommand(), genesisCommand(), devCommand(), versionCommand())
+	return root
+}
+
+func versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
+		Run: func(cmd *cobra.Command, _ []string) {
+			goVersion := ""
+			if info, ok := debug.ReadBuildInfo(); ok {
+				goVersion = " (" + info.GoVersion + ")"
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), "conclaved "+version+goVersion)
+		},
+	}
+}

@@ -1,0 +1,134 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/keyring"
+	"github.com/conclave-kms/conclave/kms/secret"
+	"github.com/conclave-kms/conclave/pqc"
+)
+
+// rootFile is the post-quantum half of the hardware root, DATA_DIR/root.json:
+// the ML-KEM seed wrapped by the device's wrapping key.
+type rootFile struct {
+	Format  int    `json:"format"` // 1
+	Suite   string `json:"suite"`
+	Wrapped []byte `json:"wrapped"`
+}
+
+func rootPath(dataDir string) string { return filepath.Join(dataDir, "root.json") }
+
+// rootAAD binds the wrapped seed to its node and suite.
+func rootAAD(node string, suite pqc.SuiteID) []byte {
+	return fmt.Appendf(nil, "conclave/root/v1\x00%s\x00%s", node, suite)
+}
+
+// makeRoot draws an ML-KEM seed, wraps it in the device and writes the root
+// file. It refuses to replace one.
+func makeRoot(ctx context.Context, dev device, cfg Config) (*keyring.Root, error) {
+	suite, _ := cfg.Device.suites()
+	entropy := make([]byte, pqc.MLKEMSeedSize)
+	defer secret.Wipe(entropy)
+	if err := dev.Random(ctx, entropy); err != nil {
+		return nil, fmt.Errorf("draw the ML-KEM seed: %w", err)
+	}
+	seed, err := pqc.GenerateSeed(mixed{entropy: bytes.NewReader(entropy)})
+	if err != nil {
+		return nil, err
+	}
+	wrapped, err := dev.Wrap(ctx, rootAAD(cfg.Node, suite), seed.Reveal())
+	if err != nil {
+		seed.Destroy()
+		return nil, fmt.Errorf("wrap the ML-KEM seed: %w", err)
+	}
+	b, err := json.MarshalIndent(rootFile{Format: 1, Suite: suite.String(), Wrapped: wrapped}, "", "  ")
+	if err != nil {
+		seed.Destroy()
+		return nil, err
+	}
+	if err := writeNew(rootPath(cfg.DataDir), append(b, '\n'), 0o600); err != nil {
+		seed.Destroy()
+		return nil, err
+	}
+	return keyring.NewRoot(dev, suite, seed)
+}
+
+// loadRoot opens the root file with the device.
+func loadRoot(ctx context.Context, dev device, cfg Config) (*keyring.Root, error) {
+	b, err := os.ReadFile(rootPath(cfg.DataDir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%s is missing: this node has not been initialised; run: conclaved init", rootPath(cfg.DataDir))
+	}
+	if err != nil {
+		return nil, err
+	}
+	var f rootFile
+	if err := strictJSON(b, &f); err != nil {
+		return nil, fmt.Errorf("%s: %w", rootPath(cfg.DataDir), err)
+	}
+	suite, _ := cfg.Device.suites()
+	if f.Format != 1 || f.Suite != suite.String() {
+		return nil, fmt.Errorf("%s: format %d, suite %s; this node's device is configured for format 1, suite %s", rootPath(cfg.DataDir), f.Format, f.Suite, suite)
+	}
+	seed, err := dev.Unwrap(ctx, rootAAD(cfg.Node, suite), f.Wrapped)
+	if err != nil {
+		return nil, fmt.Errorf("unwrap the ML-KEM seed in %s with the device: %w", rootPath(cfg.DataDir), err)
+	}
+	return keyring.NewRoot(dev, suite, seed)
+}
+
+// mixed reads the device's randomness XORed with the operating system's, so
+// that either being good is enough.
+type mixed struct{ entropy io.Reader }
+
+func (m mixed) Read(p []byte) (int, error) {
+	n, err := m.entropy.Read(p)
+	if err != nil {
+		return n, err
+	}
+	return n, xorRandom(p[:n])
+}
+
+// strictJSON decodes one JSON value without unknown fields.
+func strictJSON(b []byte, v any) error {
+	dec := json.NewDecoder(bytes.NewReader(b))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(v); err != nil {
+		return err
+	}
+	if dec.More() {
+		return errors.New("more than one JSON value")
+	}
+	return nil
+}
+
+// writeNew writes a file that must not exist yet and makes it durable.
+func writeNew(path string, b []byte, mode fs.FileMode) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+	if errors.Is(err, fs.ErrExist) {
+		return kms.Wrap(kms.Exists, err, path+" exists already and is not replaced", "move it away only if you are sure that nothing needs it")
+	}
+	if err != nil {
+		return err
+	}
+	if _, err := f.Write(b); err != nil {
+		_ = f.Close()
+		_ = os.Remove(path)
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		_ = f.Close()
+		_ = os.Remove(path)
+		return err
+	}
+	return f.Close()
+}

@@ -1,0 +1,298 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/spf13/cobra"
+
+	"github.com/conclave-kms/conclave/cluster"
+	"github.com/conclave-kms/conclave/kms/api/native"
+	"github.com/conclave-kms/conclave/kms/audit"
+	"github.com/conclave-kms/conclave/kms/engine"
+	"github.com/conclave-kms/conclave/kms/keyring"
+	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/kms/wire"
+)
+
+func runCommand() *cobra.Command {
+	var config string
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Run the node until it is interrupted",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := loadConfig(config)
+			if err != nil {
+				return err
+			}
+			log, err := newLogger(cfg.Log)
+			if err != nil {
+				return err
+			}
+			return runNode(cmd.Context(), cfg, log)
+		},
+	}
+	cmd.Flags().StringVarP(&config, "config", "c", "conclaved.toml", "configuration file")
+	return cmd
+}
+
+func logLevel(s string) (slog.Level, error) {
+	var l slog.Level
+	if err := l.UnmarshalText([]byte(s)); err != nil {
+		return 0, fmt.Errorf("%q is not debug, info, warn or error", s)
+	}
+	return l, nil
+}
+
+func newLogger(c LogConfig) (*slog.Logger, error) {
+	level, err := logLevel(c.Level)
+	if err != nil {
+		return nil, err
+	}
+	opts := &slog.HandlerOptions{Level: level}
+	if c.Format == "json" {
+		return slog.New(slog.NewJSONHandler(os.Stderr, opts)), nil
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, opts)), nil
+}
+
+// noCoreDumps keeps key material out of core files; what lies in locked memory
+// is excluded besides.
+func noCoreDumps() error {
+	return syscall.Setrlimit(syscall.RLIMIT_CORE, &syscall.Rlimit{})
+}
+
+// node is everything that runs, in the order in which it was started.
+type node struct {
+	cfg        Config
+	log        *slog.Logger
+	device     device
+	root       *keyring.Root
+	cache      *keyring.Cache
+	access     *audit.Log
+	clusterLog *audit.ClusterLog
+	cluster    *cluster.Node
+	engine     *engine.Engine
+	registry   *prometheus.Registry
+	failed     chan error
+	closers    []func() error
+}
+
+// runNode starts the node, serves until ctx ends or the node must stop, and
+// takes everything down again in reverse order.
+func runNode(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
+	if err := noCoreDumps(); err != nil {
+		return fmt.Errorf("disable core dumps: %w", err)
+	}
+	debug.SetGCPercent(50) // the heap is small; memory matters more than collections
+	n := &node{cfg: cfg, log: log.With("node", cfg.Node), registry: prometheus.NewRegistry(), failed: make(chan error, 1)}
+	defer func() {
+		for i := len(n.closers) - 1; i >= 0; i-- {
+			err = errors.Join(err, n.closers[i]())
+		}
+	}()
+	for _, start := range []func(context.Context) error{n.openDevice, n.openLogs, n.openCluster, n.openEngine} {
+		if err := start(ctx); err != nil {
+			return err
+		}
+	}
+	return n.serve(ctx)
+}
+
+func (n *node) closeLater(f func() error) { n.closers = append(n.closers, f) }
+
+func (n *node) openDevice(ctx context.Context) error {
+	dev, err := openDevice(ctx, n.cfg.Device)
+	if err != nil {
+		return err
+	}
+	n.device = dev
+	n.closeLater(dev.Close)
+	if n.root, err = loadRoot(ctx, dev, n.cfg); err != nil {
+		return err
+	}
+	n.cache, err = keyring.NewCache(n.root, keyring.Limits{TTL: time.Duration(n.cfg.Cache.TTL), MaxKEKs: n.cfg.Cache.KEKs, MaxKeys: n.cfg.Cache.Keys})
+	if err != nil {
+		return err
+	}
+	n.closeLater(func() error { n.cache.Purge(); return nil })
+	n.log.Info("device is ready", "device", dev.Describe())
+	return nil
+}
+
+func (n *node) openLogs(context.Context) error {
+	access, err := audit.Open(filepath.Join(n.cfg.DataDir, "access"), audit.Options{})
+	if err != nil {
+		return err
+	}
+	n.access = access
+	n.closeLater(access.Close)
+	clusterLog, err := audit.OpenClusterLog(filepath.Join(n.cfg.DataDir, "cluster-log"))
+	if err != nil {
+		return err
+	}
+	n.clusterLog = clusterLog
+	n.closeLater(clusterLog.Close)
+	for _, removed := range []string{access.Recovered(), clusterLog.Recovered()} {
+		if removed != "" {
+			n.log.Warn("recovered after a crash", "what", removed)
+		}
+	}
+	return nil
+}
+
+func (n *node) openCluster(ctx context.Context) error {
+	signed, err := readSignedGenesis(n.cfg.Genesis)
+	if err != nil {
+		return err
+	}
+	genesis, err := signed.Verify()
+	if err != nil {
+		return fmt.Errorf("%s: %w", n.cfg.Genesis, err)
+	}
+	if err := n.checkGenesis(genesis); err != nil {
+		return err
+	}
+	cert, err := tls.LoadX509KeyPair(n.cfg.TLS.Certificate, n.cfg.TLS.Key)
+	if err != nil {
+		return fmt.Errorf("tls: the node's certificate and key: %w", err)
+	}
+	listener, err := listen(ctx, n.cfg.Cluster.Listen, "cluster.listen")
+	if err != nil {
+		return err
+	}
+	n.cluster, err = cluster.Open(ctx, cluster.Config{
+		NodeID: n.cfg.Node, DataDir: filepath.Join(n.cfg.DataDir, "raft"), Listener: listener, Genesis: signed, Certificate: cert,
+		Sign: n.device.Sign, Logger: n.log, Timing: n.cfg.Cluster.timing(), OnApply: n.applied, OnRestore: n.restored,
+	})
+	if err != nil {
+		return err
+	}
+	n.closeLater(n.cluster.Close)
+	return nil
+}
+
+func (n *node) checkGenesis(g state.Genesis) error {
+	for _, node := range g.Nodes {
+		if node.ID == n.cfg.Node {
+			if node.Site != n.cfg.Site {
+				return fmt.Errorf("the configuration says site %s, the genesis document says %s", n.cfg.Site, node.Site)
+			}
+			return sameRoot(node, n.device, n.root)
+		}
+	}
+	return fmt.Errorf("the genesis document %s does not name node %s", n.cfg.Genesis, n.cfg.Node)
+}
+
+// applied keeps the cluster log: every command with its leaf, in order.
+func (n *node) applied(_ *state.State, raw []byte, r state.Result) {
+	if err := n.clusterLog.Append(r.Index, raw, r.Leaf); err != nil {
+		n.fail(fmt.Errorf("the cluster log cannot be written: %w", err))
+	}
+}
+
+func (n *node) restored(st *state.State) {
+	if err := n.clusterLog.Restored(st.Index(), st.LogSize()); err != nil {
+		n.fail(fmt.Errorf("the cluster log cannot be written: %w", err))
+	}
+}
+
+// fail ends the process: something happened after which it must not go on.
+func (n *node) fail(err error) {
+	select {
+	case n.failed <- err:
+	default:
+	}
+}
+
+func (n *node) openEngine(context.Context) error {
+	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	var err error
+	n.engine, err = engine.New(engine.Config{
+		Node: n.cfg.Node, Cluster: n.cluster, Cache: n.cache, Root: n.root, Signer: n.device, Device: n.device, Log: n.access,
+		Logger: n.log, Metrics: n.registry, Raft: n.raft, Version: version,
+	})
+	return err
+}
+
+// raft is the consensus layer's view in the API's words.
+func (n *node) raft() wire.Raft {
+	s := n.cluster.Status()
+	r := wire.Raft{State: s.State, Leader: s.Leader, Term: s.Term, Applied: s.Applied, Committed: s.Committed, LastContactMS: s.LastContact.Milliseconds()}
+	for _, p := range s.Peers {
+		r.Peers = append(r.Peers, wire.Peer{ID: p.ID, Site: p.Site, Address: p.Address, Suffrage: p.Suffrage})
+	}
+	return r
+}
+
+// serve runs the agent and the API until ctx ends or something fails.
+func (n *node) serve(ctx context.Context) error {
+	cert, err := tls.LoadX509KeyPair(n.cfg.TLS.Certificate, n.cfg.TLS.Key)
+	if err != nil {
+		return fmt.Errorf("tls: the node's certificate and key: %w", err)
+	}
+	agent, err := engine.NewAgent(n.engine, engine.AgentConfig{Watch: n.cluster})
+	if err != nil {
+		return err
+	}
+	listener, err := listen(ctx, n.cfg.API.Listen, "api.listen")
+	if err != nil {
+		return err
+	}
+	server := native.New(native.Config{Engine: n.engine, Metrics: promhttp.HandlerFor(n.registry, promhttp.HandlerOpts{}), Logger: n.log}).HTTPServer()
+	tlsListener := tls.NewListener(listener, n.engine.ServerTLS(cert, n.cfg.API.RequireHybrid))
+
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var wg sync.WaitGroup
+	wg.Go(func() { agent.Run(ctx) })
+	wg.Go(func() {
+		if err := server.Serve(tlsListener); !errors.Is(err, http.ErrServerClosed) {
+			n.fail(fmt.Errorf("api: %w", err))
+		}
+	})
+	n.log.Info("serving", "api", n.cfg.API.Listen, "cluster", n.cluster.State().Cluster())
+
+	select {
+	case <-ctx.Done():
+		err = nil
+	case err = <-n.failed:
+	case err = <-n.cluster.Done():
+	}
+	n.log.Info("stopping")
+	cancel()
+	grace, stop := context.WithTimeout(context.Background(), 5*time.Second)
+	defer stop()
+	if server.Shutdown(grace) != nil {
+		_ = server.Close() // requests that did not end in time
+	}
+	wg.Wait()
+	return err
+}
+
+// listen opens a port; a taken one names the field and what to do.
+func listen(ctx context.Context, address, field string) (net.Listener, error) {
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", address)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return nil, fmt.Errorf("%s: %s is in use by another process; stop it or choose another port", field, address)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", field, err)
+	}
+	return l, nil
+}
