@@ -117,10 +117,16 @@ type hmacSource interface {
 type memoryHMAC struct{ key *secret.Bytes }
 
 func (m memoryHMAC) HMAC(dst, input []byte) ([]byte, error) {
+	if m.key.Len() == 0 {
+		return nil, errDestroyed // never under an empty key
+	}
 	dst = hmacSHA256(dst, m.key.Reveal(), input)
 	runtime.KeepAlive(m.key)
 	return dst, nil
 }
+
+// errDestroyed reports the use of a key after its end: a bug of the caller.
+var errDestroyed = kms.Errorf(kms.Internal, "the key was destroyed while in use")
 
 // checkContext is what a check value is bound to.
 type checkContext struct {
@@ -134,18 +140,21 @@ type checkContext struct {
 // CheckValue returns the 32-byte key check value of a key version's material,
 // bound to the node that shows it: who has it has opened the version. It is the
 // KDF with HMAC-SHA-512, so that a MAC key used through MAC (HMAC-SHA-256)
-// cannot be made to compute one.
+// cannot be made to compute one. A destroyed material has none: nil.
 func CheckValue(material *secret.Bytes, cluster, keyring string, id kms.KeyID, version uint32, node string) []byte {
 	return checkValue(material, labelCheckKey, checkContext{cluster, keyring, id[:], version, node})
 }
 
 // KEKCheckValue returns the 32-byte key check value of a KEK version, bound to
-// the node that shows it.
+// the node that shows it; nil for a destroyed KEK.
 func KEKCheckValue(kek *secret.Bytes, cluster, keyring string, version uint32, node string) []byte {
 	return checkValue(kek, labelCheckKEK, checkContext{cluster, keyring, nil, version, node})
 }
 
 func checkValue(key *secret.Bytes, label string, c checkContext) []byte {
+	if key.Len() == 0 {
+		return nil
+	}
 	out := make([]byte, 32)
 	derive512(key.Reveal(), label, canon.Marshal(c), out)
 	runtime.KeepAlive(key)

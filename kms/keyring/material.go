@@ -118,6 +118,9 @@ func (m *Material) Sign(message []byte) ([]byte, error) {
 	if err := m.need(kms.Sign); err != nil {
 		return nil, err
 	}
+	if m.bytes.Len() == 0 {
+		return nil, errDestroyed
+	}
 	return m.signer.sign(m.binding.Algorithm, message)
 }
 
@@ -125,6 +128,9 @@ func (m *Material) Sign(message []byte) ([]byte, error) {
 // caller may have it is decided elsewhere. kms.Unavailable when no memory can
 // be locked.
 func (m *Material) Export() (*secret.Bytes, error) {
+	if m.bytes.Len() == 0 {
+		return nil, errDestroyed
+	}
 	s, err := secret.Copy(m.bytes.Reveal())
 	runtime.KeepAlive(m)
 	if err != nil {
