@@ -149,7 +149,7 @@ func (c Config) readPIN(u *URI) (*secret.Bytes, error) {
 		if err := checkPIN(c.PIN.Reveal()); err != nil {
 			return nil, err
 		}
-		return secret.Copy(c.PIN.Reveal())
+		return hold(c.PIN.Reveal())
 	case c.PINFD != 0:
 		if c.PINFD < 3 {
 			return nil, invalidf("PIN file descriptor must be 3 or higher")
@@ -187,7 +187,7 @@ func readPINFile(path string) (*secret.Bytes, error) {
 func readPIN(r io.Reader) (*secret.Bytes, error) {
 	buf, err := secret.New(maxPIN + 2) // room for a newline and one byte too many
 	if err != nil {
-		return nil, err
+		return nil, unavailablef("hold the PIN: %v", err)
 	}
 	defer buf.Destroy()
 	b := buf.Reveal()
@@ -203,7 +203,15 @@ func readPIN(r io.Reader) (*secret.Bytes, error) {
 	if err := checkPIN(b); err != nil {
 		return nil, err
 	}
-	return secret.Copy(b)
+	return hold(b)
+}
+
+func hold(pin []byte) (*secret.Bytes, error) {
+	s, err := secret.Copy(pin)
+	if err != nil {
+		return nil, unavailablef("hold the PIN: %v", err)
+	}
+	return s, nil
 }
 
 func checkPIN(b []byte) error {

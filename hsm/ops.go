@@ -227,7 +227,7 @@ func (d *Device) openError(err error) error {
 	if isRV(err, pkcs11.CKR_ENCRYPTED_DATA_INVALID, pkcs11.CKR_ENCRYPTED_DATA_LEN_RANGE, ckrAEADDecryptFailed) {
 		return errBlob
 	}
-	if !isRV(err, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_FUNCTION_FAILED, pkcs11.CKR_DATA_INVALID, pkcs11.CKR_DEVICE_ERROR) {
+	if isLost(err) || isRV(err, pkcs11.CKR_HOST_MEMORY, pkcs11.CKR_DEVICE_MEMORY) {
 		return err
 	}
 	s, e := d.openSession(false, true)

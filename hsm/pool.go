@@ -40,10 +40,10 @@ func (d *Device) begin(ctx context.Context, op string) error {
 // abandon gives the slot of a call past its deadline to others.
 func (d *Device) abandon() {
 	d.mod.abandoned.Add(1)
-	d.slots.Release(1)
 	d.mu.Lock()
 	d.abandoned++
 	d.mu.Unlock()
+	d.slots.Release(1) // after counting, so that the bound holds
 	d.markUnhealthy("a call got no answer in time")
 }
 
