@@ -1,0 +1,135 @@
+// Command bench measures a development cluster on this machine: what a request
+// costs as a ratio to a bare TLS server in the same run, key creations through
+// three nodes, and the devices' raw rates.
+//
+//	make bench
+//
+// CPU is the server process's own, read from the kernel's process clock, so the
+// load generator beside it does not count. Every figure comes from this run.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/conclave-kms/conclave/kms/wire"
+	"github.com/conclave-kms/conclave/test/harness"
+)
+
+func main() {
+	bin := flag.String("bin", "bin", "directory with conclaved and conclave")
+	span := flag.Duration("time", 3*time.Second, "length of one measurement")
+	bare := flag.String("bare", "", "internal: serve as the bare server with certificate FILE,FILE")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	var err error
+	if *bare != "" {
+		err = serveBare(*bare)
+	} else {
+		err = measure(ctx, *bin, *span)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func measure(ctx context.Context, bin string, span time.Duration) error {
+	binaries, err := harness.In(bin)
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "cvb")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	c, err := harness.Start(ctx, binaries, filepath.Join(dir, "dev"), false)
+	if err != nil {
+		return err
+	}
+	defer c.Stop()
+	fmt.Printf("%-34s %8.1f s\n", "conclaved dev is ready after", c.Took.Seconds())
+	for _, n := range c.All() {
+		mib, err := residentMiB(n.PID())
+		if err != nil {
+			return err
+		}
+		fmt.Printf("%-34s %8.1f MiB\n", "resident memory when idle, "+n.ID, mib)
+	}
+	if err := requests(ctx, c, span); err != nil {
+		return err
+	}
+	if err := creations(ctx, c, span); err != nil {
+		return err
+	}
+	return devices(ctx, dir, span/3)
+}
+
+// residentMiB reads a process's resident set.
+func residentMiB(pid int) (float64, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(b)) {
+		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			kib, err := strconv.ParseFloat(strings.Fields(rest)[0], 64)
+			return kib / 1024, err
+		}
+	}
+	return 0, fmt.Errorf("process %d has no VmRSS", pid)
+}
+
+// creations measures key creations a second through all three nodes at once.
+func creations(ctx context.Context, c *harness.Cluster, span time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, span)
+	defer cancel()
+	const workers = 8
+	type result struct {
+		made int
+		err  error
+	}
+	results := make(chan result)
+	begin := time.Now()
+	for _, site := range []string{"fr", "de", "jp"} {
+		cl, err := c.Client(site, "operator")
+		if err != nil {
+			return err
+		}
+		for w := range workers {
+			go func() {
+				var r result
+				for ctx.Err() == nil {
+					name := fmt.Sprintf("bench-%s-%d-%d", site, w, r.made)
+					if _, err := cl.CreateKey(ctx, "coalition", wire.CreateKeyRequest{Name: name, Purpose: "encrypt"}); err != nil {
+						if ctx.Err() == nil {
+							r.err = err
+						}
+						break
+					}
+					r.made++
+				}
+				results <- r
+			}()
+		}
+	}
+	total := 0
+	for range 3 * workers {
+		r := <-results
+		if r.err != nil {
+			return fmt.Errorf("create a key: %w", r.err)
+		}
+		total += r.made
+	}
+	fmt.Printf("\n%-34s %8.0f /s (%d callers at three nodes)\n", "key creations", float64(total)/time.Since(begin).Seconds(), 3*workers)
+	return nil
+}
