@@ -145,6 +145,7 @@ func TestCacheTimeToLive(t *testing.T) {
 	}
 }
 
+// TestCacheSweepsByItself runs on the clock of synctest, which Sleep moves.
 func TestCacheSweepsByItself(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newNode(t, Limits{TTL: time.Minute, MaxKEKs: 4, MaxKeys: 16, Now: time.Now})

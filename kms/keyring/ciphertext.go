@@ -85,24 +85,13 @@ func appendHeader(b []byte, id kms.KeyID, version uint32) []byte {
 // (kms.Invalid).
 func EncodeContext(c Context) ([]byte, error) { return appendContext(nil, c) }
 
-func appendContext(b []byte, c Context) ([]byte, error) {
-	if len(c) > MaxContextPairs {
-		return nil, kms.Errorf(kms.TooLarge, "encryption context has %d pairs, at most %d are allowed", len(c), MaxContextPairs)
+// appendContext appends the encoding of c to a copy of prefix.
+func appendContext(prefix []byte, c Context) ([]byte, error) {
+	size, err := contextSize(c)
+	if err != nil {
+		return nil, err
 	}
-	size := 2
-	for name, value := range c {
-		if name == "" {
-			return nil, kms.Errorf(kms.Invalid, "encryption context has a pair without a name")
-		}
-		if !utf8.ValidString(name) || !utf8.ValidString(value) {
-			return nil, kms.Errorf(kms.Invalid, "encryption context is not UTF-8")
-		}
-		size += 4 + len(name) + len(value)
-	}
-	if size > MaxContext {
-		return nil, kms.Errorf(kms.TooLarge, "encryption context encodes to %d bytes, at most %d are allowed", size, MaxContext)
-	}
-	b = slices.Grow(b, size)
+	b := append(make([]byte, 0, len(prefix)+size), prefix...)
 	b = binary.BigEndian.AppendUint16(b, uint16(len(c)))
 	if len(c) == 0 {
 		return b, nil
@@ -117,6 +106,28 @@ func appendContext(b []byte, c Context) ([]byte, error) {
 		b = appendString(appendString(b, name), c[name])
 	}
 	return b, nil
+}
+
+// contextSize returns the length of the encoding of c after checking that c has
+// one.
+func contextSize(c Context) (int, error) {
+	if len(c) > MaxContextPairs {
+		return 0, kms.Errorf(kms.TooLarge, "encryption context has %d pairs, at most %d are allowed", len(c), MaxContextPairs)
+	}
+	size := 2
+	for name, value := range c {
+		if name == "" {
+			return 0, kms.Errorf(kms.Invalid, "encryption context has a pair without a name")
+		}
+		if !utf8.ValidString(name) || !utf8.ValidString(value) {
+			return 0, kms.Errorf(kms.Invalid, "encryption context is not UTF-8")
+		}
+		size += 4 + len(name) + len(value)
+	}
+	if size > MaxContext {
+		return 0, kms.Errorf(kms.TooLarge, "encryption context encodes to %d bytes, at most %d are allowed", size, MaxContext)
+	}
+	return size, nil
 }
 
 func appendString(b []byte, s string) []byte {
@@ -137,7 +148,7 @@ func seal(src hmacSource, id kms.KeyID, version uint32, context Context, plainte
 	header := appendHeader(out[:0], id, version)
 	header = header[:headerSize]
 	rand.Read(header[headerSize-nonceSize:]) // never fails: crypto/rand stops the process instead
-	aad, err := appendContext(slices.Clone(header), context)
+	aad, err := appendContext(header, context)
 	if err != nil {
 		return nil, err
 	}
@@ -162,7 +173,7 @@ func open(src hmacSource, id kms.KeyID, version uint32, context Context, ciphert
 		return nil, kms.ErrOpen
 	}
 	header := ciphertext[:headerSize]
-	aad, err := appendContext(slices.Clone(header), context)
+	aad, err := appendContext(header, context)
 	if err != nil {
 		return nil, kms.ErrOpen
 	}
@@ -179,7 +190,8 @@ func open(src hmacSource, id kms.KeyID, version uint32, context Context, ciphert
 	if err != nil {
 		return nil, err
 	}
-	plaintext, err := aead.Open(nil, zeroNonce[:], ciphertext[headerSize+commitmentSize:], aad)
+	sealed := ciphertext[headerSize+commitmentSize:]
+	plaintext, err := aead.Open(make([]byte, 0, len(sealed)-tagSize), zeroNonce[:], sealed, aad)
 	if err != nil {
 		return nil, kms.ErrOpen
 	}

@@ -95,7 +95,6 @@ type vectors struct {
 		Wrapped    hexBytes
 	}
 	Checks []struct {
-		Kind     string
 		Material hexBytes
 		Cluster  string
 		Keyring  string

@@ -17,8 +17,7 @@ import (
 const (
 	labelMessageSecret = "conclave/message-secret/1"
 	labelMessageKeys   = "conclave/message-keys/1"
-	labelCheckKey      = "conclave/check-value/key/1"
-	labelCheckKEK      = "conclave/check-value/kek/1"
+	labelCheckValue    = "conclave/check-value/1"
 	labelGenerate      = "conclave/generate/1"
 )
 
@@ -68,33 +67,34 @@ func (k *messageKeys) wipe()              { secret.Wipe(k[:]) }
 // context is the AAD, so that the commitment covers the encryption context too.
 func (k *messageKeys) derive(messageSecret, aad []byte) {
 	input := kdfInput(labelMessageKeys, aad, 8*uint32(len(k)))
-	hmacSHA256(k[:0], messageSecret, input)
-	binary.BigEndian.PutUint32(input, 2)
-	hmacSHA256(k[:32], messageSecret, input)
+	for i := range uint32(2) {
+		binary.BigEndian.PutUint32(input, i+1)
+		block := hmacSHA256(messageSecret, input)
+		copy(k[32*i:], block[:])
+		secret.Wipe(block[:])
+	}
 }
 
 // shortInput is the longest HMAC input that is put together on the stack.
 const shortInput = 448
 
-// hmacSHA256 appends HMAC-SHA-256 (FIPS 198-1) of input to dst. For a key that
-// fits a hash block and a short input it does what crypto/hmac does, but in
-// memory that it wipes: crypto/hmac leaves the padded key to the garbage
-// collector, and five allocations with every call.
-func hmacSHA256(dst, key, input []byte) []byte {
+// hmacSHA256 returns HMAC-SHA-256 (FIPS 198-1) of input. For a key that fits a
+// hash block and a short input it does what crypto/hmac does, but in memory
+// that it wipes: crypto/hmac leaves the padded key to the garbage collector,
+// and five allocations with every call.
+func hmacSHA256(key, input []byte) (sum [sha256.Size]byte) {
 	if len(key) > sha256.BlockSize || len(input) > shortInput {
 		h := hmac.New(sha256.New, key)
 		h.Write(input)
-		return h.Sum(dst)
+		copy(sum[:], h.Sum(nil))
+		return sum
 	}
 	var buf [sha256.BlockSize + shortInput]byte
 	defer secret.Wipe(buf[:sha256.BlockSize+sha256.Size])
 	pad(buf[:sha256.BlockSize], key, 0x36)
-	sum := sha256.Sum256(buf[:sha256.BlockSize+copy(buf[sha256.BlockSize:], input)])
+	sum = sha256.Sum256(buf[:sha256.BlockSize+copy(buf[sha256.BlockSize:], input)])
 	pad(buf[:sha256.BlockSize], key, 0x5c)
-	sum = sha256.Sum256(buf[:sha256.BlockSize+copy(buf[sha256.BlockSize:], sum[:])])
-	dst = append(dst, sum[:]...)
-	secret.Wipe(sum[:])
-	return dst
+	return sha256.Sum256(buf[:sha256.BlockSize+copy(buf[sha256.BlockSize:], sum[:])])
 }
 
 // pad fills block with key, zeros after it, XOR b.
@@ -120,9 +120,10 @@ func (m memoryHMAC) HMAC(dst, input []byte) ([]byte, error) {
 	if m.key.Len() == 0 {
 		return nil, errDestroyed // never under an empty key
 	}
-	dst = hmacSHA256(dst, m.key.Reveal(), input)
+	sum := hmacSHA256(m.key.Reveal(), input)
 	runtime.KeepAlive(m.key)
-	return dst, nil
+	defer secret.Wipe(sum[:])
+	return append(dst, sum[:]...), nil
 }
 
 // errDestroyed reports the use of a key after its end: a bug of the caller.
@@ -138,26 +139,17 @@ type checkContext struct {
 }
 
 // CheckValue returns the 32-byte key check value of a key version's material,
-// bound to the node that shows it: who has it has opened the version. It is the
-// KDF with HMAC-SHA-512, so that a MAC key used through MAC (HMAC-SHA-256)
-// cannot be made to compute one. A destroyed material has none: nil.
+// bound to the node that shows it: who has it has opened the version. The zero
+// key id, which no key has, stands for the keyring's KEK of that version. It is
+// the KDF with HMAC-SHA-512, so that a MAC key used through MAC (HMAC-SHA-256)
+// cannot be made to compute one. A destroyed secret has none: nil.
 func CheckValue(material *secret.Bytes, cluster, keyring string, id kms.KeyID, version uint32, node string) []byte {
-	return checkValue(material, labelCheckKey, checkContext{cluster, keyring, id[:], version, node})
-}
-
-// KEKCheckValue returns the 32-byte key check value of a KEK version, bound to
-// the node that shows it; nil for a destroyed KEK.
-func KEKCheckValue(kek *secret.Bytes, cluster, keyring string, version uint32, node string) []byte {
-	return checkValue(kek, labelCheckKEK, checkContext{cluster, keyring, nil, version, node})
-}
-
-func checkValue(key *secret.Bytes, label string, c checkContext) []byte {
-	if key.Len() == 0 {
+	if material.Len() == 0 {
 		return nil
 	}
 	out := make([]byte, 32)
-	derive512(key.Reveal(), label, canon.Marshal(c), out)
-	runtime.KeepAlive(key)
+	derive512(material.Reveal(), labelCheckValue, canon.Marshal(checkContext{cluster, keyring, id[:], version, node}), out)
+	runtime.KeepAlive(material)
 	return out
 }
 

@@ -88,11 +88,11 @@ def wrapped(algorithm, purpose):
             "wrapped": (b"\x01" + nonce + AESGCM(kek).encrypt(nonce, material, aad)).hex()}
 
 
-def check(kind, node):
-    material, key_id = fixed("checked material", 32), fixed("checked id", 16) if kind == "key" else b""
+def check(key_id, node):
+    material = fixed("checked material", 32)
     context = cbor({"cluster": "0123456789abcdef", "keyring": "coalition", "key-id": key_id, "version": 7, "node": node})
-    kcv = kdf("sha512", material, "conclave/check-value/" + kind + "/1", context, 32)
-    return {"kind": kind, "material": material.hex(), "cluster": "0123456789abcdef", "keyring": "coalition", "key_id": key_id.hex(),
+    kcv = kdf("sha512", material, "conclave/check-value/1", context, 32)
+    return {"material": material.hex(), "cluster": "0123456789abcdef", "keyring": "coalition", "key_id": key_id.hex(),
             "version": 7, "node": node, "kcv": kcv.hex(), "hash": hashlib.sha256(kcv).hexdigest()}
 
 
@@ -120,6 +120,6 @@ print(json.dumps({
     ],
     "wrapped": [wrapped("aes256-gcm", "encrypt"), wrapped("hmac-sha256", "mac"), wrapped("ecdsa-p256", "sign"),
                 wrapped("ecdsa-p384", "sign"), wrapped("ed25519", "sign")],
-    "checks": [check("key", "fr-1"), check("key", "de-1"), check("kek", "fr-1")],
+    "checks": [check(fixed("checked id", 16), "fr-1"), check(fixed("checked id", 16), "de-1"), check(bytes(16), "fr-1")],
     "generated": [generated(a) for a in list(SIZES) + ["kek"]],
 }, indent=1, ensure_ascii=True))
