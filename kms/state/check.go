@@ -3,6 +3,7 @@ package state
 import (
 	"crypto/ecdh"
 	"crypto/ed25519"
+	"strconv"
 	"unicode"
 	"unicode/utf8"
 
@@ -118,3 +119,5 @@ func validateCopies(copies []SealedCopy) error {
 	}
 	return nil
 }
+
+func decimal(n uint64) string { return strconv.FormatUint(n, 10) }

@@ -32,6 +32,12 @@ func (c CreateKey) validate(e Envelope) error {
 	return noExpect(e)
 }
 
+// validateErased is validate for a command without its wrapped material.
+func (c CreateKey) validateErased() error {
+	c.Wrapped = []byte{0}
+	return c.validate(Envelope{})
+}
+
 func (CreateKey) verify(*tx) error { return nil }
 
 func (c CreateKey) apply(t *tx) error {
@@ -69,7 +75,8 @@ func (t *tx) putKey(c CreateKey) {
 	})
 	insert(t.Txn, tableVersion, Version{
 		Keyring: c.Keyring, Key: c.Name, Version: 1, State: kms.Active, KEK: c.KEK, Wrapped: c.Wrapped,
-		PublicKey: c.PublicKey, Created: t.clock, Activated: t.clock, Index: t.index, Statement: t.raw, Origin: t.env.Origin,
+		PublicKey: c.PublicKey, Created: t.clock, Activated: t.clock, Index: t.index, Statement: t.raw,
+		Origin: t.env.Origin, Erased: t.claimed,
 	})
 }
 

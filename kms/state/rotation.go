@@ -33,6 +33,12 @@ func (c CommitRotation) validate(e Envelope) error {
 	return nil
 }
 
+// validateErased is validate for a command without its wrapped material.
+func (c CommitRotation) validateErased() error {
+	c.Wrapped = []byte{0}
+	return c.validate(Envelope{})
+}
+
 func (CommitRotation) verify(*tx) error { return nil }
 
 func (c CommitRotation) apply(t *tx) error {
@@ -74,7 +80,7 @@ func (t *tx) putVersion(c CommitRotation, key Key) {
 	insert(t.Txn, tableVersion, Version{
 		Keyring: c.Keyring, Key: c.Key, Version: c.Version, State: kms.PreActive, KEK: c.KEK, Wrapped: c.Wrapped,
 		PublicKey: c.PublicKey, Checks: c.Checks, Proposal: c.Proposal, Created: t.clock, Index: t.index, Statement: t.raw,
-		Origin: t.env.Origin,
+		Origin: t.env.Origin, Erased: t.claimed,
 	})
 	key.Latest = c.Version
 	t.bump(key)

@@ -71,6 +71,11 @@ func New(signed SignedGenesis) (*State, error) {
 	if err != nil {
 		return nil, err
 	}
+	return founded(signed, g), nil
+}
+
+// founded returns the state at the beginning of a cluster whose genesis is verified.
+func founded(signed SignedGenesis, g Genesis) *State {
 	s := &State{db: newDB(), signed: signed, genesis: g, cluster: kms.ClusterID(signed.Genesis), clock: g.Created}
 	x := s.db.Txn(true)
 	for _, n := range g.Nodes {
@@ -83,7 +88,7 @@ func New(signed SignedGenesis) (*State, error) {
 		insert(x, tablePolicy, p)
 	}
 	x.Commit()
-	return s, nil
+	return s
 }
 
 // Event is something that a command brought about.
@@ -174,6 +179,8 @@ type tx struct {
 	env    Envelope
 	raw    []byte
 	events []Event
+
+	claimed []byte // replay of an erased command: its hash
 }
 
 // reader gives tx the read methods of State on the transaction's own view.
@@ -274,7 +281,7 @@ func (s *State) try(index uint64, raw []byte) (o outcome) {
 	if err != nil {
 		return fail(err)
 	}
-	t := s.begin(index, e, raw)
+	t := s.begin(index, e, slices.Clone(raw)) // records keep it
 	if err := run(t, op); err != nil {
 		t.Abort()
 		return fail(err)

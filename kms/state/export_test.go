@@ -1,0 +1,33 @@
+package state
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+)
+
+// ContentHash is Hash without the log, the index, nonces and outcomes: what an
+// invalid command must leave alone.
+func (s *State) ContentHash() [32]byte {
+	h := sha256.New()
+	_ = binary.Write(h, binary.BigEndian, s.clock)
+	_ = s.writeTables(h, verifiedTables)
+	return [32]byte(h.Sum(nil))
+}
+
+// VerifiedTables names the tables that untrusted snapshots are checked for, in
+// the order of their record numbers from 1.
+func VerifiedTables() (names []string) {
+	for _, t := range snapshotTables[:verifiedTables] {
+		names = append(names, t.name)
+	}
+	return names
+}
+
+// VerifyStatements is what Restore does without trust.
+func (s *State) VerifyStatements() error { return s.verifyStatements() }
+
+// Nonces and Outcomes count what is remembered.
+func (s *State) Nonces() int { return len(list[nonce](s.db.Txn(false), tableNonce, byID, []byte{})) }
+func (s *State) Outcomes() int {
+	return len(list[Outcome](s.db.Txn(false), tableOutcome, byID, []byte{}))
+}

@@ -1,0 +1,224 @@
+package state
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"io"
+	"slices"
+
+	"github.com/conclave-kms/conclave/kms"
+)
+
+// statement is a stored statement with where and when it was applied. The index
+// and the clock are the snapshot's word; that they are in order and fit the signed
+// times is checked.
+type statement struct {
+	index uint64
+	clock int64
+	raw   []byte // signed command, or
+	op    operation
+	env   Envelope // of op, what is known of it
+	hash  []byte   // of op, the claimed hash of the command
+}
+
+// verifyStatements plays every stored statement again, from the genesis, and
+// compares the records that result with those at hand.
+func (s *State) verifyStatements() error {
+	if err := s.verifyClock(); err != nil {
+		return err
+	}
+	log, err := s.statements()
+	if err != nil {
+		return err
+	}
+	replay := founded(s.signed, s.genesis)
+	for i, st := range log {
+		if i > 0 && log[i-1].index >= st.index || st.index == 0 || st.index > s.index {
+			return kms.Errorf(kms.Invalid, "snapshot: two statements claim log index %d, or it is out of range", st.index)
+		}
+		if st.clock < replay.clock || st.clock > s.clock {
+			return kms.Errorf(kms.Invalid, "snapshot: the time at log index %d is out of order", st.index)
+		}
+		if replay, err = replay.replay(st); err != nil {
+			return kms.Wrap(kms.KindOf(err), err, "snapshot: the statement at log index "+decimal(st.index)+" does not hold: "+message(err), "restore from a trusted node")
+		}
+	}
+	return s.sameRecords(replay)
+}
+
+// replay applies a statement as Apply would at its time, without the bookkeeping
+// of nonces and outcomes.
+func (s *State) replay(st statement) (*State, error) {
+	op, e := st.op, st.env
+	if op == nil {
+		var err error
+		if e, op, err = s.openStatement(st.raw); err != nil {
+			return nil, err
+		}
+		if e.Time < st.clock-Window {
+			return nil, kms.Errorf(kms.Expired, "it was signed more than 10 minutes before it was applied")
+		}
+	}
+	if v, ok := op.(CastVote); ok {
+		if err := v.validate(e); err != nil {
+			return nil, err
+		}
+	}
+	t := s.begin(st.index, e, st.raw)
+	t.clock, t.claimed = st.clock, st.hash
+	if err := run(t, op); err != nil {
+		t.Abort()
+		return nil, err
+	}
+	t.Commit()
+	next := *s
+	next.db, next.index, next.clock = t.store, st.index, st.clock
+	return &next, nil
+}
+
+// openStatement parses and verifies a stored command.
+func (s *State) openStatement(raw []byte) (Envelope, operation, error) {
+	envelope, signature, err := Split(raw)
+	if err != nil {
+		return Envelope{}, nil, err
+	}
+	e, err := parseEnvelope(envelope)
+	if err != nil {
+		return e, nil, err
+	}
+	if err := s.verifyEnvelope(e, envelope, signature); err != nil {
+		return e, nil, err
+	}
+	op, err := parseCommand(e)
+	if errors.Is(err, ErrUnknownCommand) {
+		err = kms.Wrap(kms.Invalid, err, "its type or version is not known here", "use a newer version of the program")
+	}
+	return e, op, err
+}
+
+// verifyClock checks the ticks behind the clock.
+func (s *State) verifyClock() error {
+	x := s.db.Txn(false)
+	status := list[NodeStatus](x, tableStatus, byID, []byte{})
+	if err := exactly("status", s.genesis.Nodes, func(i int) string { return status[i].Node }, len(status)); err != nil {
+		return err
+	}
+	for _, st := range status {
+		if len(st.Statement) == 0 {
+			if st.Time != s.genesis.Created {
+				return kms.Errorf(kms.Invalid, "snapshot: node %s has a time, but no tick", st.Node)
+			}
+			continue
+		}
+		e, op, err := s.openStatement(st.Statement)
+		if err != nil {
+			return err
+		}
+		if _, ok := op.(Tick); !ok || e.Origin != st.Node || e.Time != st.Time || e.Time <= s.genesis.Created {
+			return kms.Errorf(kms.Invalid, "snapshot: the tick of node %s is not what its status says", st.Node)
+		}
+	}
+	if m := max(median(x, s.genesis), s.genesis.Created); m != s.clock {
+		return kms.Errorf(kms.Invalid, "snapshot: the clock is not the median of the nodes' times")
+	}
+	return nil
+}
+
+// sameRecords compares all records that follow from statements.
+func (s *State) sameRecords(replay *State) error {
+	// Status and its clock are verified by themselves; take them over.
+	x := replay.db.Txn(true)
+	for _, st := range list[NodeStatus](s.db.Txn(false), tableStatus, byID, []byte{}) {
+		insert(x, tableStatus, st)
+	}
+	x.Commit()
+	var have, want bytes.Buffer
+	for i, t := range snapshotTables[:verifiedTables] {
+		have.Reset()
+		want.Reset()
+		write := func(w io.Writer) func([]byte) error {
+			return func(b []byte) error { return writeRecord(w, uint8(i+1), b) }
+		}
+		_ = t.write(s.db.Txn(false), write(&have))      // a buffer never fails
+		_ = t.write(replay.db.Txn(false), write(&want)) // a buffer never fails
+		if !bytes.Equal(have.Bytes(), want.Bytes()) {
+			return kms.Errorf(kms.Invalid, "snapshot: the records of table %s are not what the signed statements give", t.name)
+		}
+	}
+	return nil
+}
+
+// statements collects every stored statement in the order of the log.
+func (s *State) statements() ([]statement, error) {
+	x := s.db.Txn(false)
+	var log []statement
+	add := func(index uint64, clock int64, raw []byte) {
+		log = append(log, statement{index: index, clock: clock, raw: raw})
+	}
+	_ = each(x, tableKeyring, func(k *Keyring) error { add(k.Index, k.Created, k.Statement); return nil })
+	receipts := func(l []Receipt) {
+		for _, r := range l {
+			add(r.Index, r.Time, r.Statement)
+		}
+	}
+	_ = each(x, tableKEK, func(k *KEK) error { receipts(k.Receipts); return nil })
+	err := each(x, tableVersion, func(v *Version) error {
+		receipts(v.Receipts)
+		st, err := s.origin(v)
+		log = append(log, st)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	_ = each(x, tableProposal, func(p *Proposal) error {
+		add(p.Index, p.Opened, p.Statement)
+		for _, v := range p.Votes {
+			log = append(log, statement{index: v.Index, clock: v.Time, op: CastVote{v.Statement}})
+		}
+		if p.Executed != 0 && p.Content.Action != kms.ActionRotate {
+			add(p.Executed, p.ClosedAt, p.Execution)
+		}
+		return nil
+	})
+	slices.SortFunc(log, func(a, b statement) int { return cmp.Compare(a.index, b.index) })
+	return log, nil
+}
+
+// origin returns the statement that brought a version. Of a destroyed version the
+// command is gone with the material; what is known of it stands in for it, and the
+// proposal that destroyed the version, with its votes, must be there.
+func (s *State) origin(v *Version) (statement, error) {
+	st := statement{index: v.Index, clock: v.Created, raw: v.Statement}
+	if len(v.Statement) > 0 {
+		return st, nil
+	}
+	if !v.State.Gone() || len(v.Erased) != HashSize {
+		return st, kms.Errorf(kms.Invalid, "snapshot: version %d of key %s has no statement", v.Version, kms.KeyPath(v.Keyring, v.Key))
+	}
+	r := s.reader()
+	st.hash = v.Erased
+	if v.Version == 1 {
+		k, ok := r.key(v.Keyring, v.Key)
+		if !ok {
+			return st, kms.Errorf(kms.Invalid, "snapshot: a version of key %s, which does not exist", kms.KeyPath(v.Keyring, v.Key))
+		}
+		st.env = Envelope{Origin: v.Origin, Principal: k.Creator}
+		st.op = CreateKey{
+			Keyring: v.Keyring, Name: v.Key, ID: k.ID, Purpose: k.Purpose, Algorithm: k.Algorithm,
+			RotationPeriod: k.RotationPeriod, KEK: v.KEK, PublicKey: v.PublicKey,
+		}
+		return st, st.op.(CreateKey).validateErased()
+	}
+	p, ok := r.proposal(v.Proposal)
+	if !ok {
+		return st, kms.Errorf(kms.Invalid, "snapshot: version %d of key %s has no proposal", v.Version, kms.KeyPath(v.Keyring, v.Key))
+	}
+	st.env = Envelope{Origin: v.Origin, Expect: p.Content.Revision}
+	st.op = CommitRotation{
+		Proposal: v.Proposal, Keyring: v.Keyring, Key: v.Key, Version: v.Version, KEK: v.KEK,
+		PublicKey: v.PublicKey, Checks: v.Checks,
+	}
+	return st, st.op.(CommitRotation).validateErased()
+}
