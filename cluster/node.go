@@ -233,6 +233,7 @@ func (n *Node) halted(err error) {
 	n.cancel()
 	go func() { // Raft waits for the caller
 		<-n.ready
+		n.stream.hangUp()
 		_ = n.stopRaft().Error()
 	}()
 }
@@ -253,6 +254,7 @@ func (n *Node) Close() error {
 	closed := make(chan error, 1)
 	go func() {
 		n.waitFutures(2 * n.cfg.Timing.Election)
+		n.stream.hangUp()
 		_ = n.stopRaft().Error() // always nil
 		n.loops.Wait()
 		closed <- n.store.Close()

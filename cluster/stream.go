@@ -66,10 +66,12 @@ type stream struct {
 	handle func(*nodeConn) // serves a forward connection, returns when it ends
 	log    *slog.Logger
 
-	ctx    context.Context
-	cancel context.CancelFunc
-	wg     sync.WaitGroup
-	accept chan net.Conn
+	ctx      context.Context
+	cancel   context.CancelFunc
+	calls    context.Context // of outgoing connections; ends before ctx
+	endCalls context.CancelFunc
+	wg       sync.WaitGroup
+	accept   chan net.Conn
 
 	mu     sync.Mutex
 	conns  map[*nodeConn]struct{}
@@ -85,6 +87,7 @@ func newStream(self string, dir func() directory, cert tls.Certificate, ln net.L
 	s := &stream{self: self, dir: dir, cert: cert, ln: ln, dialTo: dial, log: log,
 		accept: make(chan net.Conn), conns: map[*nodeConn]struct{}{}, groups: map[string]tls.CurveID{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.calls, s.endCalls = context.WithCancel(s.ctx)
 	return s
 }
 
@@ -182,7 +185,7 @@ func (s *stream) register(c *nodeConn) (*nodeConn, error) {
 			n++
 		}
 	}
-	if s.ctx.Err() != nil || n >= maxConnsPerPeer {
+	if s.calls.Err() != nil || n >= maxConnsPerPeer {
 		_ = c.Conn.NetConn().Close()
 		return nil, kms.Errorf(kms.Unavailable, "too many connections with node %s, or this node is stopping", c.peer)
 	}
@@ -228,7 +231,7 @@ func (s *stream) dialNode(ctx context.Context, id, proto string) (*nodeConn, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(s.ctx, cancel)()
+	defer context.AfterFunc(s.calls, cancel)()
 	raw, err := s.dialTo(ctx, node.Address)
 	if err != nil {
 		return nil, err
@@ -238,7 +241,7 @@ func (s *stream) dialNode(ctx context.Context, id, proto string) (*nodeConn, err
 
 // Dial implements raft.StreamLayer; the address is a node id.
 func (s *stream) Dial(address raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(s.ctx, timeout)
+	ctx, cancel := context.WithTimeout(s.calls, timeout)
 	defer cancel()
 	c, err := s.dialNode(ctx, string(address), protoRaft)
 	if err != nil {
@@ -260,12 +263,11 @@ func (s *stream) Accept() (net.Conn, error) {
 // Addr implements net.Listener.
 func (s *stream) Addr() net.Addr { return nodeAddr(s.self) }
 
-// Close implements net.Listener: it closes the listener and every connection,
-// and waits for their handlers.
-func (s *stream) Close() error {
-	err := s.ln.Close()
+// hangUp ends all calls to other nodes and dials no more, so that nothing waits
+// for a peer that does not answer.
+func (s *stream) hangUp() {
+	s.endCalls()
 	s.mu.Lock()
-	s.cancel()
 	conns := make([]*nodeConn, 0, len(s.conns))
 	for c := range s.conns {
 		conns = append(conns, c)
@@ -274,6 +276,16 @@ func (s *stream) Close() error {
 	for _, c := range conns {
 		_ = c.Close()
 	}
+}
+
+// Close implements net.Listener: it closes the listener and every connection,
+// and waits for their handlers.
+func (s *stream) Close() error {
+	err := s.ln.Close()
+	s.mu.Lock()
+	s.cancel()
+	s.mu.Unlock()
+	s.hangUp()
 	s.wg.Wait()
 	if errors.Is(err, net.ErrClosed) {
 		return nil

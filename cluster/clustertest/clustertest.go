@@ -33,9 +33,10 @@ type Options struct {
 	Logger func(member string) *slog.Logger    // nil: the test's log, warnings and worse
 }
 
-// Timing returns timings for a cluster on loopback under the race detector.
+// Timing returns timings for a cluster on loopback. They are long enough that a
+// busy machine with the race detector on does not lose its leader for no reason.
 func Timing() cluster.Timing {
-	return cluster.Timing{Heartbeat: 300 * time.Millisecond, Election: 300 * time.Millisecond, Lease: 200 * time.Millisecond,
+	return cluster.Timing{Heartbeat: 800 * time.Millisecond, Election: 800 * time.Millisecond, Lease: 800 * time.Millisecond,
 		Commit: 10 * time.Millisecond, RPC: 3 * time.Second, Propose: Patience}
 }
 

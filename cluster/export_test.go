@@ -1,0 +1,56 @@
+package cluster
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"log/slog"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// Inject appends an entry to the log past every check, as a hostile leader could.
+func (n *Node) Inject(raw []byte) (any, error) {
+	f := n.raft.Apply(raw, time.Minute)
+	if err := f.Error(); err != nil {
+		return nil, err
+	}
+	return f.Response(), nil
+}
+
+// TakeSnapshot makes Raft write a snapshot now.
+func (n *Node) TakeSnapshot() error { return n.raft.Snapshot().Error() }
+
+// TrustDir returns where the signatures over states are.
+func (n *Node) TrustDir() string { return n.machine.trust.dir }
+
+// FirstLogEntry returns the index of the oldest entry that is still in the log.
+func (n *Node) FirstLogEntry() (uint64, error) { return n.logs.FirstIndex() }
+
+// Stall pretends that a disk operation has begun and does not end.
+func (n *Node) Stall() { n.watch.begin("writing the log") }
+
+// SetHash makes the node answer for a log size with a wrong hash.
+func (n *Node) SetHash(size uint64, sum []byte) { n.hashes.remember(size, sum) }
+
+var _ raft.StreamLayer = (*stream)(nil)
+
+// CompareHash judges a hash as if it were this node's own at a log size.
+func (n *Node) CompareHash(ctx context.Context, size uint64, own []byte) error {
+	return n.compareHashes(ctx, size, own)
+}
+
+// RestoreState gives the machine a snapshot, as Raft does.
+func (n *Node) RestoreState(snapshot []byte) error {
+	return n.machine.Restore(io.NopCloser(bytes.NewReader(snapshot)))
+}
+
+// LogRaft logs a message at every level as Raft would.
+func LogRaft(log *slog.Logger, min slog.Level, msg string, args ...any) {
+	l := raftLogger(log, min)
+	l.Debug(msg, args...)
+	l.Info(msg, args...)
+	l.Warn(msg, args...)
+	l.Error(msg, args...)
+}
