@@ -110,48 +110,72 @@ permit (
 );
 `
 
-// resource is what an action is about: a key (both names set), a keyring (Key
-// empty) or the cluster (both empty). The revisions, 0 for what does not exist,
-// number the attributes that policies see.
+// level says what kind of thing a resource is.
+type level uint8
+
+const (
+	system level = iota
+	aRing
+	aKey
+)
+
+// resource is what an action is about: the cluster (the zero value), a keyring or
+// a key. The revisions, 0 for what does not exist, number the attributes that
+// policies see.
 type resource struct {
+	level                     level
 	keyring, key              string
 	ringRevision, keyRevision uint64
 }
 
+func ofRing(keyring string) resource     { return resource{level: aRing, keyring: keyring} }
+func ofKey(keyring, key string) resource { return resource{level: aKey, keyring: keyring, key: key} }
+
 // check refuses names that cannot exist, so that they reach no log.
 func (r resource) check() error {
-	if r.keyring != "" || r.key != "" {
-		if err := kms.CheckName("keyring", r.keyring); err != nil {
-			return err
+	if r.level == system {
+		return nil
+	}
+	if err := kms.CheckName("keyring", r.keyring); err != nil || r.level == aRing {
+		return err
+	}
+	return kms.CheckName("key", r.key)
+}
+
+// found are the records of a resource, nil for what does not exist.
+type found struct {
+	ring *state.Keyring
+	key  *state.Key
+}
+
+// find returns the resource with the revisions of the state, and its records.
+func (r resource) find(st *state.State) (resource, found) {
+	var f found
+	if r.level >= aRing {
+		if kr, ok := st.Keyring(r.keyring); ok {
+			f.ring, r.ringRevision = &kr, kr.Revision
 		}
 	}
-	if r.key != "" {
-		return kms.CheckName("key", r.key)
+	if r.level >= aKey {
+		if k, ok := st.Key(r.keyring, r.key); ok {
+			f.key, r.keyRevision = &k, k.Revision
+		}
 	}
-	return nil
+	return r, f
 }
 
 // at returns the resource with the revisions of the state.
 func (r resource) at(st *state.State) resource {
-	if r.keyring != "" {
-		if kr, ok := st.Keyring(r.keyring); ok {
-			r.ringRevision = kr.Revision
-		}
-	}
-	if r.key != "" {
-		if k, ok := st.Key(r.keyring, r.key); ok {
-			r.keyRevision = k.Revision
-		}
-	}
+	r, _ = r.find(st)
 	return r
 }
 
 // uid returns the resource as an entity of the policy language.
 func (r resource) uid() cedar.EntityUID {
-	switch {
-	case r.key != "":
+	switch r.level {
+	case aKey:
 		return cedar.NewEntityUID("Key", cedar.String(kms.KeyPath(r.keyring, r.key)))
-	case r.keyring != "":
+	case aRing:
 		return cedar.NewEntityUID("Keyring", cedar.String(r.keyring))
 	}
 	return cedar.NewEntityUID("System", "cluster")
@@ -159,10 +183,10 @@ func (r resource) uid() cedar.EntityUID {
 
 // name is the resource as the access log names it.
 func (r resource) name() string {
-	switch {
-	case r.key != "":
+	switch r.level {
+	case aKey:
 		return kms.KeyPath(r.keyring, r.key)
-	case r.keyring != "":
+	case aRing:
 		return r.keyring
 	}
 	return "cluster"
@@ -300,10 +324,10 @@ func siteOf(st *state.State, trustDomain string) (string, bool) {
 }
 
 func resourceEntities(st *state.State, res resource) []cedar.Entity {
-	if res.keyring == "" {
+	if res.level == system {
 		return []cedar.Entity{{UID: res.uid()}}
 	}
-	ring := cedar.Entity{UID: resource{keyring: res.keyring}.uid()}
+	ring := cedar.Entity{UID: ofRing(res.keyring).uid()}
 	attrs := cedar.RecordMap{}
 	if kr, ok := st.Keyring(res.keyring); ok {
 		sites := make([]cedar.Value, len(kr.Residency))
@@ -315,7 +339,7 @@ func resourceEntities(st *state.State, res resource) []cedar.Entity {
 		attrs["policy"] = cedar.String(kr.Policy)
 	}
 	ring.Attributes = cedar.NewRecord(attrs)
-	if res.key == "" {
+	if res.level == aRing {
 		return []cedar.Entity{ring}
 	}
 	if k, ok := st.Key(res.keyring, res.key); ok {

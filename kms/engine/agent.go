@@ -220,7 +220,7 @@ func (a *Agent) checkValue(ctx context.Context, st *state.State, p state.Pending
 		return nil, noKeyring(p.Keyring)
 	}
 	if p.Key == "" {
-		b, sealed, err := a.e.sealedKEK(st, kr, p.Version)
+		b, sealed, err := a.e.sealedKEK(st, &kr, p.Version)
 		if err != nil {
 			return nil, err
 		}
@@ -241,7 +241,7 @@ func (a *Agent) checkValue(ctx context.Context, st *state.State, p state.Pending
 	}
 	var id kms.KeyID
 	copy(id[:], k.ID)
-	ref, sealed, err := a.e.reference(st, kr, k, id, v)
+	ref, sealed, err := a.e.reference(st, &kr, &k, id, v)
 	if err != nil {
 		return nil, err
 	}

@@ -140,6 +140,7 @@ type request struct {
 	caller  Caller
 	act     Action
 	res     resource
+	found   found             // the records of res
 	about   string            // names in the log what res does not, e.g. what is to be created
 	version uint32            // key version used, 0 for none or several
 	context map[string]string // encryption context
@@ -159,7 +160,7 @@ func do[R any](ctx context.Context, e *Engine, rq *request, f func(st *state.Sta
 		err = rq.res.check()
 	}
 	if err == nil {
-		rq.res = rq.res.at(st)
+		rq.res, rq.found = rq.res.find(st)
 	} else {
 		rq.res, rq.about = resource{}, ""
 	}

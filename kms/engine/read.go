@@ -127,7 +127,7 @@ func (e *Engine) Keyrings(ctx context.Context, c Caller) (wire.Keyrings, error) 
 		out := wire.Keyrings{Keyrings: []wire.Keyring{}}
 		whole := e.access.allow(st, c.Identity, ActReadKeyring, resource{})
 		for _, kr := range st.Keyrings() {
-			if whole != nil && e.access.allow(st, c.Identity, ActReadKeyring, resource{keyring: kr.Name}.at(st)) != nil {
+			if whole != nil && e.access.allow(st, c.Identity, ActReadKeyring, ofRing(kr.Name).at(st)) != nil {
 				continue
 			}
 			out.Keyrings = append(out.Keyrings, e.keyringView(st, kr))
@@ -141,7 +141,7 @@ func (e *Engine) Keyrings(ctx context.Context, c Caller) (wire.Keyrings, error) 
 
 // Keyring returns one keyring.
 func (e *Engine) Keyring(ctx context.Context, c Caller, ring string) (wire.Keyring, error) {
-	return read(ctx, e, c, ActReadKeyring, resource{keyring: ring}, "", func(st *state.State) (wire.Keyring, error) {
+	return read(ctx, e, c, ActReadKeyring, ofRing(ring), "", func(st *state.State) (wire.Keyring, error) {
 		kr, ok := st.Keyring(ring)
 		if !ok {
 			return wire.Keyring{}, noKeyring(ring)
@@ -152,7 +152,7 @@ func (e *Engine) Keyring(ctx context.Context, c Caller, ring string) (wire.Keyri
 
 // Keys lists the keys of a keyring, sorted by name, without their versions.
 func (e *Engine) Keys(ctx context.Context, c Caller, ring string) (wire.Keys, error) {
-	return read(ctx, e, c, ActReadKey, resource{keyring: ring}, "", func(st *state.State) (wire.Keys, error) {
+	return read(ctx, e, c, ActReadKey, ofRing(ring), "", func(st *state.State) (wire.Keys, error) {
 		if _, ok := st.Keyring(ring); !ok {
 			return wire.Keys{}, noKeyring(ring)
 		}
@@ -162,7 +162,7 @@ func (e *Engine) Keys(ctx context.Context, c Caller, ring string) (wire.Keys, er
 
 // Key returns one key with its versions.
 func (e *Engine) Key(ctx context.Context, c Caller, ring, key string) (wire.Key, error) {
-	return read(ctx, e, c, ActReadKey, resource{keyring: ring, key: key}, "", func(st *state.State) (wire.Key, error) {
+	return read(ctx, e, c, ActReadKey, ofKey(ring, key), "", func(st *state.State) (wire.Key, error) {
 		k, ok := st.Key(ring, key)
 		if !ok {
 			return wire.Key{}, noKey(ring, key)

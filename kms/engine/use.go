@@ -25,8 +25,8 @@ type use struct {
 	ctx    context.Context // of the request that this value lives for
 	st     *state.State
 	act    Action
-	ring   state.Keyring
-	key    state.Key
+	ring   *state.Keyring
+	key    *state.Key
 	id     kms.KeyID
 	room   [2]opened
 	opened []opened
@@ -59,16 +59,15 @@ func (a Action) survives() bool {
 // use resolves the key of a request and checks what does not need its material:
 // that it exists, is of the right purpose, is not suspended, and that this node
 // is up to date.
-func (e *Engine) use(ctx context.Context, st *state.State, act Action, res resource) (*use, error) {
-	u := &use{e: e, ctx: ctx, st: st, act: act}
-	u.opened = u.room[:0]
-	var ok bool
-	if u.ring, ok = st.Keyring(res.keyring); !ok {
+func (e *Engine) use(ctx context.Context, st *state.State, act Action, res resource, f found) (*use, error) {
+	if f.ring == nil {
 		return nil, noKeyring(res.keyring)
 	}
-	if u.key, ok = st.Key(res.keyring, res.key); !ok {
+	if f.key == nil {
 		return nil, noKey(res.keyring, res.key)
 	}
+	u := &use{e: e, ctx: ctx, st: st, act: act, ring: f.ring, key: f.key}
+	u.opened = u.room[:0]
 	if copy(u.id[:], u.key.ID) != len(u.id) {
 		return nil, kms.Errorf(kms.Internal, "key %s has no valid id", res.name())
 	}
@@ -173,7 +172,7 @@ func (u *use) primaryMaterial() (*keyring.Material, uint32, error) {
 
 // reference says where a version's material is and finds the copy of its KEK
 // that is sealed to this node. Without such a copy the answer is kms.NotResident.
-func (e *Engine) reference(st *state.State, ring state.Keyring, key state.Key, id kms.KeyID, v state.Version) (keyring.KeyRef, []byte, error) {
+func (e *Engine) reference(st *state.State, ring *state.Keyring, key *state.Key, id kms.KeyID, v state.Version) (keyring.KeyRef, []byte, error) {
 	binding, sealed, err := e.sealedKEK(st, ring, v.KEK)
 	if err != nil {
 		return keyring.KeyRef{}, nil, err
@@ -188,7 +187,7 @@ func (e *Engine) reference(st *state.State, ring state.Keyring, key state.Key, i
 }
 
 // sealedKEK finds the copy of a KEK that is sealed to this node.
-func (e *Engine) sealedKEK(st *state.State, ring state.Keyring, version uint32) (keyring.KEKBinding, []byte, error) {
+func (e *Engine) sealedKEK(st *state.State, ring *state.Keyring, version uint32) (keyring.KEKBinding, []byte, error) {
 	k, ok := st.KEK(ring.Name, version)
 	if !ok {
 		return keyring.KEKBinding{}, nil, kms.Errorf(kms.Internal, "keyring %s has no KEK version %d", ring.Name, version)
@@ -251,9 +250,9 @@ func checkContext(c wire.Context) error {
 // one carries out a data operation on one item.
 func one[Q, R any](ctx context.Context, e *Engine, c Caller, act Action, ring, key string, q Q,
 	f func(*use, *item, Q) (R, error)) (R, error) {
-	rq := &request{caller: c, act: act, res: resource{keyring: ring, key: key}, count: 1}
+	rq := &request{caller: c, act: act, res: ofKey(ring, key), count: 1}
 	return do(ctx, e, rq, func(st *state.State) (r R, err error) {
-		u, err := e.use(ctx, st, act, rq.res)
+		u, err := e.use(ctx, st, act, rq.res, rq.found)
 		if err != nil {
 			return r, err
 		}
@@ -268,13 +267,13 @@ func one[Q, R any](ctx context.Context, e *Engine, c Caller, act Action, ring, k
 // many carries out a data operation on every item of a batch.
 func many[Q, R any](ctx context.Context, e *Engine, c Caller, act Action, ring, key string, b wire.Batch[Q],
 	f func(*use, *item, Q) (R, error)) (wire.BatchResult[R], error) {
-	rq := &request{caller: c, act: act, res: resource{keyring: ring, key: key}, count: len(b.Items)}
+	rq := &request{caller: c, act: act, res: ofKey(ring, key), count: len(b.Items)}
 	return do(ctx, e, rq, func(st *state.State) (wire.BatchResult[R], error) {
 		var out wire.BatchResult[R]
 		if err := b.Check(); err != nil {
 			return out, err
 		}
-		u, err := e.use(ctx, st, act, rq.res)
+		u, err := e.use(ctx, st, act, rq.res, rq.found)
 		if err != nil {
 			return out, err
 		}

@@ -235,7 +235,7 @@ func checksOf(nodes []state.Node, s *secret.Bytes, cluster, ring string, id kms.
 // keyring is resident. Errors: kms.Invalid, kms.NotFound, kms.Exists,
 // kms.Denied, kms.NotResident, and those of every write.
 func (e *Engine) CreateKey(ctx context.Context, c Caller, ring string, q wire.CreateKeyRequest) (wire.Key, error) {
-	rq := &request{caller: c, act: ActCreateKey, res: resource{keyring: ring}, about: aboutName("key", q.Name)}
+	rq := &request{caller: c, act: ActCreateKey, res: ofRing(ring), about: aboutName("key", q.Name)}
 	if rq.about != "" {
 		rq.about = kms.KeyPath(ring, q.Name)
 	}
@@ -304,7 +304,7 @@ type newMaterial struct {
 // newVersion generates material, wraps it under the keyring's KEK, and commits
 // to the check values of the nodes given.
 func (e *Engine) newVersion(ctx context.Context, st *state.State, kr state.Keyring, b keyring.KeyBinding, nodes []state.Node) (v newMaterial, err error) {
-	kb, sealed, err := e.sealedKEK(st, kr, b.KEK)
+	kb, sealed, err := e.sealedKEK(st, &kr, b.KEK)
 	if err != nil {
 		return v, err
 	}

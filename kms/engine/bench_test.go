@@ -1,0 +1,90 @@
+package engine
+
+import (
+	"path/filepath"
+	"testing"
+
+	dto "github.com/prometheus/client_model/go"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/audit"
+	"github.com/conclave-kms/conclave/kms/wire"
+)
+
+func check0(t testing.TB, reg *prometheus.Registry) []*dto.MetricFamily {
+	t.Helper()
+	return check[[]*dto.MetricFamily](t)(reg.Gather())
+}
+
+func benchWorld(b *testing.B) (*testNode, Caller) {
+	w := newWorld(b, "")
+	w.keyring("r", "fr", "de", "jp")
+	w.key("r", "data", kms.Encrypt)
+	for _, n := range w.nodes {
+		n.log.discard = true
+	}
+	return w.at("fr"), caller("service", "fr")
+}
+
+// The whole path of a request but for the access log, whose entry is encoded and
+// thrown away.
+func BenchmarkEncrypt1KiB(b *testing.B) {
+	n, svc := benchWorld(b)
+	q := wire.EncryptRequest{Plaintext: make([]byte, 1024), Context: wire.Context{"tenant": "a", "object": "7"}}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := n.engine.Encrypt(bg, svc, "r", "data", q); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkDecrypt1KiB(b *testing.B) {
+	n, svc := benchWorld(b)
+	r := check[wire.EncryptResponse](b)(n.engine.Encrypt(bg, svc, "r", "data", wire.EncryptRequest{Plaintext: make([]byte, 1024)}))
+	q := wire.DecryptRequest{Ciphertext: r.Ciphertext}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := n.engine.Decrypt(bg, svc, "r", "data", q); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkEncryptBatch256(b *testing.B) {
+	n, svc := benchWorld(b)
+	q := wire.Batch[wire.EncryptRequest]{Items: make([]wire.EncryptRequest, 256)}
+	for i := range q.Items {
+		q.Items[i].Plaintext = make([]byte, 1024)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := n.engine.EncryptBatch(bg, svc, "r", "data", q); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// With the real access log, as many goroutines as GOMAXPROCS*64 waiting for one
+// group commit after the other.
+func BenchmarkEncrypt1KiBDurable(b *testing.B) {
+	n, svc := benchWorld(b)
+	l := check[*audit.Log](b)(audit.Open(filepath.Join(b.TempDir(), "log"), audit.Options{}))
+	defer l.Close()
+	cfg := n.engine.cfg
+	cfg.Log = l
+	e := check[*Engine](b)(New(cfg))
+	q := wire.EncryptRequest{Plaintext: make([]byte, 1024)}
+	b.SetParallelism(64)
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			if _, err := e.Encrypt(bg, svc, "r", "data", q); err != nil {
+				b.Error(err)
+				return
+			}
+		}
+	})
+}
