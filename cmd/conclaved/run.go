@@ -71,6 +71,9 @@ func newLogger(c LogConfig) (*slog.Logger, error) {
 	return slog.New(slog.NewTextHandler(os.Stderr, opts)), nil
 }
 
+// memoryTarget is the size in bytes above which the collector works harder.
+const memoryTarget = 256 << 20
+
 // noCoreDumps keeps key material out of core files; what lies in locked memory
 // is excluded besides.
 func noCoreDumps() error {
@@ -99,7 +102,8 @@ func runNode(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	if err := noCoreDumps(); err != nil {
 		return fmt.Errorf("disable core dumps: %w", err)
 	}
-	debug.SetGCPercent(50) // the heap is small; memory matters more than collections
+	debug.SetGCPercent(400) // the live heap is a few MiB: collect less often
+	debug.SetMemoryLimit(memoryTarget)
 	n := &node{cfg: cfg, log: log.With("node", cfg.Node), registry: prometheus.NewRegistry(), failed: make(chan error, 1)}
 	defer func() {
 		for i := len(n.closers) - 1; i >= 0; i-- {

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/canon"
@@ -48,6 +49,9 @@ func ParseEntry(leaf []byte) (Entry, error) {
 	return e, nil
 }
 
+// gatherTime is how long a batch gathers while callers come in numbers.
+const gatherTime = time.Millisecond
+
 // Options change how a log is kept. The zero value is the usual one.
 type Options struct {
 	SegmentSize int64 // bytes after which a new file is begun, 0: DefaultSegmentSize
@@ -62,6 +66,7 @@ type Log struct {
 	recovered string
 	writer    segmentWriter
 	wake      chan struct{} // capacity 1
+	hurry     chan struct{} // closed by Close: gather no more
 	stopped   chan struct{} // closed when the writing goroutine has ended
 
 	mu      sync.Mutex
@@ -112,6 +117,7 @@ func open(dir string, o Options) (*Log, error) {
 	l := &Log{
 		writer:  segmentWriter{disk: o.disk, dir: dir, kind: accessKind, limit: o.SegmentSize},
 		wake:    make(chan struct{}, 1),
+		hurry:   make(chan struct{}),
 		stopped: make(chan struct{}),
 		batch:   newBatch(), spare: newBatch(),
 		merkle: newMerkle(),
@@ -191,7 +197,11 @@ func readOnly(cause error) error {
 // run is the writing goroutine.
 func (l *Log) run() {
 	defer close(l.stopped)
+	last := 0 // entries in the batch before
 	for range l.wake {
+		if last > 1 {
+			l.gather()
+		}
 		l.mu.Lock()
 		b := l.batch
 		l.batch, l.spare = l.spare, nil
@@ -200,6 +210,7 @@ func (l *Log) run() {
 			copy(head.root[:], l.merkle.tree().Root)
 		}
 		err := l.failure
+		last = len(b.hashes)
 		l.mu.Unlock()
 
 		if err == nil {
@@ -209,6 +220,18 @@ func (l *Log) run() {
 			err = l.writer.sync()
 		}
 		l.finish(b, err)
+	}
+}
+
+// gather lets a batch grow before it is written: a sync costs more processor time
+// than many entries, so callers that come in numbers share one. A caller that
+// comes alone never waits here.
+func (l *Log) gather() {
+	t := time.NewTimer(gatherTime)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-l.hurry:
 	}
 }
 
@@ -267,6 +290,7 @@ func (l *Log) Close() error {
 	l.closed = true
 	if first {
 		close(l.wake)
+		close(l.hurry)
 	}
 	l.mu.Unlock()
 	<-l.stopped
