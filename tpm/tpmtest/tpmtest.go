@@ -27,8 +27,10 @@ type TPM struct {
 	soft *tpm.SoftTPM
 }
 
-// New manufactures and starts a software TPM and stops it when the test ends.
-// Where swtpm is not installed the test is skipped, or fails when CI=true.
+// New starts a software TPM on a fresh copy of a manufactured one's state and
+// stops it when the test ends. TPMs that live at the same time come from
+// different manufactures, so that no two share a seed. Where swtpm is not
+// installed the test is skipped, or fails when CI=true.
 func New(t testing.TB) *TPM {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "ctpm") // short: a socket's path has 108 bytes at most
@@ -39,8 +41,13 @@ func New(t testing.TB) *TPM {
 	p := &TPM{t: t, dir: dir}
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
-	if err := tpm.SetupSoftTPM(ctx, p.state()); err != nil {
+	made, err := take(ctx)
+	if err != nil {
 		missing(t, err)
+	}
+	t.Cleanup(func() { giveBack(made) })
+	if err := made.write(p.state()); err != nil {
+		t.Fatal(err)
 	}
 	if err := tpm.NewAuthFile(p.authFile()); err != nil {
 		t.Fatal(err)
