@@ -78,10 +78,17 @@ func (n *Node) Resume() error {
 	return nil
 }
 
-// Start starts a node that was killed, with `conclaved run` on its own
-// configuration, and returns when it is ready to serve. Its log goes on in the
-// same file.
+// Start starts a node that was killed and returns when it is ready to serve.
 func (n *Node) Start(ctx context.Context) error {
+	if err := n.Launch(); err != nil {
+		return err
+	}
+	return n.Ready(ctx)
+}
+
+// Launch starts a node that was killed, with `conclaved run` on its own
+// configuration, and does not wait for it. Its log goes on in the same file.
+func (n *Node) Launch() error {
 	if n.Running() {
 		return fmt.Errorf("%s runs already (process %d)", n.ID, n.pid)
 	}
@@ -99,7 +106,7 @@ func (n *Node) Start(ctx context.Context) error {
 		return err
 	}
 	n.own, n.pid = p, p.pid
-	return n.Ready(ctx)
+	return nil
 }
 
 // Ready waits until the node says that it is ready to serve.

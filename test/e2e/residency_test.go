@@ -1,0 +1,126 @@
+package e2e
+
+import (
+	"crypto/rand"
+	"errors"
+	"slices"
+	"testing"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/keyring"
+	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/kms/wire"
+)
+
+func random(n int) []byte {
+	b := make([]byte, n)
+	_, _ = rand.Read(b) // never fails: it ends the process instead
+	return b
+}
+
+// TestOutsiderCannotOpenResidentKeyring gives jp's process the whole replicated
+// state, from the disk of fr, and jp's real TPM: nothing of the keyring europe
+// opens, while what was sealed to jp does.
+func TestOutsiderCannotOpenResidentKeyring(t *testing.T) {
+	s := site{t, cluster(t)}
+	s.key("europe", "residency", kms.Encrypt, "")
+	s.key("coalition", "residency", kms.Encrypt, "")
+	secretText := "for fr and de alone"
+	european := s.encrypt("fr", "europe", "residency", secretText)
+	shared := s.encrypt("de", "coalition", "residency", "for all three")
+	s.rotate("europe", "residency", 2)
+	s.decrypts("de", "europe", "residency", european, secretText)
+
+	// The API of jp's node has nothing to give, whoever asks.
+	for _, from := range []string{"fr", "jp"} {
+		cl, err := s.c.ClientAt("jp", from, "service")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = cl.Key("europe", "residency").Decrypt(t.Context(), wire.DecryptRequest{Ciphertext: european.Ciphertext})
+		if !errors.Is(err, kms.NotResident) && !errors.Is(err, kms.Denied) {
+			t.Errorf("a service of %s at jp: %v", from, err)
+		}
+	}
+
+	jp := s.c.Nodes["jp"]
+	size, _, err := s.c.SameLog(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := jp.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r := replay(t, s.c, s.c.Nodes["fr"])
+	if r.state.LogSize() < size {
+		t.Fatalf("the log on fr's disk has %d entries of %d", r.state.LogSize(), size)
+	}
+	tpm := takeDevice(t, jp)
+
+	// Control: the TPM opens the copy that was sealed to jp, and with it the key
+	// and the ciphertext.
+	keks := r.state.KEKs("coalition")
+	if len(keks) == 0 {
+		t.Fatal("coalition has no KEK")
+	}
+	coalition, err := tpm.open(t.Context(), r.state, "coalition", keks[len(keks)-1])
+	if err != nil {
+		t.Fatalf("jp's TPM does not open jp's own copy: %v", err)
+	}
+	defer coalition.Destroy()
+	key, _ := r.state.Key("coalition", "residency")
+	version, _ := r.state.Version("coalition", "residency", 1)
+	material, err := keyring.UnwrapMaterial(coalition, keyBinding(r.state, key, version), version.Wrapped)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := keyring.NewMaterial(keyBinding(r.state, key, version), material)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Destroy()
+	if got, err := m.Decrypt(nil, shared.Ciphertext); err != nil || string(got) != "for all three" {
+		t.Fatalf("jp cannot decrypt what is its own: %v", err)
+	}
+
+	// The attempt: every copy of europe's KEK under every name it might go by.
+	attempts := 0
+	for _, k := range r.state.KEKs("europe") {
+		if slices.ContainsFunc(k.Copies, func(c state.SealedCopy) bool { return c.Node == "jp-1" }) {
+			t.Fatalf("there is a copy of europe's KEK %d for jp", k.Version)
+		}
+		for _, c := range k.Copies {
+			for _, ring := range []string{"europe", "coalition"} {
+				for _, node := range []string{"fr-1", "de-1", "jp-1"} {
+					attempts++
+					kek, err := tpm.root.OpenKEK(t.Context(), binding(r.state, ring, k.Version, node), c.Sealed)
+					if err == nil {
+						kek.Destroy()
+						t.Errorf("jp's TPM opened the copy for %s of europe's KEK %d", c.Node, k.Version)
+					} else if !errors.Is(err, kms.OpenFailed) {
+						t.Errorf("the copy for %s of europe's KEK %d was not tried to the end: %v", c.Node, k.Version, err)
+					}
+				}
+			}
+		}
+	}
+	if attempts < 12 {
+		t.Errorf("only %d attempts were made", attempts)
+	}
+	// And no other secret of jp's unwraps europe's keys.
+	europe, _ := r.state.Key("europe", "residency")
+	for _, v := range r.state.Versions("europe", "residency") {
+		for _, ring := range []string{"europe", "coalition"} {
+			b := keyBinding(r.state, europe, v)
+			b.Keyring = ring
+			if got, err := keyring.UnwrapMaterial(coalition, b, v.Wrapped); err == nil {
+				got.Destroy()
+				t.Errorf("coalition's KEK unwrapped version %d of europe/residency", v.Version)
+			}
+		}
+	}
+	if n := len(r.state.Versions("europe", "residency")); n != 2 {
+		t.Errorf("%d versions of europe/residency were tried", n)
+	}
+	tpm.close()
+}
