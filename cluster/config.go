@@ -56,7 +56,7 @@ type Timing struct {
 	Heartbeat time.Duration // without a word from the leader before an election: 1 s
 	Election  time.Duration // of an election before the next: 1 s
 	Lease     time.Duration // of a leader without a quorum before it steps down: 500 ms
-	Commit    time.Duration // between messages of an idle leader: 50 ms
+	Commit    time.Duration // between messages of an idle leader, and of a commit to followers: 25 ms
 	RPC       time.Duration // for one message between nodes: 10 s
 	Propose   time.Duration // of Propose and Barrier when the context has no deadline: 30 s
 	Stall     time.Duration // of a disk operation before the node gives itself up: 30 s
@@ -82,7 +82,7 @@ func (t Timing) withDefaults() Timing {
 	period(&t.Heartbeat, time.Second)
 	period(&t.Election, max(t.Heartbeat, time.Second))
 	period(&t.Lease, t.Heartbeat/2)
-	period(&t.Commit, 50*time.Millisecond)
+	period(&t.Commit, 25*time.Millisecond)
 	period(&t.RPC, 10*time.Second)
 	period(&t.Propose, 30*time.Second)
 	period(&t.Stall, 30*time.Second)

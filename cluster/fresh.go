@@ -182,7 +182,7 @@ func (n *Node) proveLoop(ctx context.Context) {
 }
 
 func (n *Node) prove(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timing.RPC)
+	ctx, cancel := context.WithTimeout(ctx, min(n.cfg.Timing.RPC, 2*n.cfg.Timing.Heartbeat))
 	defer cancel()
 	if n.raft.State() == raft.Leader {
 		_, _, _ = n.leaderProof(ctx) // not proven: Fresh grows

@@ -26,10 +26,10 @@ type machine struct {
 	watch     *watch
 	log       *slog.Logger
 
-	state atomic.Pointer[state.State]
+	background func(func()) // runs something that the log must not wait for
 
-	mu      sync.Mutex
-	changed chan struct{}
+	state   atomic.Pointer[state.State]
+	changed signal
 
 	halted  atomic.Bool
 	once    sync.Once
@@ -44,17 +44,7 @@ func (m *machine) current() *state.State { return m.state.Load() }
 // publish makes st the current state and wakes those who wait for a change.
 func (m *machine) publish(st *state.State) {
 	m.state.Store(st)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	close(m.changed)
-	m.changed = make(chan struct{})
-}
-
-// change returns a channel that is closed when the next state is published.
-func (m *machine) change() <-chan struct{} {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.changed
+	m.changed.fire()
 }
 
 // halt stops the machine for good and reports err, once.
@@ -134,9 +124,11 @@ func (m *machine) restore(r io.Reader) (*state.State, error) {
 		return nil, kms.Errorf(kms.Conflict, "the snapshot ends at log entry %d, this node has applied %d", st.Index(), was)
 	}
 	if !verified { // every statement in it was verified just now: say so for the next start
-		if err := m.trust.sign(st.Hash()); err != nil {
-			m.log.Warn("cannot sign the hash of a verified snapshot; the next start verifies it again", "error", err)
-		}
+		m.background(func() {
+			if err := m.trust.sign(st.Hash()); err != nil {
+				m.log.Warn("cannot sign the hash of a verified snapshot; the next start verifies it again", "error", err)
+			}
+		})
 	}
 	return st, nil
 }

@@ -46,6 +46,7 @@ type Node struct {
 	done     chan error
 	doneOnce sync.Once
 
+	leaders   signal // fires when another node leads, or none
 	readOnly  atomic.Bool
 	readyTerm atomic.Uint64 // the term in which this node, as leader, has applied all that was committed before it
 	proofs    proofs
@@ -118,6 +119,7 @@ func (n *Node) open(ctx context.Context, genesis *state.State) error {
 	n.stream.start(func(c *nodeConn) {
 		serveForward(n.ctx, c, greeting{Node: n.cfg.NodeID, Cluster: n.State().Cluster()}, n)
 	})
+	n.loops.Go(func() { n.watchLeader(n.ctx) })
 	n.loops.Go(func() { n.supervise(n.ctx) })
 	n.loops.Go(func() { n.proveLoop(n.ctx) })
 	n.loops.Go(func() { n.hashes.run(n.ctx) })
@@ -150,7 +152,7 @@ func (n *Node) buildMachine(genesis *state.State, snapshots *snapshotStore) {
 		cluster: genesis.Cluster(), onApply: n.cfg.OnApply, onRestore: n.cfg.OnRestore,
 		trust:  &trust{ctx: n.ctx, dir: n.dir.file(trustDir), cluster: genesis.Cluster(), node: n.self, signer: n.cfg.Sign},
 		hashes: n.hashes, snapshots: snapshots, watch: n.watch, log: n.cfg.Logger,
-		changed: make(chan struct{}), onHalt: n.halted,
+		onHalt: n.halted, background: n.loops.Go,
 	}
 	n.hashes.halt = n.machine.halt
 	n.machine.state.Store(genesis)
@@ -215,7 +217,7 @@ func (n *Node) State() *state.State { return n.machine.current() }
 
 // Changed returns a channel that is closed when the next entry is applied. To
 // wait for a condition take the channel first, then look at State.
-func (n *Node) Changed() <-chan struct{} { return n.machine.change() }
+func (n *Node) Changed() <-chan struct{} { return n.machine.changed.wait() }
 
 // Done returns a channel that delivers the reason once if the node has halted:
 // an unknown command, a state that differs from the other nodes', a disk that

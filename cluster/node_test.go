@@ -91,7 +91,7 @@ func TestDiskNearlyFull(t *testing.T) {
 	const total = 10 << 30
 	var free atomic.Uint64
 	free.Store(total)
-	c := clustertest.New(t, clustertest.Options{Timing: cluster.Timing{Stall: 400 * time.Millisecond * 100},
+	c := clustertest.New(t, clustertest.Options{Timing: cluster.Timing{Stall: time.Minute},
 		Config: func(_ int, cfg *cluster.Config) {
 			cfg.FreeSpace = func(string) (uint64, uint64, error) {
 				if free.Load() == 0 {

@@ -134,8 +134,8 @@ func (n *Node) proposeOnce(ctx context.Context, raw []byte) (state.Result, error
 	return resp.Result.result(), nil
 }
 
-// callLeader sends a request to the leader known now. sent is false if it has
-// certainly not been received.
+// callLeader sends a request to the leader known now, and waits no longer for it
+// once another node leads. sent is false if it has certainly not been received.
 func (n *Node) callLeader(ctx context.Context, req request) (resp response, sent bool, err error) {
 	_, leader := n.raft.LeaderWithID()
 	if leader == "" || string(leader) == n.cfg.NodeID {
@@ -147,7 +147,42 @@ func (n *Node) callLeader(ctx context.Context, req request) (resp response, sent
 	if err != nil {
 		return response{}, false, err
 	}
+	ctx, cancel = context.WithCancel(ctx)
+	defer cancel()
+	go func() { // ends with ctx
+		for {
+			changed := n.leaders.wait()
+			if _, now := n.raft.LeaderWithID(); now != "" && now != leader {
+				cancel()
+				return
+			}
+			select {
+			case <-changed:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
 	return k.call(ctx, req)
+}
+
+// watchLeader fires n.leaders until ctx ends.
+func (n *Node) watchLeader(ctx context.Context) {
+	events := make(chan raft.Observation, 16)
+	o := raft.NewObserver(events, false, func(o *raft.Observation) bool {
+		_, ok := o.Data.(raft.LeaderObservation)
+		return ok
+	})
+	n.raft.RegisterObserver(o)
+	defer n.raft.DeregisterObserver(o)
+	for {
+		select {
+		case <-events:
+			n.leaders.fire()
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // proposeHere appends the command to the log as leader and waits until it is

@@ -61,6 +61,8 @@ type Cluster struct {
 	t      testing.TB
 	o      Options
 	closed atomic.Bool
+
+	network *network
 }
 
 // TrustDomain returns the trust domain of a site.
@@ -87,7 +89,7 @@ func Prepare(t testing.TB, o Options) *Cluster {
 	if len(o.Sites) == 0 {
 		o.Sites = []string{"fr", "de", "jp"}
 	}
-	c := &Cluster{t: t, o: o, CAs: map[string]*CA{}}
+	c := &Cluster{t: t, o: o, CAs: map[string]*CA{}, network: &network{cut: map[string]bool{}, conns: map[*wire]struct{}{}}}
 	dir := t.TempDir()
 	count := map[string]int{}
 	for _, site := range o.Sites {
@@ -132,6 +134,7 @@ func (c *Cluster) Config(i int) cluster.Config {
 	m := c.Members[i]
 	cfg := cluster.Config{NodeID: m.ID, DataDir: m.Dir, Listen: m.Address, Listener: m.listener, Genesis: c.Genesis,
 		Certificate: m.Certificate, Sign: m.Signer.Sign, Timing: c.timing(),
+		Dial:      c.network.dialFrom(m.Address),
 		FreeSpace: func(string) (uint64, uint64, error) { return 1 << 40, 1 << 40, nil }}
 	if c.o.Logger != nil {
 		cfg.Logger = c.o.Logger(m.ID)
