@@ -194,7 +194,7 @@ func (r resource) name() string {
 
 // policies is a parsed policy set.
 type policies struct {
-	text       []byte
+	text       []byte // the state's own, so that comparing is one of addresses
 	set        *cedar.PolicySet
 	generation uint64
 }
@@ -225,19 +225,17 @@ func parseAccess(text []byte) (*cedar.PolicySet, error) {
 // when its text has changed.
 func (a *access) load(st *state.State) (*policies, error) {
 	text := st.Access()
-	if p := a.current.Load(); p != nil && sameText(p.text, text) {
+	if p := a.current.Load(); p != nil && bytes.Equal(p.text, text) {
 		return p, nil
 	}
 	set, err := parseAccess(text)
 	if err != nil {
 		return nil, kms.Wrap(kms.Denied, err, "the cluster's access policy cannot be read, so nothing is permitted", "an administrator must repair it")
 	}
-	p := &policies{text: bytes.Clone(text), set: set, generation: a.generation.Add(1)}
+	p := &policies{text: text, set: set, generation: a.generation.Add(1)}
 	a.current.Store(p)
 	return p, nil
 }
-
-func sameText(a, b []byte) bool { return len(a) == len(b) && bytes.Equal(a, b) }
 
 // allow returns nil if the policies permit the action, else kms.Denied. The
 // decision for the same identity, action, resource revision and policy text is

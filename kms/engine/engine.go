@@ -45,9 +45,8 @@ type Log interface {
 	Append(ctx context.Context, e audit.Entry) error
 }
 
-// Config is what an Engine is made of. All fields but Root, Cache, Now, Logger,
-// Metrics, Raft and Version are required; Root and Cache are required too unless
-// the node is resident nowhere.
+// Config is what an Engine is made of. The fields of the first group are
+// required.
 type Config struct {
 	Node    string // this node's id
 	Cluster Cluster
@@ -76,6 +75,7 @@ type Engine struct {
 	metrics *metrics
 
 	logFailed atomic.Bool // the access log can take no more entries
+	device    deviceCheck
 }
 
 // New checks the configuration and returns an Engine. Errors: kms.Invalid.
@@ -96,13 +96,13 @@ func New(cfg Config) (*Engine, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	m, err := newMetrics(cfg.Metrics)
-	if err != nil {
-		return nil, err
-	}
 	e := &Engine{
 		cfg: cfg, node: cfg.Node, suite: pqc.SuiteID(n.SigningSuite), cluster: cfg.Cluster,
-		now: cfg.Now, log: cfg.Logger, metrics: m,
+		now: cfg.Now, log: cfg.Logger,
+	}
+	var err error
+	if e.metrics, err = newMetrics(cfg.Metrics, e); err != nil {
+		return nil, err
 	}
 	if _, err := e.access.load(cfg.Cluster.State()); err != nil {
 		return nil, err
@@ -125,14 +125,33 @@ const (
 
 func (c Caller) check() error {
 	switch {
-	case c.Identity.TrustDomain == "" || c.Identity.Role == "" || c.Identity.Name == "":
+	case c.Identity.TrustDomain == "" || c.Identity.Role == "" || c.Identity.Name == "" || !plainText(c.principal(), kms.MaxIdentity):
 		return kms.Errorf(kms.Unauthenticated, "the caller has no identity")
-	case len(c.RequestID) > MaxRequestID:
-		return kms.Errorf(kms.Invalid, "the request id is longer than %d bytes", MaxRequestID)
+	case !plainText(c.RequestID, MaxRequestID):
+		return kms.Errorf(kms.Invalid, "the request id is longer than %d bytes or not plain text", MaxRequestID)
 	case len(c.IdempotencyKey) > MaxIdempotencyKey:
 		return kms.Errorf(kms.Invalid, "the idempotency key is longer than %d bytes", MaxIdempotencyKey)
 	}
 	return nil
+}
+
+// principal is the caller's SPIFFE ID.
+func (c Caller) principal() string {
+	return "spiffe://" + c.Identity.TrustDomain + "/" + c.Identity.Role + "/" + c.Identity.Name
+}
+
+// plainText reports whether s is at most n bytes of visible ASCII, so that it
+// can go into the access log as it is.
+func plainText(s string, n int) bool {
+	if len(s) > n {
+		return false
+	}
+	for i := range len(s) {
+		if s[i] <= ' ' || s[i] > '~' {
+			return false
+		}
+	}
+	return true
 }
 
 // request is one request on its way: what the access log will say of it.
@@ -140,20 +159,22 @@ type request struct {
 	caller  Caller
 	act     Action
 	res     resource
-	found   found             // the records of res
-	about   string            // names in the log what res does not, e.g. what is to be created
-	version uint32            // key version used, 0 for none or several
-	context map[string]string // encryption context
-	anyOf   bool              // f itself authorises, item by item
-	count   int               // items, 0 and 1 both mean one
-	failed  int               // items that failed
+	fresh   func() time.Duration // age of the state that the request acts on
+	found   found                // the records of res
+	about   string               // names in the log what res does not, e.g. what is to be created
+	version uint32               // key version used, 0 for none or several
+	context map[string]string    // encryption context
+	anyOf   bool                 // f itself authorises, item by item
+	count   int                  // items, 0 and 1 both mean one
+	failed  int                  // items that failed
 }
 
 // do is the path of every request: authorise, act, write the access log,
 // answer. f acts; it runs only when the request is permitted.
 func do[R any](ctx context.Context, e *Engine, rq *request, f func(st *state.State) (R, error)) (R, error) {
-	started := e.now()
-	st := e.cluster.State()
+	started, age := e.now(), e.cluster.Fresh()
+	st := e.cluster.State() // after its age was taken, so that it is no older
+	rq.fresh = func() time.Duration { return age + e.now().Sub(started) }
 	var zero, r R
 	err := rq.caller.check()
 	if err == nil {
@@ -195,12 +216,18 @@ var errLogFailed error = &kms.Error{
 // caller's going away does not stop it.
 func (e *Engine) record(ctx context.Context, rq *request, at time.Time, outcome error) error {
 	entry := audit.Entry{
-		Time: at.UnixMilli(), Node: e.node, Principal: rq.caller.Identity.String(), Action: string(rq.act),
-		Resource: rq.res.name(), Version: rq.version, Request: truncate(rq.caller.RequestID, MaxRequestID),
+		Time: at.UnixMilli(), Node: e.node, Principal: rq.caller.principal(), Action: string(rq.act),
+		Resource: rq.res.name(), Version: rq.version, Request: rq.caller.RequestID,
 		Outcome: "ok", Context: rq.context, Count: max(rq.count, 1),
 	}
 	if rq.about != "" {
 		entry.Resource = rq.about
+	}
+	if !plainText(entry.Principal, kms.MaxIdentity) {
+		entry.Principal = ""
+	}
+	if !plainText(entry.Request, MaxRequestID) {
+		entry.Request = ""
 	}
 	switch {
 	case outcome != nil:
@@ -233,13 +260,6 @@ func (e *Engine) plain(err error) error {
 	}
 	e.log.Error("internal error", "error", err)
 	return kms.Wrap(kms.Internal, err, "internal error", "")
-}
-
-func truncate(s string, n int) string {
-	if len(s) > n {
-		return s[:n]
-	}
-	return s
 }
 
 // Applied is told of every log entry as it is applied, in order, and is quick: it

@@ -317,6 +317,128 @@ func TestBatches(t *testing.T) {
 	wantKind(t, err, kms.TooLarge)
 }
 
+// A node that is stopped in the middle of an operation does not answer from what
+// it knew before.
+func TestStoppedBetweenStateAndAnswer(t *testing.T) {
+	w := newWorld(t, "")
+	w.keyring("r", "fr")
+	w.key("r", "data", kms.Encrypt)
+	fr, svc := w.at("fr"), caller("service", "fr")
+	stopped := 0 * time.Second
+	fr.dev.Delay(func(op string) time.Duration {
+		if op == "ecdh" {
+			w.clock.Advance(stopped)
+		}
+		return 0
+	})
+	for _, stopped = range []time.Duration{29 * time.Second, 31 * time.Second} {
+		fr.cache.Purge()
+		r, err := fr.engine.Encrypt(bg, svc, "r", "data", wire.EncryptRequest{})
+		if stopped < 30*time.Second {
+			check[wire.EncryptResponse](t)(r, err)
+			continue
+		}
+		wantKind(t, err, kms.Stale)
+		if r.Ciphertext != nil {
+			t.Error("the answer left")
+		}
+	}
+	fr.cache.Purge()
+	_, err := fr.engine.EncryptBatch(bg, svc, "r", "data", wire.Batch[wire.EncryptRequest]{Items: make([]wire.EncryptRequest, 2)})
+	wantKind(t, err, kms.Stale)
+}
+
+// What cannot be read back goes into no log.
+func TestCallersTextIsChecked(t *testing.T) {
+	w := newWorld(t, "")
+	good := caller("service", "fr")
+	for _, f := range []func(*Caller){
+		func(c *Caller) { c.RequestID = "\xff" }, func(c *Caller) { c.RequestID = "a b" }, func(c *Caller) { c.RequestID = strings.Repeat("x", 65) },
+		func(c *Caller) { c.IdempotencyKey = strings.Repeat("x", 129) },
+		func(c *Caller) { c.Identity.Name = "x\xff" }, func(c *Caller) { c.Identity.Name = strings.Repeat("x", 600) },
+	} {
+		c := good
+		f(&c)
+		n := w.at("fr").log.len()
+		if _, err := w.at("fr").engine.Status(bg, c); err == nil {
+			t.Errorf("%+v is accepted", c)
+		}
+		if w.at("fr").log.len() != n+1 { // memoryLog parses every entry
+			t.Errorf("%+v is not in the log", c)
+		}
+	}
+}
+
+func TestReadyAsksTheDeviceSparingly(t *testing.T) {
+	w := newWorld(t, "")
+	fr := w.at("fr")
+	for range 5 {
+		fr.engine.Ready(bg)
+	}
+	if n := fr.dev.Calls("check"); n != 1 {
+		t.Errorf("asked %d times", n)
+	}
+	fr.dev.Fail(func(string) error { return errors.New("unplugged") })
+	w.clock.Advance(deviceCheckEvery)
+	if r := fr.engine.Ready(bg); r.Ready || !strings.Contains(r.Reasons[0], "device") {
+		t.Errorf("%+v", r)
+	}
+}
+
+// The other batch forms do what their single forms do.
+func TestEveryBatchForm(t *testing.T) {
+	w := newWorld(t, "")
+	w.keyring("r", "fr")
+	w.key("r", "data", kms.Encrypt)
+	w.key("r", "mac", kms.MAC)
+	w.key("r", "sig", kms.Sign)
+	e, svc := w.at("fr").engine, caller("service", "fr")
+	dk := check[wire.BatchResult[wire.DataKeyResponse]](t)(e.DataKeyBatch(bg, svc, "r", "data", wire.Batch[wire.DataKeyRequest]{Items: []wire.DataKeyRequest{{}, {Bytes: 7}, {Bytes: 64}}}))
+	if dk.Items[0].Result == nil || dk.Items[1].Problem == nil || len(dk.Items[2].Result.Plaintext) != 64 {
+		t.Errorf("%+v", dk)
+	}
+	wr := check[wire.BatchResult[wire.WrappedDataKeyResponse]](t)(e.WrappedDataKeyBatch(bg, svc, "r", "data", wire.Batch[wire.DataKeyRequest]{Items: make([]wire.DataKeyRequest, 2)}))
+	rw := check[wire.BatchResult[wire.EncryptResponse]](t)(e.RewrapBatch(bg, svc, "r", "data", wire.Batch[wire.RewrapRequest]{Items: []wire.RewrapRequest{
+		{Ciphertext: wr.Items[0].Result.Wrapped}, {Ciphertext: []byte("x")}}}))
+	if rw.Items[0].Result == nil || rw.Items[1].Problem.Kind() != kms.OpenFailed {
+		t.Errorf("%+v", rw)
+	}
+	m := check[wire.BatchResult[wire.MACResponse]](t)(e.MACBatch(bg, svc, "r", "mac", wire.Batch[wire.MACRequest]{Items: []wire.MACRequest{{Message: []byte("a")}, {Message: []byte("b")}}}))
+	if len(m.Items[0].Result.MAC) != 32 || bytes.Equal(m.Items[0].Result.MAC, m.Items[1].Result.MAC) {
+		t.Error("the two MACs are wrong")
+	}
+	s := check[wire.BatchResult[wire.SignResponse]](t)(e.SignBatch(bg, svc, "r", "sig", wire.Batch[wire.SignRequest]{Items: []wire.SignRequest{{Message: []byte("a")}}}))
+	v := check[wire.BatchResult[wire.VerifyResponse]](t)(e.VerifyBatch(bg, svc, "r", "sig", wire.Batch[wire.VerifyRequest]{Items: []wire.VerifyRequest{
+		{Message: []byte("a"), Signature: s.Items[0].Result.Signature}, {Message: []byte("b"), Signature: s.Items[0].Result.Signature}}}))
+	if !v.Items[0].Result.Valid || v.Items[1].Result.Valid {
+		t.Errorf("%+v", v)
+	}
+}
+
+// A device that fails is an error that passes, and says nothing of itself.
+func TestDeviceFailure(t *testing.T) {
+	w := newWorld(t, "")
+	w.keyring("r", "fr")
+	w.key("r", "data", kms.Encrypt)
+	fr, svc := w.at("fr"), caller("service", "fr")
+	fr.cache.Purge()
+	fr.dev.Fail(func(string) error { return errors.New("slot 7 pin 1234") })
+	_, err := fr.engine.Encrypt(bg, svc, "r", "data", wire.EncryptRequest{})
+	wantKind(t, err, kms.Unavailable)
+	if p := wire.NewProblem(err, ""); strings.Contains(p.Detail+p.Fix, "1234") {
+		t.Errorf("%+v", p)
+	}
+	_, err = fr.engine.OpenProposal(bg, caller("operator", "fr"), wire.OpenProposalRequest{Action: "rotate", Target: "key/r/data", Reason: "x"})
+	wantKind(t, err, kms.Unavailable)
+	fr.dev.Fail(nil)
+	check[wire.EncryptResponse](t)(fr.engine.Encrypt(bg, svc, "r", "data", wire.EncryptRequest{}))
+	ctx, cancel := context.WithCancel(bg)
+	cancel()
+	fr.cache.Purge()
+	_, err = fr.engine.Encrypt(ctx, svc, "r", "data", wire.EncryptRequest{})
+	wantKind(t, err, kms.Unavailable)
+}
+
 func TestSuspendAndResume(t *testing.T) {
 	w := newWorld(t, "")
 	w.keyring("r", "fr", "de", "jp")

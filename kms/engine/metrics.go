@@ -15,7 +15,7 @@ type metrics struct {
 	agent     *prometheus.CounterVec
 }
 
-func newMetrics(reg *prometheus.Registry) (*metrics, error) {
+func newMetrics(reg *prometheus.Registry, e *Engine) (*metrics, error) {
 	if reg == nil {
 		return nil, nil
 	}
@@ -31,7 +31,7 @@ func newMetrics(reg *prometheus.Registry) (*metrics, error) {
 			Name: "conclave_agent_tasks_total", Help: "Tasks of the background agent by kind and outcome.",
 		}, []string{"task", "outcome"}),
 	}
-	for _, c := range []prometheus.Collector{m.requests, m.durations, m.agent} {
+	for _, c := range []prometheus.Collector{m.requests, m.durations, m.agent, gauges{e}} {
 		if err := reg.Register(c); err != nil {
 			return nil, kms.Wrap(kms.Invalid, err, "engine: metrics cannot be registered", "give every engine a registry of its own")
 		}
@@ -58,4 +58,52 @@ func outcomeLabel(err error) string {
 		return "ok"
 	}
 	return kms.KindOf(err).String()
+}
+
+// gauges are what a scrape asks of an engine.
+type gauges struct{ e *Engine }
+
+var (
+	freshDesc    = prometheus.NewDesc("conclave_state_age_seconds", "Age of the last proof that this node is up to date.", nil, nil)
+	indexDesc    = prometheus.NewDesc("conclave_applied_index", "Index of the last log entry applied here.", nil, nil)
+	keyringsDesc = prometheus.NewDesc("conclave_keyrings", "Keyrings by whether this node can open them.", []string{"resident"}, nil)
+	keysDesc     = prometheus.NewDesc("conclave_keys", "Keys of all keyrings.", nil, nil)
+	overdueDesc  = prometheus.NewDesc("conclave_keys_overdue", "Keys whose rotation is overdue.", nil, nil)
+	openDesc     = prometheus.NewDesc("conclave_proposals_open", "Proposals that are open or authorised.", nil, nil)
+	pendingDesc  = prometheus.NewDesc("conclave_receipts_pending", "Receipts that this node owes.", nil, nil)
+	logDesc      = prometheus.NewDesc("conclave_access_log_failed", "1 when the access log cannot be written and every request is refused.", nil, nil)
+	cachedDesc   = prometheus.NewDesc("conclave_cache_entries", "Opened keys in locked memory.", []string{"kind"}, nil)
+	lookupsDesc  = prometheus.NewDesc("conclave_cache_lookups_total", "Lookups of opened keys.", []string{"outcome"}, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (g gauges) Describe(c chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{freshDesc, indexDesc, keyringsDesc, keysDesc, overdueDesc, openDesc, pendingDesc, logDesc, cachedDesc, lookupsDesc} {
+		c <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (g gauges) Collect(c chan<- prometheus.Metric) {
+	put := func(d *prometheus.Desc, t prometheus.ValueType, v float64, labels ...string) {
+		c <- prometheus.MustNewConstMetric(d, t, v, labels...)
+	}
+	st, counts, cache := g.e.cluster.State(), g.e.counts(g.e.cluster.State()), g.e.cfg.Cache.Stats()
+	failed := 0.0
+	if g.e.logFailed.Load() {
+		failed = 1
+	}
+	put(freshDesc, prometheus.GaugeValue, g.e.cluster.Fresh().Seconds())
+	put(indexDesc, prometheus.CounterValue, float64(st.Index()))
+	put(keyringsDesc, prometheus.GaugeValue, float64(counts.Resident), "yes")
+	put(keyringsDesc, prometheus.GaugeValue, float64(counts.Keyrings-counts.Resident), "no")
+	put(keysDesc, prometheus.GaugeValue, float64(counts.Keys))
+	put(overdueDesc, prometheus.GaugeValue, float64(counts.Overdue))
+	put(openDesc, prometheus.GaugeValue, float64(len(st.ProposalsOpen())))
+	put(pendingDesc, prometheus.GaugeValue, float64(len(st.Pending(g.e.node))))
+	put(logDesc, prometheus.GaugeValue, failed)
+	put(cachedDesc, prometheus.GaugeValue, float64(cache.KEKs), "kek")
+	put(cachedDesc, prometheus.GaugeValue, float64(cache.Keys), "key")
+	put(lookupsDesc, prometheus.CounterValue, float64(cache.Hits), "hit")
+	put(lookupsDesc, prometheus.CounterValue, float64(cache.Misses), "miss")
 }

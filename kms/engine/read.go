@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/conclave-kms/conclave/kms/state"
@@ -33,11 +34,34 @@ func (e *Engine) Health() wire.Health { return wire.Health{Status: "ok", Node: e
 // default of a keyring.
 const readyStaleness = DefaultMaxStaleness * time.Millisecond
 
+// deviceCheck remembers for a moment whether the device answers, so that asking
+// for readiness cannot keep it busy.
+type deviceCheck struct {
+	mu  sync.Mutex
+	at  time.Time
+	err error
+}
+
+const deviceCheckEvery = 2 * time.Second
+
+func (e *Engine) deviceAnswers(ctx context.Context) error {
+	c := &e.device
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if now := e.now(); c.at.IsZero() || now.Sub(c.at) >= deviceCheckEvery {
+		c.err = e.cfg.Device.Check(ctx)
+		if ctx.Err() == nil { // else it says nothing of the device
+			c.at = now
+		}
+	}
+	return c.err
+}
+
 // Ready says whether requests should be sent to this node: its device answers,
 // its state is fresh and its access log can be written.
 func (e *Engine) Ready(ctx context.Context) wire.Ready {
 	var why []string
-	if err := e.cfg.Device.Check(ctx); err != nil {
+	if err := e.deviceAnswers(ctx); err != nil {
 		e.log.WarnContext(ctx, "the device does not answer", "error", err)
 		why = append(why, "the device does not answer")
 	}
@@ -67,24 +91,31 @@ func (e *Engine) Status(ctx context.Context, c Caller) (wire.Status, error) {
 			FreshMS: e.cluster.Fresh().Milliseconds(), LogSize: st.LogSize(), LogRoot: st.LogRoot(),
 			Open: len(st.ProposalsOpen()), Pending: len(st.Pending(e.node)),
 		}
-		for _, kr := range st.Keyrings() {
-			v.Keys.Keyrings++
-			if st.Resident(kr.Name, e.node) {
-				v.Keys.Resident++
-			}
-			for _, k := range st.Keys(kr.Name) {
-				v.Keys.Keys++
-				if due := rotationDue(k); due > 0 && st.Clock() >= due {
-					v.Keys.Overdue++
-				}
-			}
-		}
+		v.Keys = e.counts(st)
 		if e.cfg.Raft != nil {
 			r := e.cfg.Raft()
 			v.Raft = &r
 		}
 		return v, nil
 	})
+}
+
+// counts counts keyrings and keys.
+func (e *Engine) counts(st *state.State) wire.KeyCounts {
+	var c wire.KeyCounts
+	for _, kr := range st.Keyrings() {
+		c.Keyrings++
+		if st.Resident(kr.Name, e.node) {
+			c.Resident++
+		}
+		for _, k := range st.Keys(kr.Name) {
+			c.Keys++
+			if due := rotationDue(k); due > 0 && st.Clock() >= due {
+				c.Overdue++
+			}
+		}
+	}
+	return c
 }
 
 // Nodes lists the members, sorted by id.

@@ -59,7 +59,8 @@ func (a Action) survives() bool {
 // use resolves the key of a request and checks what does not need its material:
 // that it exists, is of the right purpose, is not suspended, and that this node
 // is up to date.
-func (e *Engine) use(ctx context.Context, st *state.State, act Action, res resource, f found) (*use, error) {
+func (e *Engine) use(ctx context.Context, st *state.State, rq *request) (*use, error) {
+	res, f, act := rq.res, rq.found, rq.act
 	if f.ring == nil {
 		return nil, noKeyring(res.keyring)
 	}
@@ -81,18 +82,20 @@ func (e *Engine) use(ctx context.Context, st *state.State, act Action, res resou
 			Msg: "key " + res.name() + " is suspended, so nothing can be done with it",
 			Fix: "custodians can resume it by a proposal"}
 	}
-	return u, u.fresh()
+	return u, u.fresh(rq)
 }
 
 // fresh refuses when this node has been cut off for longer than the keyring
-// allows, for then it may not know that a key was suspended or destroyed.
-func (u *use) fresh() error {
-	age, limit := u.e.cluster.Fresh(), time.Duration(u.ring.MaxStaleness)*time.Millisecond
+// allows, for then it may not know that a key was suspended or destroyed. It is
+// asked before the operation and before its answer: a process can be stopped
+// between the two for any time.
+func (u *use) fresh(rq *request) error {
+	age, limit := rq.fresh(), time.Duration(u.ring.MaxStaleness)*time.Millisecond
 	if age <= limit || u.ring.Survive && u.act.survives() {
 		return nil
 	}
 	return &kms.Error{Kind: kms.Stale,
-		Msg: fmt.Sprintf("this node has been cut off from the cluster for %s; keyring %s allows %s", age.Round(time.Second), u.ring.Name, limit),
+		Msg: fmt.Sprintf("what this node knows of the cluster is %s old; keyring %s allows %s", age.Round(time.Millisecond), u.ring.Name, limit),
 		Fix: "use another node, or wait until the connection is back"}
 }
 
@@ -252,7 +255,7 @@ func one[Q, R any](ctx context.Context, e *Engine, c Caller, act Action, ring, k
 	f func(*use, *item, Q) (R, error)) (R, error) {
 	rq := &request{caller: c, act: act, res: ofKey(ring, key), count: 1}
 	return do(ctx, e, rq, func(st *state.State) (r R, err error) {
-		u, err := e.use(ctx, st, act, rq.res, rq.found)
+		u, err := e.use(ctx, st, rq)
 		if err != nil {
 			return r, err
 		}
@@ -260,6 +263,9 @@ func one[Q, R any](ctx context.Context, e *Engine, c Caller, act Action, ring, k
 		var it item
 		r, err = f(u, &it, q)
 		rq.version, rq.context = it.version, it.context
+		if err == nil {
+			err = u.fresh(rq)
+		}
 		return r, err
 	})
 }
@@ -273,7 +279,7 @@ func many[Q, R any](ctx context.Context, e *Engine, c Caller, act Action, ring, 
 		if err := b.Check(); err != nil {
 			return out, err
 		}
-		u, err := e.use(ctx, st, act, rq.res, rq.found)
+		u, err := e.use(ctx, st, rq)
 		if err != nil {
 			return out, err
 		}
@@ -294,7 +300,7 @@ func many[Q, R any](ctx context.Context, e *Engine, c Caller, act Action, ring, 
 			out.Items[i].Result = &results[i]
 		}
 		rq.version, rq.context = summary(items)
-		return out, nil
+		return out, u.fresh(rq)
 	})
 }
 

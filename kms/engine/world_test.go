@@ -33,6 +33,13 @@ type world struct {
 	cluster *memoryCluster
 	nodes   map[string]*testNode
 	keys    map[string]*pqc.HybridKey // of custodians
+	cas     map[string]ca             // of sites
+}
+
+// ca is a certificate authority.
+type ca struct {
+	der []byte
+	key *ecdsa.PrivateKey
 }
 
 type testNode struct {
@@ -55,14 +62,15 @@ func newWorld(t testing.TB, access string) *world {
 	if access == "" {
 		access = DefaultAccess()
 	}
-	w := &world{t: t, clock: newFakeClock(), nodes: map[string]*testNode{}, keys: map[string]*pqc.HybridKey{}}
+	w := &world{t: t, clock: newFakeClock(), nodes: map[string]*testNode{}, keys: map[string]*pqc.HybridKey{}, cas: map[string]ca{}}
 	g := state.Genesis{
 		Format: state.GenesisFormat, Name: "test coalition", Nonce: make([]byte, state.GenesisNonce),
 		Created: w.clock.Now().UnixMilli(), Policies: testPolicies(), Access: []byte(access),
 	}
 	roots := map[string]*keyring.Root{}
 	for _, site := range siteIDs {
-		g.Sites = append(g.Sites, state.Site{ID: site, TrustDomain: trustDomain(site), CAs: [][]byte{testCA(t, site)}})
+		w.cas[site] = testCA(t, site)
+		g.Sites = append(g.Sites, state.Site{ID: site, TrustDomain: trustDomain(site), CAs: [][]byte{w.cas[site].der}})
 		n := &testNode{id: site + "-1", log: &memoryLog{}, fresh: new(time.Duration)}
 		n.dev = must(fakedevice.New(ecdh.P256()))
 		seed := must(pqc.GenerateSeed(nil))
@@ -122,14 +130,14 @@ func testPolicies() []approval.Policy {
 	return []approval.Policy{governance, standard}
 }
 
-// testCA returns a CA certificate in DER.
-func testCA(t testing.TB, site string) []byte {
+func testCA(t testing.TB, site string) ca {
+	t.Helper()
 	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	c := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: site}, IsCA: true, BasicConstraintsValid: true,
 		NotBefore: time.Unix(0, 0), NotAfter: time.Unix(1<<33, 0), KeyUsage: x509.KeyUsageCertSign,
 	}
-	return must(x509.CreateCertificate(rand.Reader, c, c, key.Public(), key))
+	return ca{must(x509.CreateCertificate(rand.Reader, c, c, key.Public(), key)), key}
 }
 
 func must[T any](v T, err error) T {
