@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -402,6 +403,64 @@ func TestAppendAndContext(t *testing.T) {
 	}
 }
 
+func TestReadRefusesOtherEncodings(t *testing.T) {
+	dir := newFilled(t, 1, 0)
+	path, b := lastSegment(t, dir)
+	for name, leaf := range map[string][]byte{
+		"no entry":      {0xa0},
+		"trailing byte": append(entry(1).Marshal(), 0),
+	} {
+		if err := os.WriteFile(path, appendFrame(bytes.Clone(b), leaf), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		err := Read(dir, func(uint64, Entry) error { return nil })
+		if !errors.Is(err, kms.Invalid) || !strings.Contains(err.Error(), fmt.Sprintf("%s at offset %d", path, len(b))) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	stop := errors.New("enough")
+	if err := Read(newFilled(t, 3, 0), func(seq uint64, _ Entry) error {
+		if seq == 1 {
+			return stop
+		}
+		return nil
+	}); !errors.Is(err, stop) {
+		t.Errorf("the callback's error: %v", err)
+	}
+}
+
+// TestCloseDoesNotWaitForMore closes the log while entries gather and after.
+func TestCloseDoesNotWaitForMore(t *testing.T) {
+	for range 20 {
+		l := mustOpen(t, filepath.Join(t.TempDir(), "log"), Options{disk: memoryDisk{}})
+		var wg sync.WaitGroup
+		var good atomic.Uint64
+		for range 8 {
+			wg.Go(func() {
+				for i := range 50 {
+					err := l.Append(t.Context(), entry(i))
+					if err != nil && !errors.Is(err, kms.Unavailable) {
+						t.Error(err)
+					}
+					if err == nil {
+						good.Add(1)
+					}
+				}
+			})
+		}
+		for good.Load() < 20 {
+			runtime.Gosched()
+		}
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+		wg.Wait()
+		if l.Size() != good.Load() {
+			t.Errorf("%d entries durable, %d answered", l.Size(), good.Load())
+		}
+	}
+}
+
 func TestEntryLimits(t *testing.T) {
 	l := mustOpen(t, filepath.Join(t.TempDir(), "log"), Options{})
 	e := entry(0)
@@ -413,30 +472,3 @@ func TestEntryLimits(t *testing.T) {
 		t.Error(err)
 	}
 }
-
-// memoryDisk keeps nothing: the benchmark then measures the log's own work.
-type memoryDisk struct{}
-
-func (memoryDisk) create(string, string, []byte) (file, error) { return memoryDisk{}, nil }
-func (memoryDisk) resume(string, string, int64) (file, error)  { return memoryDisk{}, nil }
-func (memoryDisk) Write(b []byte) (int, error)                 { return len(b), nil }
-func (memoryDisk) Sync() error                                 { return nil }
-func (memoryDisk) Close() error                                { return nil }
-
-func benchmarkAppend(b *testing.B, o Options, parallel int) {
-	l := mustOpen(b, filepath.Join(b.TempDir(), "log"), o)
-	b.SetParallelism(parallel)
-	b.ReportAllocs()
-	b.RunParallel(func(pb *testing.PB) {
-		for i := 0; pb.Next(); i++ {
-			if err := l.Append(context.Background(), entry(i)); err != nil {
-				b.Error(err)
-			}
-		}
-	})
-}
-
-func BenchmarkAppendNoDisk(b *testing.B)   { benchmarkAppend(b, Options{disk: memoryDisk{}}, 64) }
-func BenchmarkAppendDisk1(b *testing.B)    { benchmarkAppend(b, Options{}, 1) }
-func BenchmarkAppendDisk64(b *testing.B)   { benchmarkAppend(b, Options{}, 32) }
-func BenchmarkAppendDisk1024(b *testing.B) { benchmarkAppend(b, Options{}, 512) }

@@ -277,7 +277,7 @@ func (w *replay) checkExecution(d Decision, out *decided) error {
 		return refuse(kms.Conflict, nil, "%s expects revision %d, the proposal is about %d", what, out.execution.Expect, out.content.Revision)
 	}
 	// The cluster's clock at a command is at most Window past its signed time, and
-	// at the opening at least Window before the proposal's creation.
+	// at the opening at most Window before the proposal's creation.
 	earliest := max(out.content.NotBefore-state.Window, out.content.Created+out.rule.Delay-2*state.Window)
 	if out.execution.Time < earliest {
 		return refuse(kms.Conflict, nil, "%s is signed %d ms too early for the delay or the earliest time", what, earliest-out.execution.Time)
