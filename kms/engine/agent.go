@@ -141,6 +141,7 @@ func (a *Agent) sleep(ctx context.Context, changed <-chan struct{}, d time.Durat
 func (a *Agent) work(ctx context.Context) time.Duration {
 	a.pass++
 	st := a.e.cluster.State()
+	a.e.forgetChanged(st)
 	wait := idleWait
 	for _, p := range st.Pending(a.e.node) {
 		name := fmt.Sprintf("receipt/%s/%d", kms.KeyPath(p.Keyring, p.Key), p.Version)
@@ -245,6 +246,7 @@ func (a *Agent) checkValue(ctx context.Context, st *state.State, p state.Pending
 	if err != nil {
 		return nil, err
 	}
+	a.e.inUse.add(id, &k)
 	m, release, err := a.e.cfg.Cache.Key(ctx, ref, sealed)
 	if err != nil {
 		return nil, err

@@ -76,6 +76,7 @@ type Engine struct {
 
 	logFailed atomic.Bool // the access log can take no more entries
 	device    deviceCheck
+	inUse     inUse
 }
 
 // New checks the configuration and returns an Engine. Errors: kms.Invalid.
@@ -260,23 +261,4 @@ func (e *Engine) plain(err error) error {
 	}
 	e.log.Error("internal error", "error", err)
 	return kms.Wrap(kms.Internal, err, "internal error", "")
-}
-
-// Applied is told of every log entry as it is applied, in order, and is quick: it
-// drops from the cache what was destroyed or may no longer be used.
-func (e *Engine) Applied(st *state.State, _ []byte, r state.Result) {
-	for _, ev := range r.Events {
-		switch ev.Type {
-		case state.EventVersionDestroyed, state.EventKeyDestroyed, state.EventVersionCompromised,
-			state.EventVersionDeactivated, state.EventKeySuspended:
-		default:
-			continue
-		}
-		var id kms.KeyID
-		if k, ok := st.Key(ev.Keyring, ev.Key); ok && copy(id[:], k.ID) == len(id) {
-			e.cfg.Cache.ForgetKey(id)
-		} else {
-			e.cfg.Cache.Forget(ev.Keyring)
-		}
-	}
 }

@@ -155,6 +155,7 @@ func (u *use) material(n uint32) (*keyring.Material, error) {
 	if err != nil {
 		return nil, err
 	}
+	u.e.inUse.add(u.id, u.key)
 	h, release, err := u.e.cfg.Cache.Key(u.ctx, ref, sealed)
 	if err != nil {
 		return nil, err

@@ -105,7 +105,6 @@ func newWorld(t testing.TB, access string) *world {
 			Node: id, Cluster: nodeCluster{w.cluster, n}, Cache: n.cache, Root: roots[id], Signer: n.dev, Device: n.dev,
 			Log: n.log, Now: w.clock.Now,
 		}))
-		w.cluster.hooks = append(w.cluster.hooks, n.engine.Applied)
 	}
 	w.tick()
 	return w
@@ -259,7 +258,6 @@ type memoryCluster struct {
 	mu      sync.Mutex
 	st      *state.State
 	changed chan struct{}
-	hooks   []func(*state.State, []byte, state.Result)
 	refuse  error  // what Propose answers instead
 	lost    bool   // Propose applies and then answers kms.Unknown
 	index   uint64 // of the last entry
@@ -292,9 +290,6 @@ func (c *memoryCluster) Propose(ctx context.Context, raw []byte) (state.Result, 
 	c.index++
 	var r state.Result
 	c.st, r = c.st.Apply(c.index, raw)
-	for _, h := range c.hooks {
-		h(c.st, raw, r)
-	}
 	close(c.changed)
 	c.changed = make(chan struct{})
 	if c.lost {
