@@ -32,3 +32,47 @@ func BenchmarkAppendNoDisk(b *testing.B)   { benchmarkAppend(b, Options{disk: me
 func BenchmarkAppendDisk1(b *testing.B)    { benchmarkAppend(b, Options{}, 1) }
 func BenchmarkAppendDisk64(b *testing.B)   { benchmarkAppend(b, Options{}, 32) }
 func BenchmarkAppendDisk1024(b *testing.B) { benchmarkAppend(b, Options{}, 512) }
+
+// The world's governance has four decisions before the rotation.
+func BenchmarkBuildEvidence(b *testing.B) {
+	w, id, _ := rotated(b)
+	for b.Loop() {
+		mustBuild(b, w, id)
+	}
+}
+
+func BenchmarkVerifyEvidence(b *testing.B) {
+	w, _, e := rotated(b)
+	for b.Loop() {
+		if _, err := VerifyEvidence(e, w.State().Cluster()); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkRead(b *testing.B) {
+	dir := filepath.Join(b.TempDir(), "log")
+	l := mustOpen(b, dir, Options{})
+	if err := l.Close(); err != nil {
+		b.Fatal(err)
+	}
+	disk := osDisk{}
+	f, err := disk.create(dir, accessKind.name(0), accessKind.encode(header{}))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer f.Close()
+	var frames []byte
+	for i := range 10_000 {
+		frames = appendFrame(frames, entry(i).Marshal())
+	}
+	if _, err := f.Write(frames); err != nil {
+		b.Fatal(err)
+	}
+	b.SetBytes(int64(len(frames)))
+	for b.Loop() {
+		if _, err := ReadLeaves(dir, func(uint64, []byte) error { return nil }); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
