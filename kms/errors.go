@@ -11,24 +11,24 @@ type Kind uint8
 
 // The kinds. The numbers are part of recorded outcomes: append only.
 const (
-	Internal         Kind = iota + 1 // a bug or an impossible condition
-	Invalid                          // the request is malformed or out of range
-	Unauthenticated                  // no or no acceptable identity
-	Denied                           // the identity may not do this
-	NotFound                         // the thing does not exist
-	Exists                           // the thing exists already
-	Conflict                         // the thing changed meanwhile, or is in another state
-	NeedsApproval                    // a quorum must approve first
-	Expired                          // too old: a proposal, a command
-	Replayed                         // seen before
-	BadSignature                     // a signature does not verify
-	OpenFailed                       // a ciphertext, wrapped key or MAC does not open or verify; never says why
-	Unavailable                      // a device, the leader or the log cannot be reached now; try again
-	Stale                            // this node has been cut off for longer than the keyring allows
-	NotResident                      // this node may not open this keyring
-	Unknown                          // the outcome of a write is unknown; ask again with the same idempotency key
-	TooLarge                         // the request exceeds a limit
-	ReadOnly                         // the node refuses changes (disk nearly full, audit log not writable)
+	Internal        Kind = iota + 1 // a bug or an impossible condition
+	Invalid                         // the request is malformed or out of range
+	Unauthenticated                 // no or no acceptable identity
+	Denied                          // the identity may not do this
+	NotFound                        // the thing does not exist
+	Exists                          // the thing exists already
+	Conflict                        // the thing changed meanwhile, or is in another state
+	NeedsApproval                   // a quorum must approve first
+	Expired                         // too old: a proposal, a command
+	Replayed                        // seen before
+	BadSignature                    // a signature does not verify
+	OpenFailed                      // a ciphertext, wrapped key or MAC does not open or verify; never says why
+	Unavailable                     // a device, the leader or the log cannot be reached now; try again
+	Stale                           // this node has been cut off for longer than the keyring allows
+	NotResident                     // this node may not open this keyring
+	Unknown                         // the outcome of a write is unknown; ask again with the same idempotency key
+	TooLarge                        // the request exceeds a limit
+	ReadOnly                        // the node refuses changes (disk nearly full, audit log not writable)
 )
 
 var kindNames = [...]string{

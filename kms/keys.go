@@ -18,7 +18,7 @@ const (
 
 // transitions of SP 800-57 part 1 revision 5, figure 3.
 var transitions = map[State][]State{
-	PreActive:   {Active, Suspended, Compromised, Destroyed},
+	PreActive:   {Active, Compromised, Destroyed},
 	Active:      {Suspended, Deactivated, Compromised, Destroyed},
 	Suspended:   {Active, Deactivated, Compromised, Destroyed},
 	Deactivated: {Compromised, Destroyed},
