@@ -278,7 +278,7 @@ func decide(set *cedar.PolicySet, st *state.State, id kms.Identity, act Action, 
 	for _, e := range resourceEntities(st, res) {
 		entities[e.UID] = e
 	}
-	decision, diag := set.IsAuthorized(entities, cedar.Request{
+	decision, diag := cedar.Authorize(set, entities, cedar.Request{
 		Principal: principal.UID,
 		Action:    cedar.NewEntityUID("Action", cedar.String(act)),
 		Resource:  res.uid(),
