@@ -11,7 +11,11 @@ import (
 	"github.com/conclave-kms/conclave/cluster/clustertest"
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/kms/state/statetest"
 )
+
+// single is a cluster of one node.
+var single = statetest.Options{Sites: []string{"de"}}
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 

@@ -41,7 +41,8 @@ type Config struct {
 	// the last snapshot again. It must be quick: the log waits for it.
 	OnApply func(st *state.State, raw []byte, r state.Result)
 	// OnRestore, optional, is called when a snapshot has replaced the state: entries
-	// up to st.Index() that OnApply has not seen yet, it will not see.
+	// up to st.Index() that OnApply has not seen yet, it will not see. At a start from a
+	// snapshot it is called before Open returns.
 	OnRestore func(st *state.State)
 
 	// FreeSpace, optional, tells the free and total bytes of the disk of a

@@ -22,6 +22,9 @@ const maxFrame = canon.MaxSize
 // MaxCommand is the longest signed command that Propose takes, in bytes.
 const MaxCommand = state.MaxCommand
 
+// maxRequest bounds the body of a request in bytes.
+const maxRequest = MaxCommand + 1024
+
 // op is what a request asks for.
 type op uint8
 

@@ -56,7 +56,10 @@ func TestFrames(t *testing.T) {
 
 // The largest command that Propose takes fits into a frame.
 func TestLargestCommand(t *testing.T) {
-	frame(t, request{ID: 1<<64 - 1, Op: opPropose, Timeout: 1<<63 - 1, Raw: make([]byte, MaxCommand), Size: 1<<64 - 1})
+	b := frame(t, request{ID: 1<<64 - 1, Op: opPropose, Timeout: 1<<63 - 1, Raw: make([]byte, MaxCommand), Size: 1<<64 - 1})
+	if err := readFrame(bytes.NewReader(b), maxRequest, new(request)); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestResponseErrors(t *testing.T) {

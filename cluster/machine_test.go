@@ -188,8 +188,8 @@ func TestFarBehind(t *testing.T) {
 
 // A snapshot that would take a node back, or is of another cluster, is refused.
 func TestRestoreRefused(t *testing.T) {
-	c := clustertest.New(t, clustertest.Options{Sites: []string{"fr"}})
-	other := clustertest.New(t, clustertest.Options{Sites: []string{"fr"}})
+	c := clustertest.New(t, clustertest.Options{World: single})
+	other := clustertest.New(t, clustertest.Options{World: single})
 	c.Leader()
 	n := c.Node(0)
 	c.Propose(0, c.Tick(0))
@@ -222,7 +222,7 @@ func TestRestoreRefused(t *testing.T) {
 // Every node sees the commands in log order, before its proposer gets the answer.
 func TestOnApply(t *testing.T) {
 	var seen atomic.Uint64
-	c := clustertest.New(t, clustertest.Options{Sites: []string{"fr"}, Config: func(_ int, cfg *cluster.Config) {
+	c := clustertest.New(t, clustertest.Options{World: single, Config: func(_ int, cfg *cluster.Config) {
 		cfg.OnApply = func(st *state.State, raw []byte, r state.Result) {
 			if was := seen.Swap(r.Index); was >= r.Index || st.Index() != r.Index || len(raw) == 0 {
 				t.Errorf("entry %d after %d, state at %d", r.Index, was, st.Index())

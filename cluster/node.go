@@ -56,9 +56,14 @@ type Node struct {
 // Open starts the node. On an empty data directory it begins with the genesis;
 // all nodes of the genesis do so with the same first configuration. A data
 // directory of another cluster or node, or one that others can read, is refused.
-// ctx bounds opening only.
-func Open(ctx context.Context, cfg Config) (*Node, error) {
-	cfg, err := cfg.check()
+// ctx bounds opening only. On error Config.Listener is closed.
+func Open(ctx context.Context, cfg Config) (n *Node, err error) {
+	defer func() {
+		if err != nil && cfg.Listener != nil {
+			_ = cfg.Listener.Close()
+		}
+	}()
+	cfg, err = cfg.check()
 	if err != nil {
 		return nil, err
 	}
@@ -77,7 +82,7 @@ func Open(ctx context.Context, cfg Config) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &Node{cfg: cfg, self: self, dir: dir, watch: newWatch(), ready: make(chan struct{}), done: make(chan error, 1)}
+	n = &Node{cfg: cfg, self: self, dir: dir, watch: newWatch(), ready: make(chan struct{}), done: make(chan error, 1)}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	if err := n.open(ctx, genesis); err != nil {
 		n.abandon()
@@ -274,8 +279,6 @@ func (n *Node) abandon() {
 	n.cancel()
 	if n.stream != nil {
 		_ = n.stream.Close()
-	} else if n.cfg.Listener != nil {
-		_ = n.cfg.Listener.Close()
 	}
 	if n.store != nil {
 		_ = n.store.Close()

@@ -17,16 +17,17 @@ import (
 	"github.com/conclave-kms/conclave/cluster/clustertest"
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/kms/state/statetest"
 )
 
 // A data directory is only opened by its own node, and only while nobody else on
 // the machine can read it.
 func TestDataDir(t *testing.T) {
-	c := clustertest.New(t, clustertest.Options{Sites: []string{"de", "de", "fr"}})
+	c := clustertest.New(t, clustertest.Options{World: statetest.Options{Sites: []string{"de", "fr"}, NodesPerSite: 2}})
 	c.Leader()
 	c.SameState(c.Propose(0, c.Tick(0)).Index)
 	c.Kill(0)
-	foreign := clustertest.Prepare(t, clustertest.Options{Sites: []string{"de"}})
+	foreign := clustertest.Prepare(t, clustertest.Options{World: single})
 	open := func(name string, want error, change func(*cluster.Config)) {
 		t.Helper()
 		cfg := c.Config(0)
@@ -45,11 +46,11 @@ func TestDataDir(t *testing.T) {
 	})
 	open("the directory of another node", kms.Conflict, func(cfg *cluster.Config) {
 		m := c.Members[1]
-		cfg.NodeID, cfg.Certificate, cfg.Sign = m.ID, m.Certificate, m.Signer.Sign
+		cfg.NodeID, cfg.Certificate, cfg.Sign = m.ID, m.Certificate, m.Keys.Sign
 	})
 	open("a directory in use", kms.Conflict, func(cfg *cluster.Config) { cfg.DataDir = c.Members[1].Dir })
 	open("no directory", kms.Invalid, func(cfg *cluster.Config) { cfg.DataDir = "" })
-	open("a node of no genesis", kms.Invalid, func(cfg *cluster.Config) { cfg.NodeID = "de-n7" })
+	open("a node of no genesis", kms.Invalid, func(cfg *cluster.Config) { cfg.NodeID = "node-de-7" })
 	open("no key", kms.Invalid, func(cfg *cluster.Config) { cfg.Sign = nil })
 	open("a genesis with a signature missing", kms.BadSignature, func(cfg *cluster.Config) { cfg.Genesis.Signatures = cfg.Genesis.Signatures[1:] })
 
@@ -119,7 +120,7 @@ func TestDiskNearlyFull(t *testing.T) {
 
 // A disk operation that hangs ends the node.
 func TestStall(t *testing.T) {
-	c := clustertest.New(t, clustertest.Options{Sites: []string{"fr"}, Timing: cluster.Timing{Stall: 5 * time.Second}})
+	c := clustertest.New(t, clustertest.Options{World: single, Timing: cluster.Timing{Stall: 5 * time.Second}})
 	c.Leader()
 	c.Node(0).Stall()
 	select {
@@ -134,7 +135,7 @@ func TestStall(t *testing.T) {
 
 // Done is closed without a reason by Close.
 func TestClose(t *testing.T) {
-	c := clustertest.New(t, clustertest.Options{Sites: []string{"fr"}})
+	c := clustertest.New(t, clustertest.Options{World: single})
 	n := c.Node(0)
 	c.Kill(0)
 	if err, ok := <-n.Done(); ok || err != nil {
@@ -177,7 +178,7 @@ func TestBarrierAndFreshness(t *testing.T) {
 
 // A node of the genesis without a vote follows, and proposes like any other.
 func TestNonvoter(t *testing.T) {
-	c := clustertest.New(t, clustertest.Options{Sites: []string{"de", "fr", "jp", "jp"}, Change: func(g *state.Genesis) { g.Nodes[3].Voter = false }})
+	c := clustertest.New(t, clustertest.Options{World: statetest.Options{Sites: []string{"de", "fr"}, NodesPerSite: 2}, Change: func(g *state.Genesis) { g.Nodes[3].Voter = false }})
 	leader := c.Leader()
 	if leader == 3 {
 		t.Fatal("it leads")

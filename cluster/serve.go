@@ -44,7 +44,7 @@ func serveForward(base context.Context, conn *nodeConn, g greeting, a answerer) 
 	r := bufio.NewReader(conn)
 	for {
 		var req request
-		if err := readFrame(r, maxFrame, &req); err != nil {
+		if err := readFrame(r, maxRequest, &req); err != nil {
 			return
 		}
 		select {

@@ -25,7 +25,7 @@ type Status struct {
 	Term        uint64        // of Raft
 	Applied     uint64        // index of the last command applied here
 	Committed   uint64        // index of the last entry known to be committed
-	LastContact time.Duration // since the leader was last heard, 0 at the leader itself, -1 for never
+	LastContact time.Duration // since the leader was last heard, 0 at the leader itself, negative for never
 	Fresh       time.Duration // see Node.Fresh
 	ReadOnly    bool          // the disk is nearly full
 	Halted      bool
@@ -54,7 +54,7 @@ func (n *Node) Status() Status {
 	_, leader := n.raft.LeaderWithID()
 	s := Status{
 		Node: n.cfg.NodeID, Cluster: st.Cluster(), Leader: string(leader), State: stateName(n.raft.State()),
-		Term: n.raft.CurrentTerm(), Applied: st.Index(), Committed: n.raft.CommitIndex(), LastContact: -1,
+		Term: n.raft.CurrentTerm(), Applied: st.Index(), Committed: n.raft.CommitIndex(), LastContact: -time.Millisecond,
 		Fresh: n.Fresh(), ReadOnly: n.readOnly.Load(), Halted: n.machine.halted.Load(),
 		Entries: n.machine.applied.Load(), NoEffect: n.machine.noops.Load(),
 		Proposals: n.counters.proposed.Load(), Forwarded: n.counters.forwarded.Load(), Unknown: n.counters.unknown.Load(),

@@ -66,17 +66,17 @@ func TestAccept(t *testing.T) {
 			change: func(c *tls.Config) { c.CurvePreferences = []tls.CurveID{tls.SecP384r1MLKEM1024} }},
 		{name: "a renewed certificate of a node", cert: issue(c.CAs["fr"], uri), ok: true},
 		{name: "no certificate", change: func(c *tls.Config) { c.Certificates = nil }},
-		{name: "a service of the site", cert: issue(c.CAs["fr"], "spiffe://fr.test/service/billing")},
-		{name: "an operator of the site", cert: issue(c.CAs["fr"], "spiffe://fr.test/operator/ops")},
-		{name: "a node that is none", cert: issue(c.CAs["fr"], "spiffe://fr.test/node/fr-n9")},
+		{name: "a service of the site", cert: issue(c.CAs["fr"], "spiffe://fr.example/service/billing")},
+		{name: "an operator of the site", cert: issue(c.CAs["fr"], "spiffe://fr.example/operator/ops")},
+		{name: "a node that is none", cert: issue(c.CAs["fr"], "spiffe://fr.example/node/node-fr-9")},
 		{name: "a node below a node", cert: issue(c.CAs["fr"], uri+"/x")},
 		{name: "this node's own name", cert: issue(c.CAs["de"], clustertest.NodeURI(de.Site, de.ID))},
 		{name: "another site's CA", cert: issue(c.CAs["jp"], uri)},
-		{name: "another site's CA and trust domain", cert: issue(c.CAs["jp"], "spiffe://jp.test/node/"+fr.ID)},
+		{name: "another site's CA and trust domain", cert: issue(c.CAs["jp"], "spiffe://jp.example/node/"+fr.ID)},
 		{name: "an unknown CA of the same name", cert: issue(stranger, uri)},
-		{name: "two URI names", cert: issue(c.CAs["fr"], uri, "spiffe://fr.test/service/billing")},
+		{name: "two URI names", cert: issue(c.CAs["fr"], uri, "spiffe://fr.example/service/billing")},
 		{name: "no URI name", cert: issue(c.CAs["fr"])},
-		{name: "an encoded name", cert: issue(c.CAs["fr"], "spiffe://fr.test/node/%66r-n1")},
+		{name: "an encoded name", cert: issue(c.CAs["fr"], "spiffe://fr.example/node/%6eode-fr-1")},
 		{name: "a name with a query", cert: issue(c.CAs["fr"], uri+"?x")},
 		{name: "an expired certificate", cert: c.CAs["fr"].IssueFrom(t, expired, uri)},
 		{name: "a certificate for something else", cert: c.CAs["fr"].IssueFrom(t, codeSigning, uri)},
@@ -102,7 +102,7 @@ func TestAccept(t *testing.T) {
 // A member that dials one node and reaches another, with a good certificate of
 // its own, does not speak to it.
 func TestWrongNodeAtAddress(t *testing.T) {
-	// de-n1 reaches jp-n1 where fr-n1 should be; the others reach nobody.
+	// node-de-1 reaches node-jp-1 where node-fr-1 should be; the others reach nobody.
 	var c *clustertest.Cluster
 	c = clustertest.Prepare(t, clustertest.Options{Config: func(i int, cfg *cluster.Config) {
 		cfg.Dial = func(ctx context.Context, address string) (net.Conn, error) {
@@ -149,9 +149,9 @@ func TestOwnCertificate(t *testing.T) {
 	for name, cert := range map[string]tls.Certificate{
 		"none":            {},
 		"another node's":  c.Members[1].Certificate,
-		"a service's":     c.CAs["de"].Issue(t, "spiffe://de.test/service/x"),
-		"of another CA":   c.CAs["fr"].Issue(t, clustertest.NodeURI("de", "de-n1")),
-		"of another site": c.CAs["de"].Issue(t, "spiffe://fr.test/node/de-n1"),
+		"a service's":     c.CAs["de"].Issue(t, "spiffe://de.example/service/x"),
+		"of another CA":   c.CAs["fr"].Issue(t, clustertest.NodeURI("de", "node-de-1")),
+		"of another site": c.CAs["de"].Issue(t, "spiffe://fr.example/node/node-de-1"),
 	} {
 		cfg := c.Config(0)
 		cfg.Certificate = cert

@@ -1,33 +1,33 @@
-// Package clustertest runs a whole cluster in one process for tests: nodes on
-// loopback TLS with signing keys in software, and a certificate authority for
-// each site. Waiting is always for a condition with a deadline, never for time.
+// Package clustertest runs a whole cluster in one process for tests: the nodes of a
+// statetest.World on loopback TLS, with certificates of their sites' CAs. Waiting is always for a condition with a deadline, never for time.
 package clustertest
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"fmt"
 	"log/slog"
 	"net"
 	"path/filepath"
-	"slices"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/conclave-kms/conclave/cluster"
+	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/kms/state/statetest"
 )
 
 // Patience is how long the waiting functions wait before they fail the test.
 const Patience = 60 * time.Second
 
-// Options describe a cluster. The zero value is three sites, fr, de and jp, with
+// Options describe a cluster. The zero value is three sites, de, fr and jp, with
 // a node each and timings for a test on loopback.
 type Options struct {
-	Sites  []string                            // one entry a node; a site named twice has two nodes
-	Timing cluster.Timing                      // zero fields: Timing()
+	World  statetest.Options                   // Address, and Created if 0, are filled in
+	Timing cluster.Timing                      // periods that are zero: those of Timing()
 	Change func(g *state.Genesis)              // changes the genesis before it is signed
 	Config func(member int, c *cluster.Config) // changes a node's configuration at each start
 	Logger func(member string) *slog.Logger    // nil: the test's log, warnings and worse
@@ -46,7 +46,7 @@ type Member struct {
 	Address     string // host:port
 	Dir         string // data directory
 	Certificate tls.Certificate
-	Signer      *Signer
+	Keys        *statetest.Node
 
 	node     *cluster.Node
 	listener net.Listener // for the first start
@@ -54,7 +54,8 @@ type Member struct {
 
 // Cluster is a set of members.
 type Cluster struct {
-	Members []*Member
+	Members []*Member // sorted by id: node-SITE-1 and so on
+	World   *statetest.World
 	CAs     map[string]*CA // by site
 	Genesis state.SignedGenesis
 
@@ -65,12 +66,9 @@ type Cluster struct {
 	network *network
 }
 
-// TrustDomain returns the trust domain of a site.
-func TrustDomain(site string) string { return site + ".test" }
-
 // NodeURI returns the SPIFFE ID of a node.
 func NodeURI(site, node string) string {
-	return fmt.Sprintf("spiffe://%s/node/%s", TrustDomain(site), node)
+	return fmt.Sprintf("spiffe://%s/node/%s", statetest.TrustDomain(site), node)
 }
 
 // New founds a cluster and starts all its nodes. They are closed when the test ends.
@@ -83,37 +81,36 @@ func New(t testing.TB, o Options) *Cluster {
 	return c
 }
 
-// Prepare founds a cluster and starts nothing. Members are sorted by id.
+// Prepare founds a cluster and starts nothing.
 func Prepare(t testing.TB, o Options) *Cluster {
 	t.Helper()
-	if len(o.Sites) == 0 {
-		o.Sites = []string{"fr", "de", "jp"}
-	}
 	c := &Cluster{t: t, o: o, CAs: map[string]*CA{}, network: &network{cut: map[string]bool{}, conns: map[*wire]struct{}{}}}
-	dir := t.TempDir()
-	count := map[string]int{}
-	for _, site := range o.Sites {
-		if c.CAs[site] == nil {
-			c.CAs[site] = NewCA(t, "CA of "+site)
-		}
-		count[site]++
+	listeners := map[string]net.Listener{}
+	o.World.Address = func(node string) string {
 		ln, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)
 		}
-		id := fmt.Sprintf("%s-n%d", site, count[site])
-		c.Members = append(c.Members, &Member{ID: id, Site: site, Address: ln.Addr().String(), Dir: filepath.Join(dir, id),
-			Certificate: c.CAs[site].Issue(t, NodeURI(site, id)), Signer: NewSigner(t), listener: ln})
+		listeners[node] = ln
+		return ln.Addr().String()
 	}
-	slices.SortFunc(c.Members, func(a, b *Member) int { return strings.Compare(a.ID, b.ID) })
-	g := newGenesis(t, c.Members, c.CAs)
+	if o.World.Created == 0 {
+		o.World.Created = time.Now().Add(-time.Hour).UnixMilli()
+	}
+	c.World = statetest.New(t, o.World)
+	g := c.World.Genesis()
 	if o.Change != nil {
 		o.Change(&g)
 	}
-	c.Genesis = state.SignedGenesis{Genesis: g.Marshal()}
-	for _, m := range c.Members {
-		c.Genesis.Signatures = append(c.Genesis.Signatures,
-			state.NodeSignature{Node: m.ID, Signature: m.Signer.sign(t, c.Genesis.Genesis, state.GenesisContext)})
+	c.Genesis = c.World.SignGenesis(g)
+	for _, site := range g.Sites {
+		ca := c.World.CA(site.ID)
+		c.CAs[site.ID] = &CA{Certificate: ca.Certificate, key: ca.Key}
+	}
+	dir := t.TempDir()
+	for _, n := range g.Nodes {
+		c.Members = append(c.Members, &Member{ID: n.ID, Site: n.Site, Address: n.Address, Dir: filepath.Join(dir, n.ID),
+			Certificate: c.CAs[n.Site].Issue(t, NodeURI(n.Site, n.ID)), Keys: c.World.Node(n.ID), listener: listeners[n.ID]})
 	}
 	t.Cleanup(c.close)
 	return c
@@ -133,7 +130,7 @@ func (c *Cluster) close() {
 func (c *Cluster) Config(i int) cluster.Config {
 	m := c.Members[i]
 	cfg := cluster.Config{NodeID: m.ID, DataDir: m.Dir, Listen: m.Address, Listener: m.listener, Genesis: c.Genesis,
-		Certificate: m.Certificate, Sign: m.Signer.Sign, Timing: c.timing(),
+		Certificate: m.Certificate, Sign: m.Keys.Sign, Timing: c.timing(),
 		Dial:      c.network.dialFrom(m.Address),
 		FreeSpace: func(string) (uint64, uint64, error) { return 1 << 40, 1 << 40, nil }}
 	if c.o.Logger != nil {
@@ -287,13 +284,12 @@ func (c *Cluster) Until(what string, condition func() bool) {
 // optional, is called on the envelope before it is signed.
 func (c *Cluster) Command(i int, cmd state.Command, change func(*state.Envelope)) []byte {
 	c.t.Helper()
-	e := state.NewEnvelope(cmd)
-	e.Cluster, e.Origin, e.Time, e.Nonce = c.ID(), c.Members[i].ID, time.Now().UnixMilli(), random(c.t, state.NonceSize)
+	e := c.World.Envelope(c.Members[i].ID, cmd, statetest.At(time.Now().UnixMilli()))
+	e.Cluster = c.ID()
 	if change != nil {
 		change(&e)
 	}
-	b := e.Marshal()
-	return state.Join(b, c.Members[i].Signer.sign(c.t, b, state.CommandContext))
+	return c.Members[i].Keys.SignCommand(c.t, e.Marshal())
 }
 
 // Tick returns a signed tick of a member.
@@ -315,7 +311,7 @@ func (c *Cluster) Propose(i int, raw []byte) state.Result {
 }
 
 // ID returns the cluster's identifier.
-func (c *Cluster) ID() string { return clusterID(c.Genesis) }
+func (c *Cluster) ID() string { return kms.ClusterID(c.Genesis.Genesis) }
 
 // SameState waits until all running members have applied index, and fails the
 // test unless their states hash alike.
@@ -334,4 +330,18 @@ func (c *Cluster) SameState(index uint64) {
 			c.t.Fatalf("the state of node %s at %d differs", c.Members[i].ID, index)
 		}
 	}
+}
+
+// logWriter writes to the test's log until the cluster is closed.
+type logWriter struct {
+	t      testing.TB
+	closed *atomic.Bool
+}
+
+// Write implements io.Writer.
+func (w logWriter) Write(b []byte) (int, error) {
+	if !w.closed.Load() {
+		w.t.Logf("%s", bytes.TrimSpace(b))
+	}
+	return len(b), nil
 }
