@@ -99,6 +99,33 @@ func TestAccept(t *testing.T) {
 	}
 }
 
+// A connection ends when the peer's certificate does.
+func TestConnectionEndsWithCertificate(t *testing.T) {
+	c := clustertest.Prepare(t, clustertest.Options{})
+	c.Restart(0)
+	fr := c.Members[1]
+	end := time.Now().Add(3 * time.Second)
+	cert := c.CAs["fr"].IssueFrom(t, &x509.Certificate{NotBefore: time.Now().Add(-time.Minute), NotAfter: end,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}, clustertest.NodeURI(fr.Site, fr.ID))
+	conn, err := tls.Dial("tcp", c.Members[0].Address, &tls.Config{Certificates: []tls.Certificate{cert}, InsecureSkipVerify: true,
+		NextProtos: []string{"conclave-forward/1"}, CurvePreferences: []tls.CurveID{tls.X25519MLKEM768}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(clustertest.Patience)); err != nil {
+		t.Fatal(err)
+	}
+	n, err := io.Copy(io.Discard, conn) // the greeting, then nothing until it closes
+	var timeout net.Error
+	if n == 0 || errors.As(err, &timeout) && timeout.Timeout() {
+		t.Errorf("%d bytes, %v", n, err)
+	}
+	if early := time.Until(end.Truncate(time.Second)); early > 0 {
+		t.Errorf("it closed %v too early", early)
+	}
+}
+
 // A member that dials one node and reaches another, with a good certificate of
 // its own, does not speak to it.
 func TestWrongNodeAtAddress(t *testing.T) {
