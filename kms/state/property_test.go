@@ -177,7 +177,7 @@ func TestProperties(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		a := &actor{w: world.w, log: [][]byte{world.log[0]}}
 		a.w.SetState(begin)
-		n := rapid.IntRange(1, 90).Draw(rt, "length")
+		n := rapid.IntRange(1, 70).Draw(rt, "length")
 		restoreAt := rapid.IntRange(1, n).Draw(rt, "restore at")
 		var leaves [][]byte
 		_, r := first.Apply(1, a.log[0])

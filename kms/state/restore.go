@@ -17,7 +17,8 @@ import (
 // (State.Hash) is known, the records are taken as they are; else every statement
 // in them is verified again and the records must be exactly what the statements
 // give, see DESIGN.md for what no statement covers. The genesis is always
-// verified. Errors: kms.Invalid, kms.TooLarge, kms.BadSignature and what a
+// verified; that State.Cluster is the right one is for the caller to check. Memory
+// grows with what arrives: bound r where the sender is not trusted. Errors: kms.Invalid, kms.TooLarge, kms.BadSignature and what a
 // statement's command would be refused with.
 func Restore(r io.Reader, trusted func(hash [32]byte) bool) (*State, error) {
 	in := &recordReader{r: r, hash: sha256.New()}

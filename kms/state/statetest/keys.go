@@ -73,6 +73,7 @@ func PublicKey(alg kms.Algorithm) []byte {
 // KeyringCommand returns the command that makes a keyring, KeyCommand that for a
 // key with its purpose's default algorithm.
 func (w *World) KeyringCommand(name string, sites ...string) state.CreateKeyring {
+	sites = slices.Clone(sites)
 	slices.Sort(sites)
 	var nodes []state.Node
 	for _, n := range w.genesis.Nodes {

@@ -80,7 +80,9 @@ func (w *World) CA(site string) *CA { return w.cas[site] }
 // Custodian returns the signing key of a custodian; they are called SITE-1 and so on.
 func (w *World) Custodian(id string) *pqc.HybridKey {
 	w.t.Helper()
+	w.mu.Lock()
 	k, ok := w.custodians[id]
+	w.mu.Unlock()
 	if !ok {
 		w.t.Fatalf("there is no custodian %q", id)
 	}
