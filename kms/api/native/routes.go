@@ -3,10 +3,15 @@ package native
 import (
 	"bytes"
 	"context"
+	"encoding/base64"
 	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
 	"net/http"
 	"reflect"
 	"strconv"
+	"strings"
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/engine"
@@ -38,7 +43,7 @@ func write[Q, R any](pattern, id, summary string, f func(c *call, q Q) (R, error
 			if err != nil {
 				return nil, err
 			}
-			return f(c, q)
+			return f(c, *q)
 		}}
 }
 
@@ -49,6 +54,7 @@ type (
 
 // data is an operation on a key, of one item or of a batch.
 func data[Q, R any](op, id, summary string, one single[Q, R], many batched[Q, R]) route {
+	required := requiredBytes(reflect.TypeFor[Q]())
 	return route{method: http.MethodPost, pattern: "/v1/keyrings/{keyring}/keys/{key}/" + op, id: id, summary: summary,
 		request: reflect.TypeFor[Q](), batch: true, response: reflect.TypeFor[R](),
 		serve: func(c *call) (any, error) {
@@ -58,13 +64,21 @@ func data[Q, R any](op, id, summary string, one single[Q, R], many batched[Q, R]
 				if err != nil {
 					return nil, err
 				}
-				return many(c.engine, c.Context(), c.caller, keyring, key, q)
+				for i := range q.Items {
+					if err := checkRequired(&q.Items[i], required); err != nil {
+						return nil, kms.Errorf(kms.Invalid, "item %d: %v", i, err)
+					}
+				}
+				return many(c.engine, c.Context(), c.caller, keyring, key, *q)
 			}
 			q, err := decode[Q](c.body)
 			if err != nil {
 				return nil, err
 			}
-			return one(c.engine, c.Context(), c.caller, keyring, key, q)
+			if err := checkRequired(q, required); err != nil {
+				return nil, err
+			}
+			return one(c.engine, c.Context(), c.caller, keyring, key, *q)
 		}}
 }
 
@@ -78,18 +92,77 @@ func isBatch(body []byte) bool {
 	return bytes.HasPrefix(bytes.TrimLeft(b[1:], " \t\r\n"), []byte(`"items"`))
 }
 
+// requiredBytes returns the byte strings of a request that must be there.
+func requiredBytes(t reflect.Type) (fields []requiredField) {
+	for i := range t.NumField() {
+		f := t.Field(i)
+		name, options, _ := strings.Cut(f.Tag.Get("json"), ",")
+		if f.Type.Kind() == reflect.Slice && !strings.Contains(options, "omit") {
+			fields = append(fields, requiredField{i, name})
+		}
+	}
+	return fields
+}
+
+type requiredField struct {
+	index int
+	name  string
+}
+
+// checkRequired refuses a request in which a byte string is absent: an empty
+// plaintext is written "".
+func checkRequired(q any, required []requiredField) error {
+	v := reflect.ValueOf(q).Elem()
+	for _, f := range required {
+		if v.Field(f.index).IsNil() {
+			return kms.Errorf(kms.Invalid, "%s is missing", f.name)
+		}
+	}
+	return nil
+}
+
 // decode reads one JSON object without unknown fields.
-func decode[Q any](body []byte) (Q, error) {
-	var q Q
+func decode[Q any](body []byte) (*Q, error) {
+	q := new(Q)
+	if b := bytes.TrimLeft(body, " \t\r\n"); len(b) == 0 || b[0] != '{' {
+		return nil, &kms.Error{Kind: kms.Invalid, Msg: "the request body is not a JSON object", Fix: decodeFix}
+	}
 	dec := json.NewDecoder(bytes.NewReader(body))
 	dec.DisallowUnknownFields()
-	if err := dec.Decode(&q); err != nil {
-		return q, kms.Wrap(kms.Invalid, err, "the request body is not the JSON that this operation takes: "+err.Error(), "see GET /v1/openapi.json")
+	if err := dec.Decode(q); err != nil {
+		return nil, kms.Wrap(kms.Invalid, err, "the request body is not the JSON that this operation takes: "+jsonFault(err), decodeFix)
 	}
-	if dec.More() {
-		return q, kms.Errorf(kms.Invalid, "the request body holds more than one JSON value")
+	if len(bytes.TrimLeft(body[dec.InputOffset():], " \t\r\n")) != 0 {
+		return nil, &kms.Error{Kind: kms.Invalid, Msg: "the request body goes on after its JSON object", Fix: decodeFix}
 	}
 	return q, nil
+}
+
+const decodeFix = "see GET /v1/openapi.json"
+
+// jsonFault says what is wrong with a body in JSON's words, without Go's types
+// and without values.
+func jsonFault(err error) string {
+	var kind *json.UnmarshalTypeError
+	var syntax *json.SyntaxError
+	var encoding base64.CorruptInputError
+	switch {
+	case errors.As(err, &kind):
+		what, _, _ := strings.Cut(kind.Value, " ") // without the number itself
+		if kind.Field == "" {
+			return "a " + what + " stands where it may not"
+		}
+		return kind.Field + " must not be a " + what
+	case errors.As(err, &syntax):
+		return fmt.Sprintf("%v at byte %d", err, syntax.Offset)
+	case errors.As(err, &encoding):
+		return fmt.Sprintf("a byte string is not base64 (at its byte %d)", int64(encoding))
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		return "it ends too early"
+	case strings.HasPrefix(err.Error(), "json: unknown field "):
+		return strings.TrimPrefix(err.Error(), "json: ")
+	}
+	return "a value cannot be read"
 }
 
 // ready answers 503 until the node is ready.

@@ -10,9 +10,12 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"mime"
 	"net"
 	"net/http"
-	"sync"
+	"path"
+	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/conclave-kms/conclave/kms"
@@ -54,8 +57,13 @@ func New(cfg Config) *Server {
 		table = append(table, metricsRoute(cfg.Metrics))
 	}
 	s.openapi = describe(table)
+	methods := map[string][]string{}
 	for _, r := range table {
 		s.mux.Handle(r.method+" "+r.pattern, s.handle(r))
+		methods[r.pattern] = append(methods[r.pattern], r.method)
+	}
+	for pattern, allowed := range methods {
+		s.mux.Handle(pattern, s.wrongMethod(strings.Join(allowed, ", ")))
 	}
 	s.mux.HandleFunc("/", s.noRoute)
 	return s
@@ -78,17 +86,28 @@ func (s *Server) HTTPServer() *http.Server {
 }
 
 // ServeHTTP implements http.Handler.
-func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.Method == http.MethodConnect || r.URL.Path != path.Clean(r.URL.Path) {
+		s.noRoute(w, r) // the mux would redirect, in HTML
+		return
+	}
+	s.mux.ServeHTTP(w, r)
+}
 
 type connKey struct{}
 
-// peer caches the identity of a connection: its certificate was verified in the
-// handshake and cannot change.
-type peer struct {
-	once sync.Once
-	id   kms.Identity
-	err  error
+// peer remembers the identity of a connection between two verifications of its
+// certificate.
+type peer struct{ last atomic.Pointer[verified] }
+
+type verified struct {
+	id    kms.Identity
+	until time.Time
 }
+
+// reverify is how long a verification counts on an open connection: a
+// certificate can expire, and a site's CAs can change, while it is open.
+const reverify = time.Minute
 
 func (s *Server) identify(r *http.Request) (kms.Identity, error) {
 	if r.TLS == nil {
@@ -98,8 +117,15 @@ func (s *Server) identify(r *http.Request) (kms.Identity, error) {
 	if !ok {
 		return s.engine.Authenticate(r.TLS.PeerCertificates)
 	}
-	p.once.Do(func() { p.id, p.err = s.engine.Authenticate(r.TLS.PeerCertificates) })
-	return p.id, p.err
+	now := time.Now()
+	if v := p.last.Load(); v != nil && now.Before(v.until) {
+		return v.id, nil
+	}
+	id, err := s.engine.Authenticate(r.TLS.PeerCertificates)
+	if err == nil {
+		p.last.Store(&verified{id, now.Add(reverify)})
+	}
+	return id, err
 }
 
 // call is one request with what its handler needs.
@@ -114,9 +140,7 @@ type call struct {
 // handle is the path of every request: identify, bound, act, answer.
 func (s *Server) handle(rt route) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		id := requestID(r)
-		w.Header().Set("X-Request-Id", id)
-		w.Header().Set("Cache-Control", "no-store")
+		id := begin(w, r)
 		answer, err := s.act(rt, r, id, w)
 		if err != nil {
 			s.refuse(w, err, id)
@@ -143,12 +167,38 @@ func (s *Server) act(rt route, r *http.Request, id string, w http.ResponseWriter
 	defer cancel()
 	c := &call{Request: r.WithContext(ctx), engine: s.engine, server: s, caller: engine.Caller{Identity: identity, RequestID: id, IdempotencyKey: r.Header.Get("Idempotency-Key")}}
 	if rt.request != nil {
+		if err := checkContentType(r); err != nil {
+			return nil, err
+		}
 		if c.body, err = readBody(w, r); err != nil {
 			return nil, err
 		}
 	}
 	return rt.serve(c)
 }
+
+// checkContentType insists on JSON: a browser that holds a client certificate
+// sends other types across origins without asking the server first.
+func checkContentType(r *http.Request) error {
+	t := r.Header.Get("Content-Type")
+	if t == "application/json" {
+		return nil
+	}
+	if m, _, err := mime.ParseMediaType(t); err == nil && m == "application/json" {
+		return nil
+	}
+	return &statusError{http.StatusUnsupportedMediaType, &kms.Error{Kind: kms.Invalid,
+		Msg: "the request body is not declared as JSON", Fix: "send Content-Type: application/json"}}
+}
+
+// statusError is an invalid request for which HTTP has a status of its own.
+type statusError struct {
+	status int
+	err    *kms.Error
+}
+
+func (e *statusError) Error() string { return e.err.Error() }
+func (e *statusError) Unwrap() error { return e.err }
 
 func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	limited := http.MaxBytesReader(w, r.Body, wire.MaxBody)
@@ -172,6 +222,10 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 
 func (s *Server) refuse(w http.ResponseWriter, err error, id string) {
 	p := wire.NewProblem(err, id)
+	var own *statusError
+	if errors.As(err, &own) {
+		p.Status, p.Title = own.status, strings.ToLower(http.StatusText(own.status))
+	}
 	w.Header().Set("Content-Type", wire.ProblemType)
 	if p.Status == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", "1")
@@ -190,7 +244,7 @@ func (s *Server) write(w http.ResponseWriter, status int, answer any) {
 		var err error
 		if b, err = json.Marshal(answer); err != nil {
 			s.log.Error("answer cannot be encoded", "error", err)
-			http.Error(w, "{}", http.StatusInternalServerError)
+			s.refuse(w, err, w.Header().Get("X-Request-Id"))
 			return
 		}
 	}
@@ -200,7 +254,24 @@ func (s *Server) write(w http.ResponseWriter, status int, answer any) {
 }
 
 func (s *Server) noRoute(w http.ResponseWriter, r *http.Request) {
-	s.refuse(w, &kms.Error{Kind: kms.NotFound, Msg: "there is no " + r.Method + " " + r.URL.Path, Fix: "see GET /v1/openapi.json"}, requestID(r))
+	s.refuse(w, &kms.Error{Kind: kms.NotFound, Msg: "there is no " + r.Method + " " + r.URL.Path, Fix: "see GET /v1/openapi.json"}, begin(w, r))
+}
+
+// wrongMethod answers for a path that is served with other methods.
+func (s *Server) wrongMethod(allowed string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Allow", allowed)
+		s.refuse(w, &statusError{http.StatusMethodNotAllowed, &kms.Error{Kind: kms.Invalid,
+			Msg: r.URL.Path + " does not take " + r.Method, Fix: "use " + allowed}}, begin(w, r))
+	})
+}
+
+// begin sets what every answer carries and returns the request's identifier.
+func begin(w http.ResponseWriter, r *http.Request) string {
+	id := requestID(r)
+	w.Header().Set("X-Request-Id", id)
+	w.Header().Set("Cache-Control", "no-store")
+	return id
 }
 
 // requestID takes over the client's X-Request-Id where it is short and plain,
