@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -119,6 +120,11 @@ func cluster(t *testing.T) *harness.Cluster {
 	})
 	return c
 }
+
+var names atomic.Uint64
+
+// unique returns a name that no other test and no repetition of it uses.
+func unique(base string) string { return fmt.Sprintf("%s-%d", base, names.Add(1)) }
 
 // site is a cluster as a test sees it: every call must succeed.
 type site struct {

@@ -23,13 +23,14 @@ func random(n int) []byte {
 // opens, while what was sealed to jp does.
 func TestOutsiderCannotOpenResidentKeyring(t *testing.T) {
 	s := site{t, cluster(t)}
-	s.key("europe", "residency", kms.Encrypt, "")
-	s.key("coalition", "residency", kms.Encrypt, "")
+	name := unique("residency")
+	s.key("europe", name, kms.Encrypt, "")
+	s.key("coalition", name, kms.Encrypt, "")
 	secretText := "for fr and de alone"
-	european := s.encrypt("fr", "europe", "residency", secretText)
-	shared := s.encrypt("de", "coalition", "residency", "for all three")
-	s.rotate("europe", "residency", 2)
-	s.decrypts("de", "europe", "residency", european, secretText)
+	european := s.encrypt("fr", "europe", name, secretText)
+	shared := s.encrypt("de", "coalition", name, "for all three")
+	s.rotate("europe", name, 2)
+	s.decrypts("de", "europe", name, european, secretText)
 
 	// The API of jp's node has nothing to give, whoever asks.
 	for _, from := range []string{"fr", "jp"} {
@@ -37,7 +38,7 @@ func TestOutsiderCannotOpenResidentKeyring(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = cl.Key("europe", "residency").Decrypt(t.Context(), wire.DecryptRequest{Ciphertext: european.Ciphertext})
+		_, err = cl.Key("europe", name).Decrypt(t.Context(), wire.DecryptRequest{Ciphertext: european.Ciphertext})
 		if !errors.Is(err, kms.NotResident) && !errors.Is(err, kms.Denied) {
 			t.Errorf("a service of %s at jp: %v", from, err)
 		}
@@ -68,8 +69,8 @@ func TestOutsiderCannotOpenResidentKeyring(t *testing.T) {
 		t.Fatalf("jp's TPM does not open jp's own copy: %v", err)
 	}
 	defer coalition.Destroy()
-	key, _ := r.state.Key("coalition", "residency")
-	version, _ := r.state.Version("coalition", "residency", 1)
+	key, _ := r.state.Key("coalition", name)
+	version, _ := r.state.Version("coalition", name, 1)
 	material, err := keyring.UnwrapMaterial(coalition, keyBinding(r.state, key, version), version.Wrapped)
 	if err != nil {
 		t.Fatal(err)
@@ -108,19 +109,19 @@ func TestOutsiderCannotOpenResidentKeyring(t *testing.T) {
 		t.Errorf("only %d attempts were made", attempts)
 	}
 	// And no other secret of jp's unwraps europe's keys.
-	europe, _ := r.state.Key("europe", "residency")
-	for _, v := range r.state.Versions("europe", "residency") {
+	europe, _ := r.state.Key("europe", name)
+	for _, v := range r.state.Versions("europe", name) {
 		for _, ring := range []string{"europe", "coalition"} {
 			b := keyBinding(r.state, europe, v)
 			b.Keyring = ring
 			if got, err := keyring.UnwrapMaterial(coalition, b, v.Wrapped); err == nil {
 				got.Destroy()
-				t.Errorf("coalition's KEK unwrapped version %d of europe/residency", v.Version)
+				t.Errorf("coalition's KEK unwrapped version %d of europe/%s", v.Version, name)
 			}
 		}
 	}
-	if n := len(r.state.Versions("europe", "residency")); n != 2 {
-		t.Errorf("%d versions of europe/residency were tried", n)
+	if n := len(r.state.Versions("europe", name)); n != 2 {
+		t.Errorf("%d versions of europe/%s were tried", n, name)
 	}
 	tpm.close()
 }

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -23,6 +24,7 @@ import (
 	raftnode "github.com/conclave-kms/conclave/cluster"
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/keyring"
+	"github.com/conclave-kms/conclave/kms/secret"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/wire"
 	"github.com/conclave-kms/conclave/pqc"
@@ -31,8 +33,9 @@ import (
 
 // hunt collects the secrets that must not be on any disk.
 type hunt struct {
-	t *testing.T
-	s site
+	t      *testing.T
+	s      site
+	prefix string // of the names of the keys
 	harness.Scanner
 }
 
@@ -49,7 +52,7 @@ func (h *hunt) add(name string, b []byte) {
 // for are the real ones: what was opened from the disk decrypts what was encrypted.
 func TestNoSecretOnDisk(t *testing.T) {
 	s := site{t, cluster(t)}
-	h := &hunt{t: t, s: s}
+	h := &hunt{t: t, s: s, prefix: unique("scan")}
 	h.useKeys()
 	h.fromFiles()
 
@@ -86,7 +89,7 @@ func TestNoSecretOnDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.settled()
-	s.decrypts("fr", "coalition", "scan", s.encrypt("jp", "coalition", "scan", "after the snapshot"), "after the snapshot")
+	s.decrypts("fr", "coalition", h.prefix, s.encrypt("jp", "coalition", h.prefix, "after the snapshot"), "after the snapshot")
 }
 
 // useKeys has the nodes make and use keys of every kind, and collects what the
@@ -97,19 +100,19 @@ func (h *hunt) useKeys() {
 		purpose kms.Purpose
 		alg     kms.Algorithm
 	}{
-		"scan": {kms.Encrypt, kms.AES256GCM}, "scan-mac": {kms.MAC, kms.HMACSHA256},
-		"scan-p256": {kms.Sign, kms.ECDSAP256}, "scan-p384": {kms.Sign, kms.ECDSAP384}, "scan-ed": {kms.Sign, kms.Ed25519},
+		"": {kms.Encrypt, kms.AES256GCM}, "-mac": {kms.MAC, kms.HMACSHA256},
+		"-p256": {kms.Sign, kms.ECDSAP256}, "-p384": {kms.Sign, kms.ECDSAP384}, "-ed": {kms.Sign, kms.Ed25519},
 	} {
-		s.key("coalition", name, k.purpose, k.alg)
+		s.key("coalition", h.prefix+name, k.purpose, k.alg)
 	}
-	s.key("europe", "scan", kms.Encrypt, "")
+	s.key("europe", h.prefix, kms.Encrypt, "")
 	plaintext := []byte("a plaintext of the secrets scan that nobody may find")
 	message := []byte("a message of the secrets scan that is signed and authenticated")
 	h.add("plaintext", plaintext)
 	h.add("message", message)
 	for _, at := range []string{"fr", "jp"} {
 		service := s.client(at, "service")
-		key := service.Key("coalition", "scan")
+		key := service.Key("coalition", h.prefix)
 		for i := range 3 {
 			dk, err := key.DataKey(t.Context(), wire.DataKeyRequest{Bytes: 32, Context: wire.Context{"file": "a"}})
 			if err != nil {
@@ -127,23 +130,23 @@ func (h *hunt) useKeys() {
 		if _, err := key.Rewrap(t.Context(), wire.RewrapRequest{Ciphertext: c.Ciphertext}); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := service.Key("coalition", "scan-mac").MAC(t.Context(), wire.MACRequest{Message: message}); err != nil {
+		if _, err := service.Key("coalition", h.prefix+"-mac").MAC(t.Context(), wire.MACRequest{Message: message}); err != nil {
 			t.Fatal(err)
 		}
-		for _, name := range []string{"scan-p256", "scan-p384", "scan-ed"} {
-			if _, err := service.Key("coalition", name).Sign(t.Context(), wire.SignRequest{Message: message}); err != nil {
+		for _, name := range []string{"-p256", "-p384", "-ed"} {
+			if _, err := service.Key("coalition", h.prefix+name).Sign(t.Context(), wire.SignRequest{Message: message}); err != nil {
 				t.Fatal(err)
 			}
 		}
 		// Requests that fail must leave no trace of what they carried either.
 		_, err = key.Decrypt(t.Context(), wire.DecryptRequest{Ciphertext: plaintext})
 		refused(t, "a plaintext in place of a ciphertext", err, kms.OpenFailed)
-		_, err = service.Key("coalition", "scan-mac").Encrypt(t.Context(), wire.EncryptRequest{Plaintext: plaintext})
+		_, err = service.Key("coalition", h.prefix+"-mac").Encrypt(t.Context(), wire.EncryptRequest{Plaintext: plaintext})
 		if err == nil {
 			t.Error("a MAC key encrypted")
 		}
 	}
-	s.rotate("coalition", "scan", 2)
+	s.rotate("coalition", h.prefix, 2)
 }
 
 // fromFiles collects the secrets that lie in files beside the data directories.
@@ -172,7 +175,11 @@ func (h *hunt) fromFiles() {
 		keyFile, passFile := c.CustodianFiles(id)
 		pass := read(passFile)
 		h.add("passphrase of custodian "+id, pass)
-		seed := custodianSeed(t, read(keyFile), string(pass))
+		public, err := pqc.ParsePublic(append(read(keyFile+".pub"), '\n'))
+		if err != nil {
+			t.Fatal(err)
+		}
+		seed := custodianSeed(t, read(keyFile), public, string(pass))
 		h.add("ML-DSA seed of custodian "+id, seed[:32])
 		h.add("Ed25519 seed of custodian "+id, seed[32:])
 	}
@@ -205,7 +212,7 @@ func (h *hunt) addKey(name, certFile, keyFile string) {
 
 // custodianSeed decrypts a custodian's key file (age) down to its 64-byte seed and
 // checks that it is the one.
-func custodianSeed(t *testing.T, file []byte, pass string) []byte {
+func custodianSeed(t *testing.T, file, public []byte, pass string) []byte {
 	t.Helper()
 	id, err := age.NewScryptIdentity(pass)
 	if err != nil {
@@ -222,7 +229,21 @@ func custodianSeed(t *testing.T, file []byte, pass string) []byte {
 	if len(b) < pqc.HybridSeedSize {
 		t.Fatalf("a custodian's key file holds %d bytes", len(b))
 	}
-	return b[len(b)-pqc.HybridSeedSize:]
+	raw := b[len(b)-pqc.HybridSeedSize:]
+	seed, err := secret.Copy(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer seed.Destroy()
+	key, err := pqc.NewHybridKey(seed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer key.Destroy()
+	if !bytes.Equal(key.PublicKey(), public) {
+		t.Fatal("the seed in a custodian's key file is not that of the public key")
+	}
+	return raw
 }
 
 // fromState opens with fr's own device what fr holds: every KEK and every key
@@ -297,6 +318,7 @@ func (h *hunt) takeSnapshot(hw *hardware) {
 	dir := filepath.Join(n.Data, "raft")
 	node, err := raftnode.Open(t.Context(), raftnode.Config{
 		NodeID: n.ID, DataDir: dir, Listen: readConfig(t, n).Cluster.Listen, Genesis: signed, Certificate: cert, Sign: hw.dev.Sign,
+		Logger: slog.New(slog.DiscardHandler),
 		Timing: raftnode.Timing{SnapshotInterval: 50 * time.Millisecond, SnapshotThreshold: 1},
 	})
 	if err != nil {

@@ -251,13 +251,14 @@ func (c *Cluster) Status(ctx context.Context, site string) (wire.Status, error) 
 	return cl.Status(ctx)
 }
 
-// Leader returns the leader that a majority of the running nodes names.
+// Leader returns the leader that a majority of all nodes names. It is neither
+// dead nor frozen.
 func (c *Cluster) Leader(ctx context.Context) (*Node, error) {
 	var leader *Node
 	err := Within(ctx, readyWait, "a leader that a majority follows", func(ctx context.Context) error {
 		votes := map[string]int{}
 		for _, n := range c.All() {
-			if !n.Running() {
+			if !n.serving() {
 				continue
 			}
 			ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
@@ -268,7 +269,7 @@ func (c *Cluster) Leader(ctx context.Context) (*Node, error) {
 			}
 		}
 		for _, n := range c.All() {
-			if votes[n.ID] >= 2 && n.Running() {
+			if votes[n.ID] >= 2 && n.serving() {
 				leader = n
 				return nil
 			}

@@ -42,6 +42,12 @@ func (n *Node) Running() bool {
 	return err == nil && !g
 }
 
+// serving reports whether the node's process exists and is not frozen.
+func (n *Node) serving() bool {
+	s, err := processState(n.pid)
+	return err == nil && s != 0 && s != 'Z' && s != 'X' && s != 'T'
+}
+
 // Kill ends the node with SIGKILL, as a power cut would, and waits for its end.
 func (n *Node) Kill(ctx context.Context) error {
 	if err := syscall.Kill(n.pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
