@@ -28,6 +28,9 @@ const (
 	GenesisNonce = 32 // bytes of a genesis document's nonce
 )
 
+// maxIndex is far above any log index that is ever reached: no sum overflows.
+const maxIndex = uint64(1) << 62
+
 // Times in milliseconds.
 const (
 	// Window is how far a command's time may lie behind the cluster's clock, and

@@ -460,3 +460,23 @@ func BenchmarkCreateKey(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkRestore reads a snapshot with 1,000 keys.
+func BenchmarkRestore(b *testing.B) {
+	w := statetest.New(b, statetest.Options{})
+	w.CreateKeyring("ring", "fr", "de", "jp")
+	for i := range 1000 {
+		w.CreateKey("ring", fmt.Sprintf("k%d", i), kms.Encrypt)
+	}
+	snap := snapshot(b, w.State())
+	for name, trusted := range map[string]func([32]byte) bool{"trusted": yes, "untrusted": no} {
+		b.Run(name, func(b *testing.B) {
+			b.SetBytes(int64(len(snap)))
+			for b.Loop() {
+				if _, err := state.Restore(bytes.NewReader(snap), trusted); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

@@ -107,8 +107,8 @@ func readHeader(b []byte) (*State, error) {
 			return nil, kms.Errorf(kms.Invalid, "snapshot: a hash of the log has %d bytes", len(sum))
 		}
 	}
-	if h.LogSize > h.Index {
-		return nil, kms.Errorf(kms.Invalid, "snapshot: the log has more leaves than entries")
+	if h.LogSize > h.Index || h.Index > maxIndex {
+		return nil, kms.Errorf(kms.Invalid, "snapshot: the log has more leaves than entries, or the index is out of range")
 	}
 	if h.Clock < g.Created || h.Clock > maxTime {
 		return nil, kms.Errorf(kms.Invalid, "snapshot: the clock is out of range")
