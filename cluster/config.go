@@ -44,6 +44,10 @@ type Config struct {
 	// up to st.Index() that OnApply has not seen yet, it will not see. At a start from a
 	// snapshot it is called before Open returns.
 	OnRestore func(st *state.State)
+	// OnSnapshot, optional, is called before a snapshot is kept, after which entries
+	// that OnApply has seen may vanish from Raft's log: whoever stores them makes
+	// them durable here. An error cancels the snapshot.
+	OnSnapshot func() error
 
 	// FreeSpace, optional, tells the free and total bytes of the disk of a
 	// directory: FreeSpace of this package, other in tests.

@@ -17,14 +17,15 @@ import (
 // immutable state and publishes the result. Once halted it applies nothing more,
 // takes no snapshot and restores none.
 type machine struct {
-	cluster   string
-	onApply   func(*state.State, []byte, state.Result)
-	onRestore func(*state.State)
-	trust     *trust
-	hashes    *hashes
-	snapshots *snapshotStore
-	watch     *watch
-	log       *slog.Logger
+	cluster    string
+	onApply    func(*state.State, []byte, state.Result)
+	onRestore  func(*state.State)
+	onSnapshot func() error
+	trust      *trust
+	hashes     *hashes
+	snapshots  *snapshotStore
+	watch      *watch
+	log        *slog.Logger
 
 	background func(func()) // runs something that the log must not wait for
 
@@ -85,7 +86,7 @@ func (m *machine) Snapshot() (raft.FSMSnapshot, error) {
 	if m.halted.Load() {
 		return nil, errHalted
 	}
-	return &snapshot{state: m.current(), trust: m.trust, log: m.log}, nil
+	return &snapshot{state: m.current(), trust: m.trust, log: m.log, before: m.onSnapshot}, nil
 }
 
 // Restore implements raft.FSM. It never replaces a state by an older one: a
@@ -138,11 +139,18 @@ type snapshot struct {
 	state *state.State
 	trust *trust
 	log   *slog.Logger
+
+	before func() error
 }
 
 // Persist implements raft.FSMSnapshot. Without the device's signature the
 // snapshot is still good: restoring it then verifies every statement in it.
 func (s *snapshot) Persist(sink raft.SnapshotSink) error {
+	if s.before != nil {
+		if err := s.before(); err != nil {
+			return errors.Join(err, sink.Cancel())
+		}
+	}
 	if err := s.state.Snapshot(sink); err != nil {
 		return errors.Join(err, sink.Cancel())
 	}

@@ -262,3 +262,40 @@ func TestCompareStates(t *testing.T) {
 		}
 	}
 }
+
+// Who stores entries elsewhere is asked before the log may lose them, and a
+// refusal keeps the log.
+func TestOnSnapshot(t *testing.T) {
+	var calls atomic.Int32
+	var fail atomic.Bool
+	fail.Store(true)
+	c := clustertest.New(t, clustertest.Options{
+		Timing: cluster.Timing{TrailingLogs: 1},
+		Config: func(_ int, cfg *cluster.Config) {
+			cfg.OnSnapshot = func() error {
+				calls.Add(1)
+				if fail.Load() {
+					return errors.New("the disk is full")
+				}
+				return nil
+			}
+		}})
+	i := c.Leader()
+	for range 5 {
+		c.Propose(i, c.Tick(i))
+	}
+	before, err := c.Node(i).FirstLogEntry()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Node(i).TakeSnapshot(); err == nil || calls.Load() != 1 {
+		t.Fatalf("a snapshot was kept although what it covers is not durable: %v, %d calls", err, calls.Load())
+	}
+	if now, err := c.Node(i).FirstLogEntry(); err != nil || now != before {
+		t.Fatalf("the log lost entries: it begins at %d, was %d (%v)", now, before, err)
+	}
+	fail.Store(false)
+	if err := c.Node(i).TakeSnapshot(); err != nil || calls.Load() != 2 {
+		t.Fatalf("%v after %d calls", err, calls.Load())
+	}
+}

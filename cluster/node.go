@@ -154,7 +154,7 @@ func (n *Node) buildMachine(genesis *state.State, snapshots *snapshotStore) {
 	n.hashes = &hashes{every: n.cfg.Timing.HashEvery, work: make(chan *state.State, 2), compare: n.compareHashes,
 		log: n.cfg.Logger, known: map[uint64][]byte{}}
 	n.machine = &machine{
-		cluster: genesis.Cluster(), onApply: n.cfg.OnApply, onRestore: n.cfg.OnRestore,
+		cluster: genesis.Cluster(), onApply: n.cfg.OnApply, onRestore: n.cfg.OnRestore, onSnapshot: n.cfg.OnSnapshot,
 		trust:  &trust{ctx: n.ctx, dir: n.dir.file(trustDir), cluster: genesis.Cluster(), node: n.self, signer: n.cfg.Sign},
 		hashes: n.hashes, snapshots: snapshots, watch: n.watch, log: n.cfg.Logger,
 		onHalt: n.halted, background: n.loops.Go,

@@ -182,7 +182,7 @@ func (n *node) openCluster(ctx context.Context) error {
 	}
 	n.cluster, err = cluster.Open(ctx, cluster.Config{
 		NodeID: n.cfg.Node, DataDir: filepath.Join(n.cfg.DataDir, "raft"), Listener: listener, Genesis: signed, Certificate: cert,
-		Sign: n.device.Sign, Logger: n.log, Timing: n.cfg.Cluster.timing(), OnApply: n.applied, OnRestore: n.restored,
+		Sign: n.device.Sign, Logger: n.log, Timing: n.cfg.Cluster.timing(), OnApply: n.applied, OnRestore: n.restored, OnSnapshot: n.clusterLog.Sync,
 	})
 	if err != nil {
 		return err
