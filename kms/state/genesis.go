@@ -3,7 +3,6 @@ package state
 import (
 	"crypto/x509"
 	"fmt"
-	"net"
 	"net/url"
 	"slices"
 
@@ -201,7 +200,7 @@ func (g Genesis) validateNodes() error {
 }
 
 func (n Node) validate() error {
-	if _, _, err := net.SplitHostPort(n.Address); err != nil || len(n.Address) > MaxText {
+	if a, err := url.Parse("//" + n.Address); err != nil || a.Host != n.Address || a.Hostname() == "" || a.Port() == "" || len(n.Address) > MaxText {
 		return kms.Errorf(kms.Invalid, "node %s: address %q is not host:port", n.ID, n.Address)
 	}
 	if err := checkText("node "+n.ID+": device", n.Device, false); err != nil {
