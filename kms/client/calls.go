@@ -5,7 +5,9 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 
+	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/wire"
 )
 
@@ -26,9 +28,14 @@ func (c *Client) Health(ctx context.Context) (wire.Health, error) {
 	return get[wire.Health](ctx, c, "/v1/health")
 }
 
-// Ready returns nil when the node is ready to serve.
+// Ready returns nil when the node is ready to serve, and kms.Unavailable with
+// the reasons when it is not.
 func (c *Client) Ready(ctx context.Context) (wire.Ready, error) {
-	return get[wire.Ready](ctx, c, "/v1/ready")
+	r, err := get[wire.Ready](ctx, c, "/v1/ready")
+	if err == nil && !r.Ready {
+		err = kms.Errorf(kms.Unavailable, "the node is not ready: %s", strings.Join(r.Reasons, "; "))
+	}
+	return r, err
 }
 
 // Status returns the node's view of itself and the cluster.

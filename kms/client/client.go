@@ -134,45 +134,115 @@ func (c *Client) Do(ctx context.Context, method, path string, in, out any, opts 
 		o.idempotency = newIdempotencyKey()
 	}
 	var last error
+	hopeless := 0 // addresses that will give no better answer
+	skip := make([]bool, len(c.bases))
 	for attempt := range c.attempts {
-		if attempt > 0 && attempt%len(c.bases) == 0 {
+		i := attempt % len(c.bases)
+		if attempt > 0 && i == 0 {
 			if err := pause(ctx, attempt/len(c.bases)); err != nil {
-				return errors.Join(last, err)
+				return last
 			}
 		}
-		base := c.bases[attempt%len(c.bases)]
-		again, err := c.try(ctx, base, method, path, body, out, o)
+		if skip[i] {
+			continue
+		}
+		next, err := c.try(ctx, c.bases[i], method, path, body, out, o)
 		if err == nil {
 			return nil
 		}
+		if next == final {
+			return err
+		}
 		last = preferred(last, err)
-		if !again || ctx.Err() != nil {
+		if next == elsewhere {
+			skip[i] = true
+			hopeless++
+		}
+		if hopeless == len(c.bases) || ctx.Err() != nil {
 			return last
 		}
 	}
 	return last
 }
 
-// preferred keeps the more telling of two errors of one call: an answer from a
-// node says more than a node that could not be reached.
+// verdict says what may do better after a failed try.
+type verdict int
+
+const (
+	final     verdict = iota // nothing: the answer stands
+	elsewhere                // another node; this one will answer the same again
+	later                    // another node, or this one later
+)
+
+// preferred keeps the more telling of two errors of one call that may be tried
+// again: that a write may have been made must not be forgotten, and an answer from
+// a node says more than a node that could not be reached.
 func preferred(old, next error) error {
-	var unreachable *url.Error
-	if old != nil && errors.As(next, &unreachable) {
+	answered := func(err error) bool { return !errors.As(err, new(*url.Error)) }
+	switch {
+	case old == nil, errors.Is(next, kms.Unknown):
+		return next
+	case errors.Is(old, kms.Unknown), answered(old) && !answered(next):
 		return old
 	}
 	return next
 }
 
 // try makes one request and says whether another node or a later try may do better.
-func (c *Client) try(ctx context.Context, base *url.URL, method, path string, body []byte, out any, o callOptions) (again bool, err error) {
+func (c *Client) try(ctx context.Context, base *url.URL, method, path string, body []byte, out any, o callOptions) (verdict, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
+	req, err := newRequest(ctx, base, method, path, body, o)
+	if err != nil {
+		return final, kms.Wrap(kms.Invalid, err, "the request cannot be made", "")
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return explain(base, method, err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, 2*wire.MaxBody))
+	if err != nil {
+		return later, brokeOff(base, method, err)
+	}
+	if resp.StatusCode >= 300 {
+		if r, ok := out.(*wire.Ready); ok && resp.StatusCode == http.StatusServiceUnavailable && json.Unmarshal(b, r) == nil && len(r.Reasons) > 0 {
+			return final, nil // the one answer that is not 200 and no problem
+		}
+		err := problem(resp, b)
+		switch kms.KindOf(err) {
+		case kms.NotResident:
+			return elsewhere, err
+		case kms.Unavailable, kms.Unknown, kms.Stale, kms.ReadOnly:
+			return later, err
+		}
+		return final, err
+	}
+	if raw, ok := out.(*[]byte); ok {
+		*raw = b
+		return final, nil
+	}
+	if out == nil {
+		return final, nil
+	}
+	if err := json.Unmarshal(b, out); err != nil {
+		return final, kms.Wrap(kms.Internal, err, "the answer of "+base.Host+" is not understood", "use a client of the cluster's version")
+	}
+	return final, nil
+}
+
+// newRequest makes a request; path is escaped already.
+func newRequest(ctx context.Context, base *url.URL, method, path string, body []byte, o callOptions) (*http.Request, error) {
 	u := *base
-	u.Path += path
+	u.RawPath = base.EscapedPath() + path
+	var err error
+	if u.Path, err = url.PathUnescape(u.RawPath); err != nil {
+		return nil, err
+	}
 	u.RawQuery = o.query.Encode()
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), bytes.NewReader(body))
 	if err != nil {
-		return false, kms.Wrap(kms.Invalid, err, "the request cannot be made", "")
+		return nil, err
 	}
 	req.Header.Set("Accept", "application/json")
 	if body != nil {
@@ -181,34 +251,7 @@ func (c *Client) try(ctx context.Context, base *url.URL, method, path string, bo
 	if o.idempotency != "" {
 		req.Header.Set("Idempotency-Key", o.idempotency)
 	}
-	resp, err := c.http.Do(req)
-	if err != nil {
-		return true, explain(base, err)
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(resp.Body, 2*wire.MaxBody))
-	if err != nil {
-		return true, kms.Wrap(kms.Unknown, err, "the answer of "+base.Host+" broke off", "repeat the call with the same idempotency key")
-	}
-	if resp.StatusCode >= 300 {
-		err := problem(resp, b)
-		switch kms.KindOf(err) {
-		case kms.Unavailable, kms.Unknown, kms.Stale, kms.NotResident, kms.ReadOnly:
-			return true, err
-		}
-		return false, err
-	}
-	if raw, ok := out.(*[]byte); ok {
-		*raw = b
-		return false, nil
-	}
-	if out == nil {
-		return false, nil
-	}
-	if err := json.Unmarshal(b, out); err != nil {
-		return false, kms.Wrap(kms.Internal, err, "the answer of "+base.Host+" is not understood", "use a client of the cluster's version")
-	}
-	return false, nil
+	return req, nil
 }
 
 func problem(resp *http.Response, b []byte) error {
@@ -219,21 +262,41 @@ func problem(resp *http.Response, b []byte) error {
 	return p.Err()
 }
 
+const certificateFix = "use a certificate that a site's CA issued for spiffe://TRUST-DOMAIN/ROLE/NAME and that has not expired"
+
 // explain names the cause of a failed connection and the next step.
-func explain(base *url.URL, err error) error {
+func explain(base *url.URL, method string, err error) (verdict, error) {
 	var unknownCA *tls.CertificateVerificationError
 	var alert tls.AlertError
+	var op *net.OpError
 	switch {
 	case errors.As(err, &unknownCA):
-		return kms.Wrap(kms.Unauthenticated, err, fmt.Sprintf("the certificate of %s is not issued by a CA in CONCLAVE_CACERT: %v", base.Host, unknownCA.Err), "give the sites' CA certificates, or check the address")
+		return elsewhere, kms.Wrap(kms.Unauthenticated, err, fmt.Sprintf("the certificate of %s is not issued by a CA in CONCLAVE_CACERT: %v", base.Host, unknownCA.Err), "give the sites' CA certificates, or check the address")
 	case errors.As(err, &alert):
-		return kms.Wrap(kms.Unauthenticated, err, fmt.Sprintf("%s refused this client's certificate (%v)", base.Host, alert), "use a certificate that a site's CA issued for spiffe://TRUST-DOMAIN/ROLE/NAME and that has not expired")
+		return elsewhere, kms.Wrap(kms.Unauthenticated, err, fmt.Sprintf("%s refused this client's certificate (%v)", base.Host, alert), certificateFix)
 	case strings.Contains(err.Error(), "remote error: tls:"):
-		return kms.Wrap(kms.Unauthenticated, err, base.Host+" refused this client's certificate", "use a certificate that a site's CA issued for spiffe://TRUST-DOMAIN/ROLE/NAME and that has not expired")
+		return elsewhere, kms.Wrap(kms.Unauthenticated, err, base.Host+" refused this client's certificate", certificateFix)
 	case errors.Is(err, context.Canceled):
-		return kms.Wrap(kms.Unavailable, err, "cancelled", "")
+		return final, brokeOff(base, method, err)
+	case errors.As(err, &op) && op.Op == "dial":
+		return later, kms.Wrap(kms.Unavailable, err, base.Host+" cannot be reached", "check that the node runs, or name other nodes in CONCLAVE_ADDR (comma-separated)")
 	}
-	return kms.Wrap(kms.Unavailable, err, base.Host+" cannot be reached", "check that the node runs, or name other nodes in CONCLAVE_ADDR (comma-separated)")
+	return later, brokeOff(base, method, err)
+}
+
+// brokeOff is a connection that failed when the request may have arrived.
+func brokeOff(base *url.URL, method string, err error) error {
+	what := "the connection to " + base.Host + " broke off"
+	switch {
+	case errors.Is(err, context.Canceled):
+		what = "cancelled"
+	case errors.Is(err, context.DeadlineExceeded):
+		what = base.Host + " did not answer in time"
+	}
+	if method == http.MethodGet {
+		return kms.Wrap(kms.Unavailable, err, what, "try again, or name other nodes in CONCLAVE_ADDR (comma-separated)")
+	}
+	return kms.Wrap(kms.Unknown, err, what+"; the request may have been carried out", "repeat it with the same idempotency key")
 }
 
 func newIdempotencyKey() string {
