@@ -53,7 +53,7 @@ func (t *tx) remember(r Result, dup bool) {
 		if _, ok := find[Outcome](t.Txn, tableOutcome, byID, t.env.Idempotency); !ok {
 			insert(t.Txn, tableOutcome, Outcome{
 				Key: t.env.Idempotency, Principal: t.env.Principal, Request: t.env.Request,
-				Index: t.index, Time: t.clock, Kind: r.Kind, Message: r.Message,
+				Index: t.index, Time: t.clock, Kind: r.Kind,
 			})
 		}
 	}

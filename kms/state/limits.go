@@ -18,7 +18,7 @@ const (
 	MaxCertificate = 16 << 10  // bytes of a CA certificate
 	MaxAccess      = 256 << 10 // bytes of the access policy text
 	MaxText        = 255       // bytes of a cluster name, address, URL or device description
-	MaxMessage     = 512       // bytes of the message in a result and a log leaf
+	MaxMessage     = 512       // bytes of the message in a result
 	MaxRecord      = 8 << 20   // bytes of one record in a snapshot
 	MaxGenesis     = 4 << 20   // bytes of a genesis document
 

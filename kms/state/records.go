@@ -171,12 +171,16 @@ type Outcome struct {
 	Index     uint64   `cbor:"index"`     // in the log
 	Time      int64    `cbor:"time"`      // cluster clock
 	Kind      kms.Kind `cbor:"kind"`      // 0: applied
-	Message   string   `cbor:"message"`
 }
 
-// Result returns the outcome as the result of a repeated command.
+// Result returns the outcome as the result of a repeated command. The words of a
+// refusal are not part of the state, so that a release may mend them.
 func (o Outcome) Result() Result {
-	return Result{Index: o.Index, Kind: o.Kind, Message: o.Message, Duplicate: true}
+	r := Result{Index: o.Index, Kind: o.Kind, Duplicate: true}
+	if o.Kind != 0 {
+		r.Message = "the same request was refused before (" + o.Kind.String() + "); mend it and use a new idempotency key"
+	}
+	return r
 }
 
 // Pending is a version whose receipt by a node is missing: of a key, or of the

@@ -155,8 +155,7 @@ type Leaf struct {
 	Type    Type     `cbor:"type"`
 	Origin  string   `cbor:"origin"`
 	Command []byte   `cbor:"command"` // SHA-256 of the signed command
-	Kind    kms.Kind `cbor:"kind"`
-	Message string   `cbor:"message"`
+	Kind    kms.Kind `cbor:"kind"`    // 0: applied
 }
 
 // ParseLeaf decodes a leaf. Errors: kms.Invalid.
@@ -334,7 +333,7 @@ func (s *State) repeat(o outcome, old Outcome) outcome {
 	}
 	o.dup = true
 	if old.Kind != 0 {
-		o.err = &kms.Error{Kind: old.Kind, Msg: old.Message}
+		o.err = old.Result().Err()
 	}
 	return o
 }
@@ -350,7 +349,7 @@ func message(err error) string {
 
 func leaf(o outcome, index uint64, raw []byte, r Result) []byte {
 	sum := sha256.Sum256(raw)
-	l := Leaf{Index: index, Command: sum[:], Kind: r.Kind, Message: r.Message}
+	l := Leaf{Index: index, Command: sum[:], Kind: r.Kind}
 	if o.verified {
 		l.Time, l.Type, l.Origin = o.env.Time, o.env.Type, o.env.Origin
 	}
