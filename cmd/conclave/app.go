@@ -5,9 +5,12 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
@@ -92,9 +95,33 @@ func row(w io.Writer, cells ...any) {
 		if i > 0 {
 			fmt.Fprint(w, "\t")
 		}
-		fmt.Fprint(w, c)
+		fmt.Fprint(w, visible(fmt.Sprint(c)))
 	}
 	fmt.Fprintln(w)
+}
+
+// visible returns s with everything that does not show as text on one line
+// written as an escape: what a node sends must not move the cursor over what a
+// custodian has read, nor begin a line of its own.
+func visible(s string) string {
+	shows := func(r rune) bool { return r != utf8.RuneError && unicode.IsGraphic(r) }
+	if !strings.ContainsFunc(s, func(r rune) bool { return !shows(r) }) {
+		return s
+	}
+	var b strings.Builder
+	for i, r := range s {
+		if shows(r) {
+			b.WriteRune(r)
+			continue
+		}
+		if r == utf8.RuneError {
+			fmt.Fprintf(&b, "\\x%02x", s[i])
+			continue
+		}
+		q := strconv.QuoteRune(r)
+		b.WriteString(q[1 : len(q)-1])
+	}
+	return b.String()
 }
 
 // when prints an instant for a person.

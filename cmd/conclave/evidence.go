@@ -56,7 +56,8 @@ func (a *app) evidenceVerifyCommand() *cobra.Command {
 genesis document, of custodians over the proposal, of nodes over the commit and the
 receipts; custodians and policies are derived from the genesis document and the
 governance decisions since. The cluster's identity (conclave status, or the genesis
-document you keep) is the only thing that is trusted.`,
+document you keep) is the only thing that is trusted. Lines that begin with note
+say what the file cannot prove.`,
 		Args: exactly(1, "FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if cluster == "" {
@@ -77,6 +78,9 @@ document you keep) is the only thing that is trusted.`,
 			return a.show(cmd, report, func(w io.Writer) {
 				for _, c := range report.Checks {
 					row(w, "ok", c)
+				}
+				for _, n := range report.Notes {
+					row(w, "note", n)
 				}
 				row(w, "verified", args[0])
 			})

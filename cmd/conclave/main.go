@@ -31,7 +31,7 @@ func run(ctx context.Context) int {
 	if err == nil {
 		return 0
 	}
-	fmt.Fprintln(os.Stderr, "conclave:", err)
+	fmt.Fprintln(os.Stderr, "conclave:", visible(err.Error()))
 	return exitCode(err)
 }
 

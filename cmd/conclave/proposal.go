@@ -194,6 +194,9 @@ func parameters(p approval.Proposal) string {
 	if err != nil {
 		return "NOT READABLE: " + err.Error()
 	}
+	if vp, ok := v.(approval.VersionParams); ok && vp.Version == 0 {
+		return string(b) + ", which means THE WHOLE KEY, every version"
+	}
 	return string(b)
 }
 
