@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -27,7 +26,6 @@ type story struct {
 	wrapped  []byte // data key of the report, wrapped
 	dataKeys [][]byte
 	report   []byte // what was encrypted with it
-	sealed   []byte // the report under the data key
 	order    string // ciphertext under coalition/orders version 1, base64
 	plan     string // ciphertext under europe/plans, base64
 	rotation wire.Proposal
@@ -38,12 +36,15 @@ var orderContext = []string{"--context", "mission=falcon", "--context", "unit=7"
 const orderText = "convoy leaves at 0400"
 
 // check runs one step and reports it. The first that fails ends the story.
-func (s *story) check(ctx context.Context, what string, step func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, stepLimit)
+func (s *story) check(parent context.Context, what string, step func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(parent, stepLimit)
 	defer cancel()
 	begin := time.Now()
 	err := step(ctx)
 	took := time.Since(begin)
+	if parent.Err() != nil {
+		return fmt.Errorf("demo: interrupted at step %d, %q", s.n+1, what)
+	}
 	if err != nil {
 		fmt.Printf("%s %d  %s\n", s.paint("31;1", "FAILED"), s.n+1, what)
 		logs := ""
@@ -173,7 +174,15 @@ func want[T comparable](what string, got, wanted T) error {
 	return nil
 }
 
-func all(errs ...error) error { return errors.Join(errs...) }
+// all returns the first of the errors: what follows it is mostly its consequence.
+func all(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 // key describes a key as a site's node sees it.
 func (s *story) key(ctx context.Context, site, path string) (wire.Key, error) {

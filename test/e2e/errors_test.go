@@ -60,17 +60,19 @@ func variant(t *testing.T, n *harness.Node, pattern, replacement string) string 
 	return f
 }
 
+// mustNotStart runs a node on the configuration and wants it to say why it cannot.
+func (s site) mustNotStart(t *testing.T, config string, words ...string) {
+	t.Helper()
+	r, err := harness.Run(t.Context(), s.c.Bin.Conclaved, harness.Env{"PATH": os.Getenv("PATH")}, nil, "run", "--config", config)
+	says(t, r, err, words...)
+}
+
 // TestNodeRefusesToStart: what a newcomer gets wrong in a node's surroundings is
 // named with the next step.
 func TestNodeRefusesToStart(t *testing.T) {
 	s := site{t, cluster(t)}
-	fr, de, jp := s.c.Nodes["fr"], s.c.Nodes["de"], s.c.Nodes["jp"]
-	env := harness.Env{"PATH": os.Getenv("PATH")}
-	run := func(t *testing.T, config string, words ...string) {
-		t.Helper()
-		r, err := harness.Run(t.Context(), s.c.Bin.Conclaved, env, nil, "run", "--config", config)
-		says(t, r, err, words...)
-	}
+	fr, jp := s.c.Nodes["fr"], s.c.Nodes["jp"]
+	run := s.mustNotStart
 
 	t.Run("no module", func(t *testing.T) {
 		run(t, variant(t, fr, `module-path=[^&"]*`, "module-path=/nowhere/libpkcs11.so"), "/nowhere/libpkcs11.so", "nstall")
@@ -82,7 +84,7 @@ func TestNodeRefusesToStart(t *testing.T) {
 		}
 		f := variant(t, fr, `pin-source=[^&"]*`, "pin-source=file:"+pin)
 		run(t, f, "PIN", "correct the PIN")
-		r, err := harness.Run(t.Context(), s.c.Bin.Conclaved, env, nil, "run", "--config", f)
+		r, err := harness.Run(t.Context(), s.c.Bin.Conclaved, nil, nil, "run", "--config", f)
 		if err != nil || strings.Contains(r.Stderr, "wrong-pin-of-a-test") {
 			t.Errorf("the PIN is in the message: %v", err)
 		}
@@ -123,7 +125,14 @@ func TestNodeRefusesToStart(t *testing.T) {
 	})
 	t.Run("no configuration", func(t *testing.T) { run(t, "/nowhere/conclaved.toml", "/nowhere/conclaved.toml") })
 	t.Run("running already", func(t *testing.T) { run(t, fr.Config, "another process") })
+}
 
+// TestNodeRefusesNeighbours: a port, document, certificate or device that is
+// somebody else's, or nobody's, is named with the next step.
+func TestNodeRefusesNeighbours(t *testing.T) {
+	s := site{t, cluster(t)}
+	fr, de := s.c.Nodes["fr"], s.c.Nodes["de"]
+	run := s.mustNotStart
 	if err := fr.Kill(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -137,6 +146,19 @@ func TestNodeRefusesToStart(t *testing.T) {
 	})
 	t.Run("no genesis", func(t *testing.T) {
 		run(t, variant(t, fr, `genesis  = "[^"]*"`, `genesis = "nowhere.cbor"`), "nowhere.cbor", "genesis create")
+	})
+	certificate := `(?s)certificate = "[^"]*"\nkey\s+= "[^"]*"`
+	t.Run("another node's certificate", func(t *testing.T) {
+		run(t, variant(t, fr, certificate, "certificate = \"../de/node.crt\"\nkey = \"../de/node.key\""), "tls.certificate", "de-1", "fr-1")
+	})
+	t.Run("a client's certificate", func(t *testing.T) {
+		run(t, variant(t, fr, certificate, "certificate = \"../clients/fr-service.crt\"\nkey = \"../clients/fr-service.key\""), "tls.certificate", "spiffe://fr.example/service/", "fr-1")
+	})
+	t.Run("a key that is not the certificate's", func(t *testing.T) {
+		run(t, variant(t, fr, certificate, "certificate = \"node.crt\"\nkey = \"../de/node.key\""), "certificate", "key")
+	})
+	t.Run("no certificate", func(t *testing.T) {
+		run(t, variant(t, fr, certificate, "certificate = \"nowhere.crt\"\nkey = \"node.key\""), "nowhere.crt")
 	})
 	t.Run("another site's device", func(t *testing.T) {
 		own, err := os.ReadFile(de.Config)

@@ -8,6 +8,7 @@ import (
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/keyring"
+	"github.com/conclave-kms/conclave/kms/secret"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/wire"
 )
@@ -58,56 +59,9 @@ func TestOutsiderCannotOpenResidentKeyring(t *testing.T) {
 	}
 	tpm := takeDevice(t, jp)
 
-	// Control: the TPM opens the copy that was sealed to jp, and with it the key
-	// and the ciphertext.
-	keks := r.state.KEKs("coalition")
-	if len(keks) == 0 {
-		t.Fatal("coalition has no KEK")
-	}
-	coalition, err := tpm.open(t.Context(), r.state, "coalition", keks[len(keks)-1])
-	if err != nil {
-		t.Fatalf("jp's TPM does not open jp's own copy: %v", err)
-	}
+	coalition := opensOwn(t, tpm, r.state, name, shared)
 	defer coalition.Destroy()
-	key, _ := r.state.Key("coalition", name)
-	version, _ := r.state.Version("coalition", name, 1)
-	material, err := keyring.UnwrapMaterial(coalition, keyBinding(r.state, key, version), version.Wrapped)
-	if err != nil {
-		t.Fatal(err)
-	}
-	m, err := keyring.NewMaterial(keyBinding(r.state, key, version), material)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer m.Destroy()
-	if got, err := m.Decrypt(nil, shared.Ciphertext); err != nil || string(got) != "for all three" {
-		t.Fatalf("jp cannot decrypt what is its own: %v", err)
-	}
-
-	// The attempt: every copy of europe's KEK under every name it might go by.
-	attempts := 0
-	for _, k := range r.state.KEKs("europe") {
-		if slices.ContainsFunc(k.Copies, func(c state.SealedCopy) bool { return c.Node == "jp-1" }) {
-			t.Fatalf("there is a copy of europe's KEK %d for jp", k.Version)
-		}
-		for _, c := range k.Copies {
-			for _, ring := range []string{"europe", "coalition"} {
-				for _, node := range []string{"fr-1", "de-1", "jp-1"} {
-					attempts++
-					kek, err := tpm.root.OpenKEK(t.Context(), binding(r.state, ring, k.Version, node), c.Sealed)
-					if err == nil {
-						kek.Destroy()
-						t.Errorf("jp's TPM opened the copy for %s of europe's KEK %d", c.Node, k.Version)
-					} else if !errors.Is(err, kms.OpenFailed) {
-						t.Errorf("the copy for %s of europe's KEK %d was not tried to the end: %v", c.Node, k.Version, err)
-					}
-				}
-			}
-		}
-	}
-	if attempts < 12 {
-		t.Errorf("only %d attempts were made", attempts)
-	}
+	opensNothing(t, tpm, r.state)
 	// And no other secret of jp's unwraps europe's keys.
 	europe, _ := r.state.Key("europe", name)
 	for _, v := range r.state.Versions("europe", name) {
@@ -124,4 +78,63 @@ func TestOutsiderCannotOpenResidentKeyring(t *testing.T) {
 		t.Errorf("%d versions of europe/%s were tried", n, name)
 	}
 	tpm.close()
+}
+
+// opensOwn is the control: jp's TPM opens the copy of coalition's KEK that was
+// sealed to jp, and with it the key and the ciphertext. It returns the KEK.
+func opensOwn(t *testing.T, tpm *hardware, st *state.State, name string, shared wire.EncryptResponse) *secret.Bytes {
+	t.Helper()
+	keks := st.KEKs("coalition")
+	if len(keks) == 0 {
+		t.Fatal("coalition has no KEK")
+	}
+	coalition, err := tpm.open(t.Context(), st, "coalition", keks[len(keks)-1])
+	if err != nil {
+		t.Fatalf("jp's TPM does not open jp's own copy: %v", err)
+	}
+	key, _ := st.Key("coalition", name)
+	version, _ := st.Version("coalition", name, 1)
+	material, err := keyring.UnwrapMaterial(coalition, keyBinding(st, key, version), version.Wrapped)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := keyring.NewMaterial(keyBinding(st, key, version), material)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Destroy()
+	if got, err := m.Decrypt(nil, shared.Ciphertext); err != nil || string(got) != "for all three" {
+		t.Fatalf("jp cannot decrypt what is its own: %v", err)
+	}
+
+	return coalition
+}
+
+// opensNothing tries every copy of europe's KEK under every name that it might go
+// by.
+func opensNothing(t *testing.T, tpm *hardware, st *state.State) {
+	t.Helper()
+	attempts := 0
+	for _, k := range st.KEKs("europe") {
+		if slices.ContainsFunc(k.Copies, func(c state.SealedCopy) bool { return c.Node == "jp-1" }) {
+			t.Fatalf("there is a copy of europe's KEK %d for jp", k.Version)
+		}
+		for _, c := range k.Copies {
+			for _, ring := range []string{"europe", "coalition"} {
+				for _, node := range []string{"fr-1", "de-1", "jp-1"} {
+					attempts++
+					kek, err := tpm.root.OpenKEK(t.Context(), binding(st, ring, k.Version, node), c.Sealed)
+					if err == nil {
+						kek.Destroy()
+						t.Errorf("jp's TPM opened the copy for %s of europe's KEK %d", c.Node, k.Version)
+					} else if !errors.Is(err, kms.OpenFailed) {
+						t.Errorf("the copy for %s of europe's KEK %d was not tried to the end: %v", c.Node, k.Version, err)
+					}
+				}
+			}
+		}
+	}
+	if attempts < 12 {
+		t.Errorf("only %d attempts were made", attempts)
+	}
 }

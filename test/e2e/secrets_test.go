@@ -23,6 +23,7 @@ import (
 
 	raftnode "github.com/conclave-kms/conclave/cluster"
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/audit"
 	"github.com/conclave-kms/conclave/kms/keyring"
 	"github.com/conclave-kms/conclave/kms/secret"
 	"github.com/conclave-kms/conclave/kms/state"
@@ -315,10 +316,19 @@ func (h *hunt) takeSnapshot(hw *hardware) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	log, err := audit.OpenClusterLog(filepath.Join(n.Data, "cluster-log"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	dir := filepath.Join(n.Data, "raft")
 	node, err := raftnode.Open(t.Context(), raftnode.Config{
 		NodeID: n.ID, DataDir: dir, Listen: readConfig(t, n).Cluster.Listen, Genesis: signed, Certificate: cert, Sign: hw.dev.Sign,
 		Logger: slog.New(slog.DiscardHandler),
+		OnApply: func(_ *state.State, raw []byte, r state.Result) { // as the daemon does
+			if err := log.Append(r.Index, raw, r.Leaf); err != nil {
+				t.Error(err)
+			}
+		},
 		Timing: raftnode.Timing{SnapshotInterval: 50 * time.Millisecond, SnapshotThreshold: 1},
 	})
 	if err != nil {
@@ -341,7 +351,7 @@ func (h *hunt) takeSnapshot(hw *hardware) {
 		}
 		return fmt.Errorf("there are %d snapshots and %d signed hashes", len(states), len(hashes))
 	})
-	if err := errors.Join(err, node.Close()); err != nil {
+	if err := errors.Join(err, node.Close(), log.Close()); err != nil {
 		t.Fatal(err)
 	}
 }

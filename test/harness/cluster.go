@@ -229,7 +229,7 @@ func (c *Cluster) All() []*Node {
 func (c *Cluster) Ready(ctx context.Context) error {
 	for _, n := range c.All() {
 		if !n.Running() {
-			if err := n.Start(ctx); err != nil {
+			if err := n.Launch(); err != nil {
 				return err
 			}
 		}
