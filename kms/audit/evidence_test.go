@@ -35,7 +35,9 @@ func govern(t testing.TB, w *statetest.World) {
 	gone.Revoked, gone.Revision = true, 0
 	w.Carry(kms.ActionCustodian, "custodian/de-2", approval.CustodianParams{Custodian: gone})
 	again := statetest.Record("jp-1", "jp", 0, w.AddCustodianKey("jp-1"))
-	w.Carry(kms.ActionCustodian, "custodian/jp-1", approval.CustodianParams{Custodian: again})
+	id := w.Propose(kms.ActionCustodian, "custodian/jp-1", approval.CustodianParams{Custodian: again})
+	w.Approve(id, "de-1", "fr-1", "jp-2")
+	w.Execute(id)
 	standard, _ := w.State().Policy("standard")
 	rules := slices.Clone(standard.Rules)
 	for i := range rules {
@@ -43,7 +45,7 @@ func govern(t testing.TB, w *statetest.World) {
 			rules[i].Approvals = 3
 		}
 	}
-	id := w.Propose(kms.ActionPolicy, "policy/standard", approval.PolicyParams{Rules: rules})
+	id = w.Propose(kms.ActionPolicy, "policy/standard", approval.PolicyParams{Rules: rules})
 	w.Approve(id, "fr-3", "de-1", "jp-1")
 	w.Execute(id)
 }
@@ -176,7 +178,7 @@ func TestEvidenceCountsAsTheStateDid(t *testing.T) {
 	// What comes later changes nothing.
 	again := statetest.Record("fr-1", "fr", 0, w.AddCustodianKey("fr-1"))
 	later := w.Propose(kms.ActionCustodian, "custodian/fr-1", approval.CustodianParams{Custodian: again})
-	w.Approve(later, "de-1", "jp-1")
+	w.Approve(later, "de-1", "jp-1", "fr-2")
 	w.Execute(later)
 	e := mustBuild(t, w, id)
 	r, err := VerifyEvidence(e, w.State().Cluster())

@@ -54,11 +54,6 @@ func (w *replay) custodian(id string) (approval.Custodian, bool) {
 	return c, ok
 }
 
-func (w *replay) policy(name string) (approval.Policy, bool) {
-	p, ok := w.policies[name]
-	return p, ok
-}
-
 func (w *replay) node(id string) (state.Node, bool) {
 	i := slices.IndexFunc(w.genesis.Nodes, func(n state.Node) bool { return n.ID == id })
 	if i < 0 {
@@ -154,7 +149,7 @@ func (w *replay) decide(d Decision) (decided, error) {
 	if err := w.checkOpen(out.id, p, d); err != nil {
 		return out, err
 	}
-	if out.rule, err = state.RuleFor(w.policy, p); err != nil {
+	if out.rule, err = state.RuleFor(w.sortedPolicies(), p); err != nil {
 		return out, err
 	}
 	if err := w.checkRevision(p); err != nil {
@@ -348,6 +343,13 @@ func (w *replay) changeCustodian(next approval.Custodian) error {
 		}
 	}
 	return nil
+}
+
+func (w *replay) sortedPolicies() (all []approval.Policy) {
+	for _, name := range slices.Sorted(maps.Keys(w.policies)) {
+		all = append(all, w.policies[name])
+	}
+	return all
 }
 
 func (w *replay) sortedCustodians() (all []approval.Custodian) {

@@ -9,14 +9,20 @@ import (
 	"github.com/conclave-kms/conclave/kms/canon"
 )
 
-// RuleFor returns the rule that decides a proposal under the policies that policy
-// looks up: the rule of the named policy for the action. To change a policy takes
-// the stricter of the old and the new rule for the action policy, and besides it
-// the approvals, sites and required sites of every quorum rule that changes, before
-// and after: otherwise a small quorum could lower a large one first. Errors:
-// kms.NotFound, kms.Conflict when the policy has another revision than the
-// proposal names or the change cannot be made in one step, kms.Invalid.
-func RuleFor(policy func(name string) (approval.Policy, bool), p approval.Proposal) (approval.Rule, error) {
+// RuleFor returns the rule that decides a proposal under the policies in force:
+// the rule of the named policy for the action. To change a policy takes the
+// stricter of the old and the new rule for the action policy, and besides it the
+// approvals, sites, required sites and vetoes of every quorum rule that changes,
+// before and after: otherwise a small quorum could lower a large one first. To add
+// or replace a custodian takes those of every quorum rule there is: otherwise a
+// small quorum could make the custodians that a large one lacks. To revoke one
+// takes the rule alone. Errors: kms.NotFound, kms.Conflict when the policy has
+// another revision than the proposal names or the change cannot be made in one
+// step, kms.Invalid.
+func RuleFor(policies []approval.Policy, p approval.Proposal) (approval.Rule, error) {
+	policy := func(name string) (approval.Policy, bool) {
+		return search(policies, func(x approval.Policy) bool { return x.Name == name })
+	}
 	if slices.Contains(kms.GovernanceActions, p.Action) != (p.Policy == kms.Governance) {
 		return approval.Rule{}, kms.Errorf(kms.Invalid, "policy %s does not decide %q", p.Policy, p.Action)
 	}
@@ -31,8 +37,29 @@ func RuleFor(policy func(name string) (approval.Policy, bool), p approval.Propos
 	if !ok {
 		return approval.Rule{}, kms.Errorf(kms.Invalid, "policy %s has no rule for %q", p.Policy, p.Action)
 	}
-	if p.Action == kms.ActionPolicy {
+	switch p.Action {
+	case kms.ActionPolicy:
 		return rulePolicyChange(policy, rule, p)
+	case kms.ActionCustodian:
+		return ruleCustodianChange(policies, rule, p)
+	}
+	return rule, nil
+}
+
+// ruleCustodianChange makes the rule for a custodian at least as strict as any
+// that the custodian's approvals will count under.
+func ruleCustodianChange(policies []approval.Policy, rule approval.Rule, p approval.Proposal) (approval.Rule, error) {
+	params, err := p.CustodianParams()
+	if err != nil || params.Custodian.Revoked {
+		return rule, err
+	}
+	for _, pol := range policies {
+		for _, r := range pol.Rules {
+			rule = atLeast(rule, r)
+		}
+	}
+	if err := rule.Validate(); err != nil {
+		return rule, kms.Errorf(kms.Conflict, "custodian %s cannot be changed under the policies in force: %v", params.Custodian.ID, err)
 	}
 	return rule, nil
 }
@@ -69,14 +96,15 @@ func rulePolicyChange(policy func(string) (approval.Policy, bool), rule approval
 	return rule, nil
 }
 
-// atLeast returns the rule with the thresholds of other, where that is a quorum.
+// atLeast returns the rule with the thresholds and vetoes of other, where that is a
+// quorum. Its times stay: a delay of other's could outlast the rule's lifetime.
 func atLeast(rule, other approval.Rule) approval.Rule {
 	if !other.Quorum() {
 		return rule
 	}
 	return rule.Stricter(approval.Rule{
 		Action: rule.Action, Approvals: other.Approvals, Sites: other.Sites, Required: other.Required,
-		ProposerMayApprove: true, Lifetime: rule.Lifetime,
+		ProposerMayApprove: other.ProposerMayApprove, Veto: other.Veto, Lifetime: rule.Lifetime,
 	})
 }
 
@@ -100,7 +128,7 @@ func (r reader) rule(p approval.Proposal) (approval.Rule, error) {
 			return approval.Rule{}, kms.Errorf(kms.Conflict, "keyring %s is under policy %s, not %s", ring, k.Policy, p.Policy)
 		}
 	}
-	return RuleFor(r.policy, p)
+	return RuleFor(r.policies(), p)
 }
 
 // decide counts approvals; a direct rule is met when the proposer has the role.

@@ -228,7 +228,8 @@ func (t *tx) erase(k *Key, v *Version) {
 	}
 }
 
-// changePolicy replaces or adds a policy and voids what was proposed under it.
+// changePolicy replaces or adds a policy, voids what was proposed under it and
+// settles the proposals on custodians anew: every policy bears on them.
 func (t *tx) changePolicy(name string, p approval.Proposal) error {
 	params, err := p.PolicyParams()
 	if err != nil {
@@ -246,8 +247,11 @@ func (t *tx) changePolicy(name string, p approval.Proposal) error {
 	insert(t.Txn, tablePolicy, next)
 	t.voidTarget(p.Target)
 	for _, o := range r.live() {
-		if o.Content.Policy == name {
+		switch {
+		case o.Content.Policy == name:
 			t.void(o)
+		case o.Content.Action == kms.ActionCustodian:
+			t.settle(o)
 		}
 	}
 	t.event(Event{Type: EventPolicyChanged})

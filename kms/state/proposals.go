@@ -216,6 +216,7 @@ func (c CastVote) apply(t *tx) error {
 		// A custodian may withdraw an approval; a rejection is final, for else
 		// the old approval could be played again after it.
 		switch old := votes[i].Statement.Verdict; {
+		case !r.counts(votes[i]): // its credential is gone, and so can never be played again
 		case old == c.Statement.Verdict:
 			return kms.Errorf(kms.Exists, "custodian %s has given this verdict", cust.ID)
 		case old == approval.Reject:

@@ -206,9 +206,44 @@ func TestNewCredential(t *testing.T) {
 	old := w.Statement(id, "de-1", approval.Reject)
 	change := w.Propose(kms.ActionCustodian, "custodian/de-1", approval.CustodianParams{Custodian: statetest.Record("de-1", "de", 0, w.AddCustodianKey("de-1"))})
 	w.Approve(change, "fr-1", "jp-1")
+	progress(t, w, change, "open") // destruction takes three sites, so this does too
+	w.Approve(change, "de-2")
 	w.Execute(change)
 	progress(t, w, id, "open")
 	refused(t, w, kms.Denied, w.Command("node-fr-1", state.CastVote{Statement: old}))
+	w.Approve(id, "de-1") // with the new one
+	progress(t, w, id, "authorised")
+}
+
+// TestNewCustodianTakesStrictest checks that two sites cannot make themselves the
+// third that destruction takes, nor take over one who may veto; that they can
+// revoke; and that a proposal opened under looser policies meets the new ones.
+func TestNewCustodianTakesStrictest(t *testing.T) {
+	w := small(t)
+	add := w.Propose(kms.ActionCustodian, "custodian/jp-9", approval.CustodianParams{Custodian: statetest.Record("jp-9", "jp", 0, w.AddCustodianKey("jp-9"))})
+	w.Approve(add, "fr-1", "de-1", "fr-2", "de-2")
+	progress(t, w, add, "open")
+	refused(t, w, kms.NeedsApproval, w.Command("node-fr-1", state.Execute{Proposal: add}))
+	w.Approve(add, "jp-1")
+	progress(t, w, add, "authorised")
+
+	rules := slices.Clone(statetest.Policies(3)[1].Rules)
+	rules[3].Approvals, rules[3].Veto = 5, []string{"jp-2"}
+	id := w.Propose(kms.ActionPolicy, "policy/standard", approval.PolicyParams{Rules: rules})
+	w.Approve(id, "fr-1", "de-1", "jp-1", "fr-2", "de-2")
+	w.Execute(id)
+	progress(t, w, add, "authorised") // it has five approvals
+
+	change := w.Propose(kms.ActionCustodian, "custodian/jp-2", approval.CustodianParams{Custodian: statetest.Record("jp-2", "jp", 0, w.AddCustodianKey("jp-9"))})
+	w.Vote(change, "jp-2", approval.Reject)
+	progress(t, w, change, "rejected")
+
+	gone := statetest.Record("de-1", "de", 0, w.Custodian("de-1"))
+	gone.Revoked = true
+	id = w.Propose(kms.ActionCustodian, "custodian/de-1", approval.CustodianParams{Custodian: gone})
+	w.Approve(id, "fr-1", "jp-1")
+	w.Execute(id)
+	progress(t, w, add, "open") // one of the five is gone
 }
 
 // TestPolicyChangeTakesStricter checks that a policy cannot be weakened by fewer
