@@ -91,8 +91,7 @@ func sameRoot(n state.Node, dev device, root *keyring.Root) error {
 	return nil
 }
 
-// initNode provisions the device where that has not happened yet, makes the root
-// file and writes the node's card. It can be repeated: what exists stays.
+// writeCard writes the node's card, in the place of a former one.
 func writeCard(cfg Config, c card) error {
 	b, err := json.MarshalIndent(c, "", "  ")
 	if err != nil {
@@ -110,5 +109,8 @@ func replaceFile(path string, b []byte, mode fs.FileMode) error {
 	if err := writeNew(tmp, b, mode); err != nil {
 		return err
 	}
-	return os.Rename(tmp, path)
+	if err := os.Rename(tmp, path); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
 }

@@ -49,7 +49,7 @@ type ClusterConfig struct {
 
 // timing is for round trips up to 100 ms unless heartbeat says more.
 func (c ClusterConfig) timing() cluster.Timing {
-	h := time.Duration(c.Heartbeat)
+	h := c.Heartbeat.Duration
 	return cluster.Timing{Heartbeat: h, Election: h, Lease: h / 2, SnapshotThreshold: c.SnapshotThreshold}
 }
 
@@ -86,26 +86,31 @@ type LogConfig struct {
 	Format string `toml:"format"` // text, json
 }
 
-// Duration is a time.Duration written as "10s".
-type Duration time.Duration
+// Duration is a time.Duration written as "10s", at least a millisecond. It is a
+// struct because a number without a unit would be decoded into an integer type,
+// as nanoseconds.
+type Duration struct{ time.Duration }
 
 // UnmarshalText implements encoding.TextUnmarshaler.
 func (d *Duration) UnmarshalText(b []byte) error {
 	v, err := time.ParseDuration(string(b))
-	if err != nil || v <= 0 {
+	if err != nil || v < time.Millisecond {
 		return fmt.Errorf("%q is not a positive duration such as \"10s\"", b)
 	}
-	*d = Duration(v)
+	d.Duration = v
 	return nil
 }
+
+// MarshalText implements encoding.TextMarshaler.
+func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
 
 // loadConfig reads and checks a configuration file. Errors name file, line and field.
 func loadConfig(path string) (Config, error) {
 	c := Config{
-		Cache: CacheConfig{TTL: Duration(10 * time.Minute), KEKs: 1024, Keys: 16384},
+		Cache: CacheConfig{TTL: Duration{10 * time.Minute}, KEKs: 1024, Keys: 16384},
 		Log:   LogConfig{Level: "info", Format: "text"},
 		Device: DeviceConfig{
-			Curve: "P-384", CallTimeout: Duration(10 * time.Second),
+			Curve: "P-384", CallTimeout: Duration{10 * time.Second},
 		},
 	}
 	b, err := os.ReadFile(path)
@@ -169,8 +174,11 @@ func (c *Config) check() (field, why string) {
 	if c.Device.Curve != "P-384" && c.Device.Curve != "P-256" {
 		return "device.curve", fmt.Sprintf("%q is not \"P-384\" or \"P-256\"", c.Device.Curve)
 	}
-	if c.Cache.KEKs < 1 || c.Cache.Keys < 1 {
-		return "cache", "keks and keys must be at least 1"
+	if c.Cache.KEKs < 1 {
+		return "cache.keks", "must be at least 1"
+	}
+	if c.Cache.Keys < 1 {
+		return "cache.keys", "must be at least 1"
 	}
 	if _, err := logLevel(c.Log.Level); err != nil {
 		return "log.level", err.Error()

@@ -6,7 +6,6 @@ import (
 	"crypto/ecdsa"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/conclave-kms/conclave/hsm"
 	"github.com/conclave-kms/conclave/kms/secret"
@@ -44,11 +43,11 @@ func (c DeviceConfig) suites() (kem, signing pqc.SuiteID) {
 }
 
 func (c DeviceConfig) pkcs11() hsm.Config {
-	return hsm.Config{URI: c.URI, Curve: c.curve(), CallTimeout: time.Duration(c.CallTimeout), SoftHSMConf: c.SoftHSMConf}
+	return hsm.Config{URI: c.URI, Curve: c.curve(), CallTimeout: c.CallTimeout.Duration, SoftHSMConf: c.SoftHSMConf}
 }
 
 func (c DeviceConfig) tpm() tpm.Config {
-	return tpm.Config{Path: c.Path, AuthFile: c.AuthFile, Curve: c.curve(), CallTimeout: time.Duration(c.CallTimeout)}
+	return tpm.Config{Path: c.Path, AuthFile: c.AuthFile, Curve: c.curve(), CallTimeout: c.CallTimeout.Duration}
 }
 
 // provisionDevice makes the device keys, once in a device's life.

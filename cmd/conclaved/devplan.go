@@ -15,12 +15,12 @@ func (d *dev) plan() genesisPlan {
 		p.Sites = append(p.Sites, sitePlan{ID: s.id, TrustDomain: s.trustDomain(), CA: "ca/" + s.id + ".pem"})
 		p.Nodes = append(p.Nodes, nodePlan{Card: s.id + "/data/node.json", Voter: true})
 	}
-	const life, week = Duration(72 * time.Hour), Duration(7 * 24 * time.Hour)
+	const week = 7 * 24 * time.Hour
 	quorum := func(approvals, sites uint32, actions ...kms.Action) rulePlan {
-		return rulePlan{Actions: names(actions), Approvals: approvals, Sites: sites, Lifetime: life}
+		return rulePlan{Actions: names(actions), Approvals: approvals, Sites: sites, Lifetime: Duration{72 * time.Hour}}
 	}
 	destroy := quorum(3, 2, kms.ActionDestroy)
-	destroy.Delay, destroy.Lifetime = week, 4*week
+	destroy.Delay, destroy.Lifetime = Duration{week}, Duration{4 * week}
 	p.Policies = []policyPlan{
 		{Name: kms.Governance, Rules: []rulePlan{
 			{Actions: names([]kms.Action{kms.ActionKeyring}), Direct: []string{"operator"}},

@@ -66,8 +66,8 @@ type rulePlan struct {
 	Sites              uint32   `toml:"sites"`
 	Required           []string `toml:"required"`
 	ProposerMayApprove bool     `toml:"proposer_may_approve"`
-	Delay              Duration `toml:"delay"`
-	Lifetime           Duration `toml:"lifetime"`
+	Delay              Duration `toml:"delay,omitzero"`
+	Lifetime           Duration `toml:"lifetime,omitzero"`
 	Veto               []string `toml:"veto"`
 }
 
@@ -149,8 +149,8 @@ func (p policyPlan) build() approval.Policy {
 		for _, action := range r.Actions {
 			rule := approval.Rule{
 				Action: kms.Action(action), Direct: r.Direct, Approvals: r.Approvals, Sites: r.Sites, Required: r.Required,
-				ProposerMayApprove: r.ProposerMayApprove, Delay: time.Duration(r.Delay).Milliseconds(),
-				Lifetime: time.Duration(r.Lifetime).Milliseconds(), Veto: r.Veto,
+				ProposerMayApprove: r.ProposerMayApprove, Delay: r.Delay.Milliseconds(),
+				Lifetime: r.Lifetime.Milliseconds(), Veto: r.Veto,
 			}
 			for _, l := range [][]string{rule.Direct, rule.Required, rule.Veto} {
 				slices.Sort(l)
@@ -336,6 +336,17 @@ func genesisShowCommand() *cobra.Command {
 	}
 }
 
+// unsigned names the nodes whose signatures are missing.
+func unsigned(s state.SignedGenesis, g state.Genesis) string {
+	var missing []string
+	for _, n := range g.Nodes {
+		if !slices.ContainsFunc(s.Signatures, func(x state.NodeSignature) bool { return x.Node == n.ID }) {
+			missing = append(missing, n.ID)
+		}
+	}
+	return strings.Join(missing, ", ")
+}
+
 func showGenesis(w io.Writer, s state.SignedGenesis, g state.Genesis) {
 	fmt.Fprintf(w, "cluster   %s\nname      %s\ncreated   %s\n", kms.ClusterID(s.Genesis), g.Name, time.UnixMilli(g.Created).UTC().Format(time.RFC3339))
 	for _, site := range g.Sites {
@@ -357,6 +368,9 @@ func showGenesis(w io.Writer, s state.SignedGenesis, g state.Genesis) {
 	}
 	if _, err := s.Verify(); err != nil {
 		fmt.Fprintf(w, "signed    NOT complete: %v\n", err)
+		if missing := unsigned(s, g); missing != "" {
+			fmt.Fprintf(w, "missing:  %s\n", missing)
+		}
 		return
 	}
 	fmt.Fprintf(w, "signed    by all %d nodes\n", len(g.Nodes))

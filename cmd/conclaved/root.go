@@ -45,18 +45,16 @@ func makeRoot(ctx context.Context, dev device, cfg Config) (*keyring.Root, error
 	if err != nil {
 		return nil, err
 	}
+	defer seed.Destroy()
 	wrapped, err := dev.Wrap(ctx, rootAAD(cfg.Node, suite), seed.Reveal())
 	if err != nil {
-		seed.Destroy()
 		return nil, fmt.Errorf("wrap the ML-KEM seed: %w", err)
 	}
 	b, err := json.MarshalIndent(rootFile{Format: 1, Suite: suite.String(), Wrapped: wrapped}, "", "  ")
 	if err != nil {
-		seed.Destroy()
 		return nil, err
 	}
 	if err := writeNew(rootPath(cfg.DataDir), append(b, '\n'), 0o600); err != nil {
-		seed.Destroy()
 		return nil, err
 	}
 	return keyring.NewRoot(dev, suite, seed)
@@ -81,8 +79,9 @@ func loadRoot(ctx context.Context, dev device, cfg Config) (*keyring.Root, error
 	}
 	seed, err := dev.Unwrap(ctx, rootAAD(cfg.Node, suite), f.Wrapped)
 	if err != nil {
-		return nil, fmt.Errorf("unwrap the ML-KEM seed in %s with the device: %w", rootPath(cfg.DataDir), err)
+		return nil, fmt.Errorf("unwrap the ML-KEM seed in %s with the device: %w; it was opens only as node %s and with the device that made it", rootPath(cfg.DataDir), err, cfg.Node)
 	}
+	defer seed.Destroy()
 	return keyring.NewRoot(dev, suite, seed)
 }
 
@@ -130,5 +129,14 @@ func writeNew(path string, b []byte, mode fs.FileMode) error {
 		_ = os.Remove(path)
 		return err
 	}
-	return f.Close()
+	return errors.Join(f.Close(), syncDir(filepath.Dir(path)))
+}
+
+// syncDir makes the names in a directory durable.
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }

@@ -130,7 +130,7 @@ func (n *node) openDevice(ctx context.Context) error {
 	if n.root, err = loadRoot(ctx, dev, n.cfg); err != nil {
 		return err
 	}
-	n.cache, err = keyring.NewCache(n.root, keyring.Limits{TTL: time.Duration(n.cfg.Cache.TTL), MaxKEKs: n.cfg.Cache.KEKs, MaxKeys: n.cfg.Cache.Keys})
+	n.cache, err = keyring.NewCache(n.root, keyring.Limits{TTL: n.cfg.Cache.TTL.Duration, MaxKEKs: n.cfg.Cache.KEKs, MaxKeys: n.cfg.Cache.Keys})
 	if err != nil {
 		return err
 	}
@@ -167,6 +167,9 @@ func (n *node) openCluster(ctx context.Context) error {
 	}
 	genesis, err := signed.Verify()
 	if err != nil {
+		if g, perr := state.ParseGenesis(signed.Genesis); perr == nil && unsigned(signed, g) != "" {
+			return fmt.Errorf("%s: %w; missing: %s", n.cfg.Genesis, err, unsigned(signed, g))
+		}
 		return fmt.Errorf("%s: %w", n.cfg.Genesis, err)
 	}
 	if err := n.checkGenesis(genesis); err != nil {

@@ -1,0 +1,151 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// goodConfig is complete and as short as it can be; line numbers count from 1.
+const goodConfig = `node     = "fr-1"
+site     = "fr"
+data_dir = "data"
+genesis  = "/etc/conclave/genesis.cbor"
+
+[tls]
+certificate = "node.crt"
+key         = "node.key"
+
+[cluster]
+listen = "127.0.0.1:7600"
+
+[api]
+listen = "127.0.0.1:7700"
+
+[device]
+type = "pkcs11"
+uri  = "pkcs11:token=x?module-path=/lib/x.so&pin-source=file:/pin"
+`
+
+func writeConfigFile(t testing.TB, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "conclaved.toml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestConfigDefaults(t *testing.T) {
+	path := writeConfigFile(t, goodConfig)
+	c, err := loadConfig(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Dir(path)
+	for _, x := range []struct{ what, got, want string }{
+		{"data_dir", c.DataDir, filepath.Join(dir, "data")},
+		{"genesis", c.Genesis, "/etc/conclave/genesis.cbor"},
+		{"tls.certificate", c.TLS.Certificate, filepath.Join(dir, "node.crt")},
+		{"tls.key", c.TLS.Key, filepath.Join(dir, "node.key")},
+		{"softhsm_conf", c.Device.SoftHSMConf, ""},
+		{"cluster.advertise", c.Cluster.Advertise, "127.0.0.1:7600"},
+		{"api.advertise", c.API.Advertise, "https://127.0.0.1:7700"},
+		{"device.curve", c.Device.Curve, "P-384"},
+		{"device.call_timeout", c.Device.CallTimeout.String(), "10s"},
+		{"cache.ttl", c.Cache.TTL.String(), "10m0s"},
+		{"cache.keks, keys", fmt.Sprint(c.Cache.KEKs, c.Cache.Keys), "1024 16384"},
+		{"log", c.Log.Level + " " + c.Log.Format, "info text"},
+		{"require_hybrid", fmt.Sprint(c.API.RequireHybrid), "false"},
+		{"heartbeat", fmt.Sprint(c.Cluster.timing().Heartbeat), "0s"}, // the cluster's default
+	} {
+		if x.got != x.want {
+			t.Errorf("%s is %q, want %q", x.what, x.got, x.want)
+		}
+	}
+	c, err = loadConfig(writeConfigFile(t, strings.Replace(goodConfig, "[api]", "heartbeat = \"3s\"\n[api]", 1)))
+	if tm := c.Cluster.timing(); err != nil || tm.Heartbeat != 3*time.Second || tm.Election != tm.Heartbeat || tm.Lease != tm.Heartbeat/2 {
+		t.Errorf("%+v, %v", tm, err)
+	}
+}
+
+func TestConfigErrors(t *testing.T) {
+	for _, x := range []struct{ name, old, new, want string }{
+		{"unknown field", `listen = "127.0.0.1:7700"`, "listen = \"127.0.0.1:7700\"\nhybrid = true", ":15:1: api.hybrid: no such field"},
+		{"unknown field at the top", "\n[tls]", "\n  nodes = 3\n[tls]", ":6:3: nodes: no such field"},
+		{"unknown table", "[device]", "[devices]", ":16:2: devices: no such field"},
+		{"wrong type", `node     = "fr-1"`, `node     = 1`, ":1:12: node: "},
+		{"wrong type in a table", "[api]", "[cache]\nkeys = \"many\"\n[api]", ":14:8: cache.keys: "},
+		{"not TOML", `site     = "fr"`, `site     = fr`, ":2:12: "},
+		{"duration without a unit", "[api]", "[cache]\nttl = \"10\"\n[api]", `:14:7: cache.ttl: "10" is not a positive duration such as "10s"`},
+		{"negative duration", "[api]", "[cache]\nttl = \"-1s\"\n[api]", "is not a positive duration"},
+		{"duration as a number", "[api]", "[cache]\nttl = 10\n[api]", `"10" is not a positive duration`},
+		{"node missing", `node     = "fr-1"`, "", ":1: node: node is missing"},
+		{"node's name", `"fr-1"`, `"FR 1"`, ":1: node: "},
+		{"data_dir missing", `data_dir = "data"`, "", ":1: data_dir: missing: "},
+		{"certificate missing", `certificate = "node.crt"`, "", ":6: tls.certificate: missing: "},
+		{"certificate empty", `"node.crt"`, `""`, ":7: tls.certificate: missing: "},
+		{"table missing", "[cluster]\nlisten = \"127.0.0.1:7600\"", "", ":1: cluster.listen: missing: "},
+		{"device type", `type = "pkcs11"`, `type = "yubikey"`, `:17: device.type: "yubikey" is not "pkcs11" or "tpm"`},
+		{"device type missing", `type = "pkcs11"`, "", ":16: device.type: missing: "},
+		{"uri missing", "uri ", "#uri ", ":16: device.uri: missing: "},
+		{"path missing", `"pkcs11"`, `"tpm"`, ":16: device.path: missing: "},
+		{"curve", "uri ", "curve = \"P-521\"\nuri ", `:18: device.curve: "P-521" is not`},
+		{"cache", "[api]", "[cache]\nkeks = 0\n[api]", ":14: cache.keks: "},
+		{"cache of keys", "[api]", "[cache]\nkeks = 1\nkeys = -1\n[api]", ":15: cache.keys: "},
+		{"duration too short", "[api]", "[cache]\nttl = \"1us\"\n[api]", "is not a positive duration"},
+		{"log level", "[api]", "[log]\nlevel = \"loud\"\n[api]", `:14: log.level: "loud" is not debug, info, warn or error`},
+		{"log format", "[api]", "[log]\nformat = \"xml\"\n[api]", `:14: log.format: "xml" is not`},
+	} {
+		t.Run(x.name, func(t *testing.T) {
+			if !strings.Contains(goodConfig, x.old) {
+				t.Fatalf("the test replaces %q, which is not there", x.old)
+			}
+			path := writeConfigFile(t, strings.Replace(goodConfig, x.old, x.new, 1))
+			_, err := loadConfig(path)
+			if err == nil {
+				t.Fatal("accepted")
+			}
+			if s := err.Error(); !strings.HasPrefix(s, path+":") || !strings.Contains(s, x.want) {
+				t.Errorf("%s\ndoes not say %s", s, x.want)
+			}
+		})
+	}
+	if _, err := loadConfig("/nonexistent/conclaved.toml"); err == nil || !strings.Contains(err.Error(), "/nonexistent/conclaved.toml") {
+		t.Error(err)
+	}
+}
+
+func TestLineOf(t *testing.T) {
+	text := []byte("# node = 1\nnode = \"\"\"\n[tls]\nkey = 1\n\"\"\"\n\n[tls] # key =\n\n  key = 'x'\n[cluster]\na.b = 1\n[api]\n[log]\n")
+	for field, want := range map[string]int{
+		"node": 2, "tls.key": 9, "tls.certificate": 7, "cluster.a.b": 11, "api.listen": 12, "log": 1, "none": 1, "none.x": 1, "": 1,
+	} {
+		if got := lineOf(text, field); got != want {
+			t.Errorf("%q is in line %d, want %d", field, got, want)
+		}
+	}
+	if got := lineOf([]byte("not TOML ["), "node"); got != 1 {
+		t.Errorf("line %d of what is no TOML", got)
+	}
+}
+
+// FuzzConfig holds that no configuration file panics the loader and that every
+// refusal names the file.
+func FuzzConfig(f *testing.F) {
+	for _, s := range []string{goodConfig, "", "node = 1", "[[tls]]", "node = \"a\"\n[tls.key]", "a.b.c = [1, {x=2}]", "\x00", "cache = 1"} {
+		f.Add(s)
+	}
+	path := filepath.Join(f.TempDir(), "conclaved.toml")
+	f.Fuzz(func(t *testing.T, text string) {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := loadConfig(path); err != nil && !strings.HasPrefix(err.Error(), path) {
+			t.Errorf("%v does not name the file", err)
+		}
+	})
+}
