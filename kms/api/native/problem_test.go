@@ -50,7 +50,7 @@ func TestRefusals(t *testing.T) {
 		says               string
 	}{
 		{"unknown field", "POST", enc, `{"plaintext":"aGk=","plain":"x"}`, kms.Invalid, 400, `unknown field "plain"`},
-		{"unknown field in a batch", "POST", enc, `{"items":[{"plaintext":"aGk=","plain":"x"}]}`, kms.Invalid, 400, `unknown field "plain"`},
+		{"unknown field in a batch", "POST", enc, `{"items":[{"plaintext":"aGk=","plain":"x"}]}`, kms.Invalid, 400, `unknown field "items.0.plain"`},
 		{"item and items", "POST", enc, `{"plaintext":"aGk=","items":[]}`, kms.Invalid, 400, `unknown field "items"`},
 		{"items and item", "POST", enc, `{"items":[],"plaintext":"aGk="}`, kms.Invalid, 400, `unknown field "plaintext"`},
 		{"truncated", "POST", enc, `{"plaintext":"aGk="`, kms.Invalid, 400, "ends too early"},
@@ -61,7 +61,7 @@ func TestRefusals(t *testing.T) {
 		{"null", "POST", enc, `null`, kms.Invalid, 400, "not a JSON object"},
 		{"array", "POST", enc, `[]`, kms.Invalid, 400, "not a JSON object"},
 		{"not JSON", "POST", enc, `plaintext=x`, kms.Invalid, 400, "not a JSON object"},
-		{"a bad character", "POST", enc, `{plaintext}`, kms.Invalid, 400, "at byte 2"},
+		{"a bad character", "POST", enc, `{plaintext}`, kms.Invalid, 400, "at byte 1"},
 		{"not base64", "POST", enc, `{"plaintext":"!"}`, kms.Invalid, 400, "not base64"},
 		{"a number for bytes", "POST", enc, `{"plaintext":4711}`, kms.Invalid, 400, "plaintext must not be a number"},
 		{"plaintext missing", "POST", enc, `{}`, kms.Invalid, 400, "plaintext is missing"},

@@ -3,11 +3,7 @@ package native
 import (
 	"bytes"
 	"context"
-	"encoding/base64"
 	"encoding/json"
-	"errors"
-	"fmt"
-	"io"
 	"net/http"
 	"reflect"
 	"strconv"
@@ -119,50 +115,6 @@ func checkRequired(q any, required []requiredField) error {
 		}
 	}
 	return nil
-}
-
-// decode reads one JSON object without unknown fields.
-func decode[Q any](body []byte) (*Q, error) {
-	q := new(Q)
-	if b := bytes.TrimLeft(body, " \t\r\n"); len(b) == 0 || b[0] != '{' {
-		return nil, &kms.Error{Kind: kms.Invalid, Msg: "the request body is not a JSON object", Fix: decodeFix}
-	}
-	dec := json.NewDecoder(bytes.NewReader(body))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(q); err != nil {
-		return nil, kms.Wrap(kms.Invalid, err, "the request body is not the JSON that this operation takes: "+jsonFault(err), decodeFix)
-	}
-	if len(bytes.TrimLeft(body[dec.InputOffset():], " \t\r\n")) != 0 {
-		return nil, &kms.Error{Kind: kms.Invalid, Msg: "the request body goes on after its JSON object", Fix: decodeFix}
-	}
-	return q, nil
-}
-
-const decodeFix = "see GET /v1/openapi.json"
-
-// jsonFault says what is wrong with a body in JSON's words, without Go's types
-// and without values.
-func jsonFault(err error) string {
-	var kind *json.UnmarshalTypeError
-	var syntax *json.SyntaxError
-	var encoding base64.CorruptInputError
-	switch {
-	case errors.As(err, &kind):
-		what, _, _ := strings.Cut(kind.Value, " ") // without the number itself
-		if kind.Field == "" {
-			return "a " + what + " stands where it may not"
-		}
-		return kind.Field + " must not be a " + what
-	case errors.As(err, &syntax):
-		return fmt.Sprintf("%v at byte %d", err, syntax.Offset)
-	case errors.As(err, &encoding):
-		return fmt.Sprintf("a byte string is not base64 (at its byte %d)", int64(encoding))
-	case errors.Is(err, io.ErrUnexpectedEOF):
-		return "it ends too early"
-	case strings.HasPrefix(err.Error(), "json: unknown field "):
-		return strings.TrimPrefix(err.Error(), "json: ")
-	}
-	return "a value cannot be read"
 }
 
 // ready answers 503 until the node is ready.
