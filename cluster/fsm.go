@@ -89,8 +89,9 @@ func (m *machine) Snapshot() (raft.FSMSnapshot, error) {
 	return &snapshot{state: m.current(), trust: m.trust, log: m.log, before: m.onSnapshot}, nil
 }
 
-// Restore implements raft.FSM. It never replaces a state by an older one: a
-// leader has no reason to send one, so it would be a rollback.
+// Restore implements raft.FSM. It replaces a state only by one that contains all
+// that this node knows: a leader has no reason to send another, so it would be a
+// rollback.
 func (m *machine) Restore(r io.ReadCloser) error {
 	defer r.Close()
 	if m.halted.Load() {
@@ -121,8 +122,8 @@ func (m *machine) restore(r io.Reader) (*state.State, error) {
 	if st.Cluster() != m.cluster {
 		return nil, kms.Errorf(kms.Invalid, "the snapshot is of cluster %s, this is %s", st.Cluster(), m.cluster)
 	}
-	if was := m.current().Index(); st.Index() < was {
-		return nil, kms.Errorf(kms.Conflict, "the snapshot ends at log entry %d, this node has applied %d", st.Index(), was)
+	if err := st.Extends(m.current()); err != nil {
+		return nil, err
 	}
 	if !verified { // every statement in it was verified just now: say so for the next start
 		m.background(func() {

@@ -200,9 +200,16 @@ func TestRestoreRefused(t *testing.T) {
 		}
 		return b.Bytes()
 	}
-	older, now := save(n.State()), c.Propose(0, c.Tick(0)).Index
+	thinned := n.State()
+	older, now := save(thinned), c.Propose(0, c.Tick(0)).Index
 	if err := n.RestoreState(older); !errors.Is(err, kms.Conflict) {
 		t.Errorf("an older state: %v", err)
+	}
+	for range 10 { // the same under a later index
+		thinned, _ = thinned.Apply(thinned.Index()+1, []byte("noise"))
+	}
+	if err := n.RestoreState(save(thinned)); !errors.Is(err, kms.Conflict) || thinned.Index() <= now {
+		t.Errorf("an older state that claims entry %d: %v", thinned.Index(), err)
 	}
 	other.Leader()
 	for range 4 {

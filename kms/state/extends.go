@@ -1,0 +1,120 @@
+package state
+
+import (
+	"bytes"
+	"slices"
+
+	"github.com/hashicorp/go-memdb"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
+	"github.com/conclave-kms/conclave/kms/canon"
+)
+
+// Extends checks that s can be what became of old: that nothing which old knows is
+// missing from s, or as it was before. A snapshot from which the latest statements
+// are left out is consistent in itself, and would give back a revoked custodian or
+// a suspended key; a node that has seen more does not take it. Errors:
+// kms.Conflict, naming the first record that is missing or older.
+func (s *State) Extends(old *State) error {
+	switch {
+	case s.cluster != old.cluster:
+		return kms.Errorf(kms.Conflict, "the state is of cluster %s, not of %s", s.cluster, old.cluster)
+	case s.index < old.index || s.log.size < old.log.size || s.clock < old.clock:
+		return kms.Errorf(kms.Conflict, "the state at log index %d is older than the one at %d", s.index, old.index)
+	case s.index == old.index && s.Hash() != old.Hash():
+		return kms.Errorf(kms.Conflict, "there is another state at log index %d already", s.index)
+	}
+	now := s.db.Txn(false)
+	for _, check := range []func(*memdb.Txn, *memdb.Txn) error{
+		extended(tableStatus, statusID, func(was, is *NodeStatus) bool { return is.Time >= was.Time }),
+		extended(tableCustodian, custodianID, func(was, is *approval.Custodian) bool { return revised(was, is, was.Revision, is.Revision) }),
+		extended(tablePolicy, policyID, func(was, is *approval.Policy) bool { return revised(was, is, was.Revision, is.Revision) }),
+		extended(tableKeyring, keyringID, func(was, is *Keyring) bool { return revised(was, is, was.Revision, is.Revision) }),
+		extended(tableKEK, kekID, (*KEK).extendedBy),
+		extended(tableKey, keyID, func(was, is *Key) bool {
+			return is.Latest >= was.Latest && revised(was, is, was.Revision, is.Revision)
+		}),
+		extended(tableVersion, versionID, (*Version).extendedBy),
+		extended(tableProposal, proposalID, (*Proposal).extendedBy),
+		kept(tableNonce, nonceID, func(n *nonce) bool { return n.Time >= s.clock-Window }),
+		kept(tableOutcome, outcomeID, func(o *Outcome) bool { return o.Time >= s.clock-OutcomeRetention }),
+	} {
+		if err := check(old.db.Txn(false), now); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// extended returns the check of one table: every record is still there, and ok.
+func extended[T any](table string, id func(*T) []byte, ok func(was, is *T) bool) func(old, now *memdb.Txn) error {
+	return func(old, now *memdb.Txn) error {
+		return each(old, table, func(was *T) error {
+			if is, found := find[T](now, table, byID, id(was)); !found || !ok(was, &is) {
+				return kms.Errorf(kms.Conflict, "the state is older than the one known here: record %q of table %s is missing, changed or as it was before", id(was), table)
+			}
+			return nil
+		})
+	}
+}
+
+// kept returns the check of a table whose records stay while they are wanted.
+func kept[T any](table string, id func(*T) []byte, wanted func(*T) bool) func(old, now *memdb.Txn) error {
+	return func(old, now *memdb.Txn) error {
+		return each(old, table, func(was *T) error {
+			if _, found := find[T](now, table, byID, id(was)); wanted(was) && !found {
+				return kms.Errorf(kms.Conflict, "the state has forgotten a record of table %s before its time", table)
+			}
+			return nil
+		})
+	}
+}
+
+// revised reports whether a record has another revision than before or is the same.
+func revised[T any](was, is *T, before, after uint64) bool {
+	return after > before || after == before && bytes.Equal(canon.Marshal(was), canon.Marshal(is))
+}
+
+func (k *KEK) extendedBy(is *KEK) bool {
+	return bytes.Equal(canon.Marshal(k.Copies), canon.Marshal(is.Copies)) && receiptsKept(k.Receipts, is.Receipts)
+}
+
+func (v *Version) extendedBy(is *Version) bool {
+	same := v.Index == is.Index && v.KEK == is.KEK && (is.State.Gone() || bytes.Equal(v.Wrapped, is.Wrapped))
+	return same && becomes(v.State, is.State) && receiptsKept(v.Receipts, is.Receipts)
+}
+
+// becomes reports whether a state leads to another, in any number of steps.
+func becomes(from, to kms.State) bool {
+	if from == to {
+		return true
+	}
+	for _, next := range []kms.State{kms.Active, kms.Suspended, kms.Deactivated, kms.Compromised, kms.Destroyed, kms.DestroyedCompromised} {
+		// From suspended back to active is the one way back there is, and no
+		// version goes it: suspension is the key's.
+		if from.CanBecome(next) && (from != kms.Suspended || next != kms.Active) && becomes(next, to) {
+			return true
+		}
+	}
+	return false
+}
+
+func receiptsKept(was, is []Receipt) bool {
+	return !slices.ContainsFunc(was, func(r Receipt) bool {
+		return !slices.ContainsFunc(is, func(x Receipt) bool { return x.Node == r.Node && x.Index == r.Index })
+	})
+}
+
+// extendedBy: what is closed stays as it is, but for the erasure of its execution;
+// of what is not, each custodian's vote stays or is followed by another.
+func (p *Proposal) extendedBy(is *Proposal) bool {
+	if !p.live() && (is.Progress != p.Progress || is.Executed != p.Executed || len(is.Votes) != len(p.Votes)) {
+		return false
+	}
+	return p.Index == is.Index && !slices.ContainsFunc(p.Votes, func(v Vote) bool {
+		return !slices.ContainsFunc(is.Votes, func(x Vote) bool {
+			return x.Statement.Custodian == v.Statement.Custodian && (x.Index == v.Index || x.Index > v.Index && p.live())
+		})
+	})
+}

@@ -1,0 +1,106 @@
+package state_test
+
+import (
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
+	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/kms/state/statetest"
+)
+
+// TestExtendsEveryEarlierState holds every state of a history against those before
+// it: the later one extends the earlier, never the other way round.
+func TestExtendsEveryEarlierState(t *testing.T) {
+	w := small(t)
+	record := func(id string, revoked bool) approval.CustodianParams {
+		c := statetest.Record(id, id[:2], 0, w.Custodian(id))
+		c.Revoked = revoked
+		return approval.CustodianParams{Custodian: c}
+	}
+	var destroy, open string
+	steps := []func(){
+		func() { w.Rotate("europe", "mail") },
+		func() { w.Carry(kms.ActionCompromise, mail, approval.VersionParams{Version: 1}) },
+		func() {
+			destroy = w.Propose(kms.ActionDestroy, mail, approval.VersionParams{Version: 1})
+			w.ApproveAll(destroy)
+		},
+		func() { w.Advance(8 * 24 * time.Hour) },
+		func() { w.Execute(destroy) },
+		func() { w.Carry(kms.ActionSuspend, mail, nil) },
+		func() { w.Carry(kms.ActionResume, mail, nil) },
+		func() { open = w.Propose(kms.ActionRotate, mail, nil) },
+		func() { w.Vote(open, "de-1", approval.Approve) },
+		func() { w.Vote(open, "de-1", approval.Reject) },
+		func() {
+			w.AddCustodianKey("jp-9")
+			w.Carry(kms.ActionCustodian, "custodian/jp-9", record("jp-9", false))
+		},
+		func() {
+			w.Carry(kms.ActionPolicy, "policy/standard", approval.PolicyParams{Rules: statetest.Policies(2)[1].Rules})
+		},
+		func() { w.Carry(kms.ActionCustodian, "custodian/de-1", record("de-1", true)) },
+		func() { w.Apply([]byte("noise")) },
+		func() { w.Advance(25 * time.Hour) },
+	}
+	history := []*state.State{w.State()}
+	for _, step := range steps {
+		step()
+		history = append(history, w.State())
+	}
+	for i, s := range history {
+		for j, old := range history {
+			err := s.Extends(old)
+			if j <= i && err != nil {
+				t.Errorf("state %d does not extend %d: %v", i, j, err)
+			}
+			if j > i && !errors.Is(err, kms.Conflict) {
+				t.Errorf("state %d extends %d: %v", i, j, err)
+			}
+		}
+	}
+}
+
+// TestExtendsRefusesThinned takes the last statements away and lets the clock and
+// the log go on, as a leader could in a snapshot.
+func TestExtendsRefusesThinned(t *testing.T) {
+	type step func(w *statetest.World)
+	for name, last := range map[string]step{
+		"revocation": func(w *statetest.World) {
+			gone := statetest.Record("de-1", "de", 0, w.Custodian("de-1"))
+			gone.Revoked = true
+			w.Carry(kms.ActionCustodian, "custodian/de-1", approval.CustodianParams{Custodian: gone})
+		},
+		"suspension":   func(w *statetest.World) { w.Carry(kms.ActionSuspend, mail, nil) },
+		"rejection":    func(w *statetest.World) { w.Vote(w.State().ProposalsOpen()[0].ID, "jp-1", approval.Reject) },
+		"new proposal": func(w *statetest.World) { w.Propose(kms.ActionSuspend, mail, nil) },
+		"compromise":   func(w *statetest.World) { w.Carry(kms.ActionCompromise, mail, approval.VersionParams{Version: 1}) },
+		"another key":  func(w *statetest.World) { w.CreateKey("europe", "later", kms.Encrypt) },
+		"another policy": func(w *statetest.World) {
+			w.Carry(kms.ActionPolicy, "policy/other", approval.PolicyParams{Rules: statetest.Policies(3)[1].Rules})
+		},
+		"nothing but a nonce": func(w *statetest.World) {
+			w.Do("node-fr-1", state.Tick{})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := small(t)
+			w.Propose(kms.ActionRotate, mail, nil)
+			thinned := w.State()
+			last(w)
+			known := w.State()
+			for range 50 { // as many entries as the other has, and more
+				thinned, _ = thinned.Apply(thinned.Index()+1, []byte("noise"))
+			}
+			if thinned.Index() <= known.Index() || thinned.Clock() < known.Clock() {
+				t.Fatal("the thinned state looks older")
+			}
+			if err := thinned.Extends(known); !errors.Is(err, kms.Conflict) {
+				t.Errorf("a state without the %s is taken: %v", name, err)
+			}
+		})
+	}
+}
