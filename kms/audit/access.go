@@ -50,7 +50,7 @@ func ParseEntry(leaf []byte) (Entry, error) {
 }
 
 // gatherTime is how long a batch gathers while callers come in numbers.
-const gatherTime = time.Millisecond
+const gatherTime = 2 * time.Millisecond
 
 // Options change how a log is kept. The zero value is the usual one.
 type Options struct {

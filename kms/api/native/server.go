@@ -128,14 +128,19 @@ func (s *Server) identify(r *http.Request) (kms.Identity, error) {
 	return id, err
 }
 
-// call is one request with what its handler needs.
+// call is one request with what its handler needs. It carries the request's
+// context with its time limit, as http.Request carries its own.
 type call struct {
 	*http.Request
+	ctx    context.Context
 	engine *engine.Engine
 	server *Server
 	caller engine.Caller
 	body   []byte
 }
+
+// Context returns the request's context, which ends at RequestTimeout.
+func (c *call) Context() context.Context { return c.ctx }
 
 // handle is the path of every request: identify, bound, act, answer.
 func (s *Server) handle(rt route) http.Handler {
@@ -165,7 +170,7 @@ func (s *Server) act(rt route, r *http.Request, id string, w http.ResponseWriter
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), RequestTimeout)
 	defer cancel()
-	c := &call{Request: r.WithContext(ctx), engine: s.engine, server: s, caller: engine.Caller{Identity: identity, RequestID: id, IdempotencyKey: r.Header.Get("Idempotency-Key")}}
+	c := &call{Request: r, ctx: ctx, engine: s.engine, server: s, caller: engine.Caller{Identity: identity, RequestID: id, IdempotencyKey: r.Header.Get("Idempotency-Key")}}
 	if rt.request != nil {
 		if err := checkContentType(r); err != nil {
 			return nil, err
@@ -201,14 +206,13 @@ func (e *statusError) Error() string { return e.err.Error() }
 func (e *statusError) Unwrap() error { return e.err }
 
 func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
-	limited := http.MaxBytesReader(w, r.Body, wire.MaxBody)
 	var body []byte
 	var err error
 	if n := r.ContentLength; n >= 0 && n <= wire.MaxBody {
 		body = make([]byte, n)
-		_, err = io.ReadFull(limited, body)
+		_, err = io.ReadFull(r.Body, body)
 	} else {
-		body, err = io.ReadAll(limited)
+		body, err = io.ReadAll(http.MaxBytesReader(w, r.Body, wire.MaxBody))
 	}
 	var tooLarge *http.MaxBytesError
 	switch {
@@ -230,7 +234,7 @@ func (s *Server) refuse(w http.ResponseWriter, err error, id string) {
 	if p.Status == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", "1")
 	}
-	b, merr := json.Marshal(p)
+	b, merr := encode(p)
 	if merr != nil {
 		b = []byte("{}") // a Problem is strings and an int: cannot happen
 	}
@@ -242,7 +246,7 @@ func (s *Server) write(w http.ResponseWriter, status int, answer any) {
 	b, ok := answer.(json.RawMessage)
 	if !ok {
 		var err error
-		if b, err = json.Marshal(answer); err != nil {
+		if b, err = encode(answer); err != nil {
 			s.log.Error("answer cannot be encoded", "error", err)
 			s.refuse(w, err, w.Header().Get("X-Request-Id"))
 			return

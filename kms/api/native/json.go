@@ -11,6 +11,7 @@ import (
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
+	jsonv1 "github.com/go-json-experiment/json/v1"
 
 	"github.com/conclave-kms/conclave/kms"
 )
@@ -32,6 +33,12 @@ func decode[Q any](body []byte) (*Q, error) {
 	}
 	return q, nil
 }
+
+// plain writes answers as their tags mean it in encoding/json, maps in order; a
+// list that is empty is [], never null.
+var plain = json.JoinOptions(jsonv1.OmitEmptyWithLegacySemantics(true), json.Deterministic(true))
+
+func encode(v any) ([]byte, error) { return json.Marshal(v, plain) }
 
 // kinds of JSON values in words.
 var kinds = map[jsontext.Kind]string{'n': "null", 'f': "boolean", 't': "boolean", '"': "string", '0': "number", '{': "object", '[': "array"}
