@@ -149,10 +149,10 @@ func TestNodeRefusesNeighbours(t *testing.T) {
 	})
 	certificate := `(?s)certificate = "[^"]*"\nkey\s+= "[^"]*"`
 	t.Run("another node's certificate", func(t *testing.T) {
-		run(t, variant(t, fr, certificate, "certificate = \"../de/node.crt\"\nkey = \"../de/node.key\""), "tls.certificate", "de-1", "fr-1")
+		run(t, variant(t, fr, certificate, "certificate = \"../de/node.crt\"\nkey = \"../de/node.key\""), "certificate", "de-1", "spiffe://fr.example/node/fr-1")
 	})
 	t.Run("a client's certificate", func(t *testing.T) {
-		run(t, variant(t, fr, certificate, "certificate = \"../clients/fr-service.crt\"\nkey = \"../clients/fr-service.key\""), "tls.certificate", "spiffe://fr.example/service/", "fr-1")
+		run(t, variant(t, fr, certificate, "certificate = \"../clients/fr-service.crt\"\nkey = \"../clients/fr-service.key\""), "certificate", "spiffe://fr.example/service/", "spiffe://fr.example/node/fr-1")
 	})
 	t.Run("a key that is not the certificate's", func(t *testing.T) {
 		run(t, variant(t, fr, certificate, "certificate = \"node.crt\"\nkey = \"../de/node.key\""), "certificate", "key")
