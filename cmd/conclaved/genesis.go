@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -13,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -210,7 +213,7 @@ that all nodes have signed.
   1. at every site:  conclaved init         writes DATA_DIR/node.json, the node's card
   2. at one site:    conclaved genesis create --plan genesis.toml --out genesis.cbor
   3. at every site:  conclaved genesis show genesis.cbor   and, if it is what was agreed,
-                     conclaved genesis sign --config conclaved.toml genesis.cbor
+                     conclaved genesis sign --config conclaved.toml --cluster ID genesis.cbor
   4. give the fully signed file to every node and start it: conclaved run`,
 	}
 	cmd.AddCommand(genesisCreateCommand(), genesisSignCommand(), genesisShowCommand())
@@ -250,17 +253,20 @@ func genesisCreateCommand() *cobra.Command {
 }
 
 func genesisSignCommand() *cobra.Command {
-	var config string
+	var config, cluster string
 	cmd := &cobra.Command{
 		Use:   "sign FILE",
 		Short: "Add this node's signature, made in its device",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			cfg, err := loadConfig(config)
+			s, err := readSignedGenesis(args[0])
 			if err != nil {
 				return err
 			}
-			s, err := readSignedGenesis(args[0])
+			if id := kms.ClusterID(s.Genesis); cluster != "" && cluster != id {
+				return fmt.Errorf("%s is now the document of cluster %s, not of %s: read it with genesis show before you sign it", args[0], id, cluster)
+			}
+			cfg, err := loadConfig(config)
 			if err != nil {
 				return err
 			}
@@ -275,6 +281,7 @@ func genesisSignCommand() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVarP(&config, "config", "c", "conclaved.toml", "configuration file")
+	cmd.Flags().StringVar(&cluster, "cluster", "", "sign only this cluster's document, as genesis show named it")
 	return cmd
 }
 
@@ -336,6 +343,29 @@ func genesisShowCommand() *cobra.Command {
 	}
 }
 
+// subject names a CA certificate for people.
+func subject(der []byte) string {
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		return "not readable"
+	}
+	return fmt.Sprintf("%q, until %s", c.Subject.String(), c.NotAfter.UTC().Format(time.RFC3339))
+}
+
+// showAccess prints who may use what: that it is the program's default, or all of it.
+func showAccess(w io.Writer, text []byte) {
+	fmt.Fprintf(w, "access    SHA-256 %x", sha256.Sum256(text))
+	if string(text) == engine.DefaultAccess() {
+		fmt.Fprintln(w, ", the default of this release")
+		return
+	}
+	fmt.Fprintln(w, ", not the default of this release:")
+	for line := range strings.Lines(string(text)) {
+		q := strconv.QuoteToGraphic(strings.TrimRight(line, "\n"))
+		fmt.Fprintf(w, "access    %s\n", q)
+	}
+}
+
 // unsigned names the nodes whose signatures are missing.
 func unsigned(s state.SignedGenesis, g state.Genesis) string {
 	var missing []string
@@ -347,19 +377,32 @@ func unsigned(s state.SignedGenesis, g state.Genesis) string {
 	return strings.Join(missing, ", ")
 }
 
+// showGenesis prints all that a signature stands for. What others have written
+// into the document is quoted, so that it shows as it is.
 func showGenesis(w io.Writer, s state.SignedGenesis, g state.Genesis) {
-	fmt.Fprintf(w, "cluster   %s\nname      %s\ncreated   %s\n", kms.ClusterID(s.Genesis), g.Name, time.UnixMilli(g.Created).UTC().Format(time.RFC3339))
+	fmt.Fprintf(w, "cluster   %s\nname      %q\ncreated   %s\n", kms.ClusterID(s.Genesis), g.Name, time.UnixMilli(g.Created).UTC().Format(time.RFC3339))
+	fmt.Fprintf(w, "document  SHA-256 %x, nonce %x\n", sha256.Sum256(s.Genesis), g.Nonce)
 	for _, site := range g.Sites {
-		fmt.Fprintf(w, "site      %s  trust domain %s, %d CA certificate(s)\n", site.ID, site.TrustDomain, len(site.CAs))
+		fmt.Fprintf(w, "site      %s  trust domain %s\n", site.ID, site.TrustDomain)
+		for _, der := range site.CAs {
+			fmt.Fprintf(w, "ca        %s  SHA-256 %x  %s\n", site.ID, sha256.Sum256(der), subject(der))
+		}
 	}
 	for _, n := range g.Nodes {
-		fmt.Fprintf(w, "node      %s  site %s, %s, %s, signing key %s, %s\n", n.ID, n.Site, n.Address, pqc.SuiteID(n.Suite), pqc.Fingerprint(n.Signing), n.Device)
+		voter := "no vote"
+		if n.Voter {
+			voter = "voter"
+		}
+		fmt.Fprintf(w, "node      %s  site %s, %s, address %q, API %q, device %q\n", n.ID, n.Site, voter, n.Address, n.API, n.Device)
+		fmt.Fprintf(w, "node      %s  signing key %s (%s), agreement key %s (%s)\n", n.ID,
+			pqc.Fingerprint(n.Signing), pqc.SuiteID(n.SigningSuite), pqc.Fingerprint(n.Agreement), pqc.SuiteID(n.Suite))
 	}
 	for _, c := range g.Custodians {
 		for _, cred := range c.Credentials {
 			fmt.Fprintf(w, "custodian %s  site %s, key %s (%s)\n", c.ID, c.Site, cred.ID, pqc.SuiteID(cred.Suite))
 		}
 	}
+	showAccess(w, g.Access)
 	for _, p := range g.Policies {
 		for _, r := range p.Rules {
 			b, _ := json.Marshal(r) // plain data
