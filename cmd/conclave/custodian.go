@@ -37,6 +37,11 @@ Ed25519 and ML-DSA-65, verify.`,
 			if out == "" {
 				return usagef("--out is missing: the key file to write")
 			}
+			for _, path := range []string{out, out + ".pub"} { // before anybody types a passphrase
+				if _, err := os.Lstat(path); err == nil {
+					return exists(path, nil)
+				}
+			}
 			pass, err := passphrase(cmd, passFile, true)
 			if err != nil {
 				return err
@@ -59,7 +64,7 @@ Ed25519 and ML-DSA-65, verify.`,
 				return err
 			}
 			if err := create(out+".pub", public, 0o644); err != nil {
-				return err
+				return errors.Join(err, os.Remove(out)) // half a pair is of no use
 			}
 			v := struct {
 				File        string `json:"file"`
@@ -104,7 +109,7 @@ func (a *app) custodianListCommand() *cobra.Command {
 func create(path string, b []byte, mode os.FileMode) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
 	if errors.Is(err, os.ErrExist) {
-		return kms.Wrap(kms.Exists, err, path+" exists already and is not replaced", "choose another name")
+		return exists(path, err)
 	}
 	if err != nil {
 		return err
@@ -113,6 +118,10 @@ func create(path string, b []byte, mode os.FileMode) error {
 		return errors.Join(err, f.Close())
 	}
 	return errors.Join(f.Sync(), f.Close())
+}
+
+func exists(path string, cause error) error {
+	return kms.Wrap(kms.Exists, cause, path+" exists already and is not replaced", "choose another name")
 }
 
 // openKeyFile decrypts a custodian's key file.
@@ -127,8 +136,11 @@ func openKeyFile(cmd *cobra.Command, path, passFile string) (*pqc.HybridKey, str
 	}
 	defer pass.Destroy()
 	key, err := pqc.DecryptKeyFile(b, pass)
-	if err != nil {
-		return nil, "", fmt.Errorf("%s: %w", path, err)
+	switch {
+	case errors.Is(err, pqc.ErrPassphrase):
+		return nil, "", kms.Wrap(kms.OpenFailed, err, path+" does not open: wrong passphrase", "")
+	case err != nil:
+		return nil, "", kms.Wrap(kms.Invalid, err, fmt.Sprintf("%s: %v", path, err), "give the key file that conclave custodian keygen made")
 	}
 	return key, pqc.Fingerprint(key.PublicKey()), nil
 }

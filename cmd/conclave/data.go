@@ -316,7 +316,12 @@ func (a *app) exportCommand() *cobra.Command {
 HPKE to a hybrid post-quantum key that this command makes for the one call, and
 print it in base64. Not even the TLS connection carries it bare.
 ` + inputHelp,
-		Args: cobra.RangeArgs(1, 2),
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 || len(args) > 2 {
+				return usagef("%s takes KEYRING/KEY [WRAPPED]; see: %s --help", cmd.CommandPath(), cmd.CommandPath())
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctxPairs, err := pairs(context_)
 			if err != nil {

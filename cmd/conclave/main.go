@@ -99,5 +99,28 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 not permitted; 4 not found;
 	add("use", a.encryptCommand(), a.decryptCommand(), a.rewrapCommand(), a.datakeyCommand(), a.macCommand(), a.verifyMACCommand(), a.signCommand(), a.verifyCommand(), a.publicKeyCommand(), a.exportCommand())
 	add("govern", a.keyringCommand(), a.keyCommand(), a.proposalCommand(), a.custodianCommand())
 	add("look", a.statusCommand(), a.nodeCommand(), a.policyCommand(), a.evidenceCommand())
+	strict(root)
 	return root
+}
+
+// strict makes an unknown subcommand an error at every level; cobra prints the
+// help of the level and succeeds.
+func strict(c *cobra.Command) {
+	for _, sub := range c.Commands() {
+		strict(sub)
+	}
+	if !c.HasSubCommands() || c.Runnable() {
+		return
+	}
+	c.Args, c.SuggestionsMinimumDistance = cobra.ArbitraryArgs, 2
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return cmd.Help()
+		}
+		hint := ""
+		if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+			hint = fmt.Sprintf(", did you mean %q?", near[0])
+		}
+		return usagef("%s has no command %q%s; see: %s --help", cmd.CommandPath(), args[0], hint, cmd.CommandPath())
+	}
 }
