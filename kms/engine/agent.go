@@ -252,6 +252,12 @@ func (a *Agent) checkValue(ctx context.Context, st *state.State, p state.Pending
 		return nil, err
 	}
 	defer release()
+	// A check value proves the material alone. Whoever committed the version could
+	// have published another public key with it, under which nobody can sign.
+	if !bytes.Equal(m.PublicKey(), v.PublicKey) {
+		return nil, kms.Errorf(kms.Invalid, "version %d of key %s has another public key than its material: node %s committed it so",
+			p.Version, kms.KeyPath(p.Keyring, p.Key), v.Origin)
+	}
 	return m.CheckValue(a.e.node), nil
 }
 

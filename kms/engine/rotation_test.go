@@ -12,6 +12,7 @@ import (
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/approval"
 	"github.com/conclave-kms/conclave/kms/audit"
+	"github.com/conclave-kms/conclave/kms/keyring"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/wire"
 )
@@ -154,6 +155,40 @@ func TestExecutorIsReplaced(t *testing.T) {
 	w.settle(as) // the first comes back: its late attempt harms nothing
 	if k, _ := w.cluster.State().Key("r", "data"); k.Primary != 2 || k.Latest != 2 {
 		t.Errorf("primary %d, latest %d", k.Primary, k.Latest)
+	}
+}
+
+// TestNoReceiptForAnotherPublicKey: a hostile executor publishes a public key of its
+// own with good material; no other node vouches for the version.
+func TestNoReceiptForAnotherPublicKey(t *testing.T) {
+	w := newWorld(t, "")
+	as := w.agents()
+	w.keyring("r", "fr", "de", "jp")
+	w.key("r", "sig", kms.Sign)
+	w.settle(as)
+	p := w.propose(kms.ActionRotate, approval.KeyTarget("r", "sig"), wire.ProposalParameters{})
+	w.vote(p, approval.Approve, "fr-a", "de-a")
+	e, st := w.at("fr").engine, w.cluster.State()
+	kr, _ := st.Keyring("r")
+	k, _ := st.Key("r", "sig")
+	old, _ := st.Version("r", "sig", 1)
+	v, err := e.newVersion(bg, st, kr, keyring.KeyBinding{
+		Cluster: st.Cluster(), Keyring: "r", KEK: kr.KEK, KeyID: kms.KeyID(k.ID), Version: 2, Algorithm: k.Algorithm, Purpose: k.Purpose,
+	}, st.ResidentNodes("r"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.submit(bg, attempt{expect: k.Revision}, state.CommitRotation{
+		Proposal: p.ID, Keyring: "r", Key: "sig", Version: 2, KEK: kr.KEK, Wrapped: v.wrapped, PublicKey: old.PublicKey, Checks: v.checks,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	w.settle(as)
+	if k, _ := w.cluster.State().Key("r", "sig"); k.Latest != 2 || k.Primary != 1 {
+		t.Errorf("latest %d, primary %d", k.Latest, k.Primary)
+	}
+	if v, _ := w.cluster.State().Version("r", "sig", 2); len(v.Receipts) != 0 {
+		t.Errorf("receipts of %d nodes for a public key that is not the key's", len(v.Receipts))
 	}
 }
 
