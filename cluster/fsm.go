@@ -30,6 +30,7 @@ type machine struct {
 	background func(func()) // runs something that the log must not wait for
 
 	state   atomic.Pointer[state.State]
+	recent  recent
 	changed signal
 
 	halted  atomic.Bool
@@ -72,6 +73,7 @@ func (m *machine) Apply(l *raft.Log) any {
 	if result.Kind != 0 {
 		m.noops.Add(1)
 	}
+	m.recent.add(l.Data, result) // before whoever waits can see the index
 	m.state.Store(next)
 	if m.onApply != nil {
 		m.onApply(next, l.Data, result)

@@ -22,9 +22,9 @@ var (
 )
 
 // Propose has the cluster apply a signed command, whichever node leads, and
-// waits until it is applied here too. The result is valid whenever its Index is
-// not 0; the error is then Result.Err. A repeated command (Result.Duplicate) is a
-// result like any other.
+// waits until it is applied here too: the result is what this node itself made of
+// it, not the leader's word. It is valid whenever its Index is not 0; the error is
+// then Result.Err. A repeated command (Result.Duplicate) is a result like any other.
 //
 // Without a result the error says what is certain: kms.Unknown if the command may
 // or may not be applied, now or later; kms.Unavailable if no leader was found
@@ -59,7 +59,13 @@ func (n *Node) Propose(ctx context.Context, raw []byte) (state.Result, error) {
 		n.counters.unknown.Add(1)
 		return state.Result{}, kms.Wrap(kms.Unknown, err, "the leader has applied the command, this node not yet", "ask again with the same idempotency key")
 	}
-	return result, result.Err()
+	own, ok := n.machine.recent.of(result.Index, raw)
+	if !ok { // the leader's word alone, or the entry came with a snapshot
+		n.counters.unknown.Add(1)
+		n.cfg.Logger.Warn("the log entry that the leader named is not known here as this command", "index", result.Index)
+		return state.Result{}, errUnknown
+	}
+	return own, own.Err()
 }
 
 // precheck spares the log a command that would have no effect. A node that lags

@@ -24,7 +24,8 @@ func (r *Report) passed(format string, args ...any) {
 // passed before it. Errors have the kind of what failed.
 func VerifyEvidence(e Evidence, cluster string) (Report, error) {
 	r := Report{Notes: []string{
-		"That these are all decisions on policies and custodians, and that the cluster carried this one out, is stated by its nodes; the inclusion in the cluster log is not part of this file.",
+		"That these are all decisions on policies and custodians, that no rejection is left out, that the keyring was created so, and that the cluster carried the decision out when its executor says, " +
+			"rests on the nodes that signed the commands and on whoever made this file; the inclusion in the cluster log is not part of it. Compare evidence from nodes of two sites.",
 	}}
 	if e.Format != EvidenceFormat {
 		return r, kms.Errorf(kms.Invalid, "the evidence has format %d; this program knows %d", e.Format, EvidenceFormat)
