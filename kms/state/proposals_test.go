@@ -347,3 +347,36 @@ func TestCommitRefused(t *testing.T) {
 	refused(t, w, kms.Invalid, w.Command("node-fr-1", state.Execute{Proposal: id}, statetest.Expect(1)))
 	w.Commit(id)
 }
+
+// TestLateReceiptBringsNoOldVersionBack: a version that was overtaken does not
+// become primary when the later one is compromised.
+func TestLateReceiptBringsNoOldVersionBack(t *testing.T) {
+	w := small(t)
+	w.GiveReceipts()
+	commit := func() {
+		id := w.Propose(kms.ActionRotate, mail, nil)
+		w.ApproveAll(id)
+		w.Commit(id)
+	}
+	give := func(node string, version uint32) {
+		w.Do(node, w.ReceiptCommand(node, "europe", "mail", version))
+	}
+	commit()
+	give("node-de-1", 2) // node-fr-1 keeps its receipt back
+	commit()
+	give("node-de-1", 3)
+	give("node-fr-1", 3)
+	w.Carry(kms.ActionCompromise, mail, approval.VersionParams{Version: 3})
+	give("node-fr-1", 2)
+	k, _ := w.State().Key("europe", "mail")
+	v, _ := w.State().Version("europe", "mail", 2)
+	if k.Primary != 0 || v.State != kms.PreActive {
+		t.Errorf("primary %d, version 2 is %s", k.Primary, v.State)
+	}
+	commit() // the next rotation sets a primary again
+	give("node-de-1", 4)
+	give("node-fr-1", 4)
+	if k, _ := w.State().Key("europe", "mail"); k.Primary != 4 {
+		t.Errorf("primary %d", k.Primary)
+	}
+}

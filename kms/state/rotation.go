@@ -1,6 +1,8 @@
 package state
 
 import (
+	"slices"
+
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/approval"
 )
@@ -121,8 +123,7 @@ func (c GiveReceipt) applyVersion(t *tx, k Keyring) error {
 	insert(t.Txn, tableVersion, v)
 	t.event(Event{Type: EventReceipt, Keyring: c.Keyring, Key: c.Key, Version: c.Version, Node: t.env.Origin})
 	key, _ := r.key(c.Keyring, c.Key)
-	// A version that a later one has overtaken stays pre-active: it was never used.
-	if v.State.CanBecome(kms.Active) && v.State == kms.PreActive && v.Version > key.Primary && r.proven(k, v.Receipts) {
+	if v.State == kms.PreActive && !r.overtaken(v) && r.proven(k, v.Receipts) {
 		v.State, v.Activated = kms.Active, t.clock
 		insert(t.Txn, tableVersion, v)
 		key.Primary, key.Rotated = v.Version, t.clock
@@ -130,4 +131,11 @@ func (c GiveReceipt) applyVersion(t *tx, k Keyring) error {
 		t.event(Event{Type: EventVersionActivated, Keyring: c.Keyring, Key: c.Key, Version: c.Version, Proposal: v.Proposal})
 	}
 	return nil
+}
+
+// overtaken reports whether a later version has been active: v then stays
+// pre-active for good, also when the later one is compromised and the key has no
+// primary version. Else a node could keep its receipt back until then.
+func (r reader) overtaken(v Version) bool {
+	return slices.ContainsFunc(r.versions(v.Keyring, v.Key), func(x Version) bool { return x.Version > v.Version && x.Activated > 0 })
 }
