@@ -3,6 +3,7 @@ package cluster
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -137,8 +138,21 @@ func tlsConfig(cert tls.Certificate, protos []string, verify func(tls.Connection
 	}
 }
 
-// checkOwnCertificate refuses a certificate that no peer would accept.
+// checkOwnCertificate refuses a certificate that no peer would accept, and says
+// which one is needed.
 func checkOwnCertificate(dir directory, self string, cert tls.Certificate) error {
+	err := acceptable(dir, self, cert)
+	var refused *kms.Error
+	if !errors.As(err, &refused) {
+		return err
+	}
+	node, _ := dir.Node(self)
+	site, _ := dir.Site(node.Site)
+	return kms.Wrap(refused.Kind, err, "this node's certificate is not accepted: "+refused.Msg,
+		fmt.Sprintf("use a certificate that the CA of site %s issued for the one URI SAN spiffe://%s/node/%s", site.ID, site.TrustDomain, self))
+}
+
+func acceptable(dir directory, self string, cert tls.Certificate) error {
 	var chain []*x509.Certificate
 	for _, der := range cert.Certificate {
 		c, err := x509.ParseCertificate(der)

@@ -65,7 +65,7 @@ func findSlot(p11 *pkcs11.Ctx, u *URI) (uint, pkcs11.TokenInfo, error) {
 	case len(there) == 0:
 		return 0, info, fmt.Errorf("%w: the library shows no initialised token (SoftHSM: check SOFTHSM2_CONF)", ErrTokenNotFound)
 	}
-	return 0, info, fmt.Errorf("%w: no token matches the URI; there are: %s", ErrTokenNotFound, strings.Join(there, ", "))
+	return 0, info, fmt.Errorf("%w: no token matches %s; there are: %s: correct token or serial in the URI", ErrTokenNotFound, u, strings.Join(there, ", "))
 }
 
 func (u *URI) matches(slot uint, ti pkcs11.TokenInfo) bool {

@@ -32,7 +32,7 @@ type SoftToken struct {
 func FindSoftHSM() (string, error) {
 	if p := os.Getenv("SOFTHSM2_MODULE"); p != "" {
 		if _, err := os.Stat(p); err != nil {
-			return "", fmt.Errorf("%w: SOFTHSM2_MODULE: %w", ErrModule, err)
+			return "", fmt.Errorf("%w: SOFTHSM2_MODULE: %w: correct it, or unset it and install SoftHSM (Debian and Ubuntu: apt install softhsm2)", ErrModule, err)
 		}
 		return p, nil
 	}

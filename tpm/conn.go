@@ -62,7 +62,7 @@ func putOff(rsp []byte) bool {
 // fail makes the connection unusable: the device must reconnect.
 func (c *conn) fail(err error) {
 	if c.err == nil {
-		c.err = unavailable("no answer from the TPM: %v", err)
+		c.err = unavailable("no answer from the TPM: %v (check that the device exists and that this user may open it; for swtpm, that it runs)", err)
 	}
 }
 

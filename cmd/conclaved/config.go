@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -169,6 +170,17 @@ func (c *Config) check() (field, why string) {
 	for _, r := range required {
 		if r.value == "" {
 			return r.name, "missing: " + r.what
+		}
+	}
+	for _, l := range []struct{ section, listen, advertise string }{
+		{"cluster", c.Cluster.Listen, c.Cluster.Advertise}, {"api", c.API.Listen, c.API.Advertise},
+	} {
+		host, _, err := net.SplitHostPort(l.listen)
+		if err != nil {
+			return l.section + ".listen", fmt.Sprintf("%q is not host:port", l.listen)
+		}
+		if ip := net.ParseIP(host); l.advertise == "" && (host == "" || ip != nil && ip.IsUnspecified()) {
+			return l.section + ".listen", "it listens on every address, so advertise must say by which one others reach it"
 		}
 	}
 	if c.Device.Curve != "P-384" && c.Device.Curve != "P-256" {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -75,6 +76,11 @@ Nothing here protects keys: tokens, TPM state, PINs and CA keys lie in DIR.`,
 
 func runDev(ctx context.Context, d *dev, keep bool) error {
 	started := time.Now()
+	unlock, err := lockDir(d.dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	fresh, err := d.prepare(keep)
 	if err != nil {
 		return err
@@ -103,6 +109,25 @@ func runDev(ctx context.Context, d *dev, keep bool) error {
 	}
 	fmt.Fprintf(d.out, "ready in %.1f s: three sites, three nodes; . %s\n", time.Since(started).Seconds(), env)
 	return nodes.wait(ctx, d.out)
+}
+
+// lockDir keeps a second development cluster out of a directory.
+func lockDir(dir string) (unlock func(), err error) {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(dir+".lock", os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("a development cluster is running in %s already; stop it, or choose another --dir", dir)
+	}
+	return func() {
+		_ = os.Remove(f.Name()) // while it is held: nobody else can have locked it
+		f.Close()
+	}, nil
 }
 
 // startDevices makes the SoftHSM tokens and the software TPM where that is due

@@ -79,7 +79,7 @@ func loadRoot(ctx context.Context, dev device, cfg Config) (*keyring.Root, error
 	}
 	seed, err := dev.Unwrap(ctx, rootAAD(cfg.Node, suite), f.Wrapped)
 	if err != nil {
-		return nil, fmt.Errorf("unwrap the ML-KEM seed in %s with the device: %w; it was opens only as node %s and with the device that made it", rootPath(cfg.DataDir), err, cfg.Node)
+		return nil, fmt.Errorf("unwrap the ML-KEM seed in %s with the device: %w; it opens only as node %s and with the device that made it", rootPath(cfg.DataDir), err, cfg.Node)
 	}
 	defer seed.Destroy()
 	return keyring.NewRoot(dev, suite, seed)

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/json"
+	"fmt"
 	"slices"
 
 	"github.com/conclave-kms/conclave/kms"
@@ -174,7 +175,7 @@ func (e *Engine) recipients(st *state.State, ring string, residency []string) ([
 			return nil, kms.Errorf(kms.Invalid, "residency names site %q twice", site)
 		}
 		if _, ok := st.Site(site); !ok {
-			return nil, kms.Errorf(kms.Invalid, "residency: there is no site %q", site)
+			return nil, &kms.Error{Kind: kms.Invalid, Msg: fmt.Sprintf("residency: there is no site %q", site), Fix: "see GET /v1/sites, or conclave node list"}
 		}
 		for _, n := range st.NodesOf(site) {
 			nodes = append(nodes, n)

@@ -40,7 +40,7 @@ func (t *tx) executable(id string) (Proposal, error) {
 	case !p.live():
 		return p, kms.Errorf(kms.Conflict, "proposal %s is %s", id, p.Progress)
 	case p.expired(t.clock):
-		return p, kms.Errorf(kms.Expired, "proposal %s has expired", id)
+		return p, kms.Errorf(kms.Expired, "proposal %s has expired; open a new one", id)
 	case t.env.Expect != p.Content.Revision:
 		return p, kms.Errorf(kms.Conflict, "the command expects revision %d of %s; proposal %s is about revision %d", t.env.Expect, p.Content.Target, id, p.Content.Revision)
 	}

@@ -113,7 +113,7 @@ func (t *tx) checkTimes(p approval.Proposal, rule approval.Rule) error {
 	case p.Expires > p.Created+lifetime:
 		return kms.Errorf(kms.Invalid, "the proposal expires later than the policy's lifetime of %d ms allows", lifetime)
 	case t.clock >= p.Expires:
-		return kms.Errorf(kms.Expired, "the proposal has expired")
+		return kms.Errorf(kms.Expired, "the proposal has expired; open a new one")
 	case p.NotBefore >= p.Expires || t.clock+rule.Delay >= p.Expires:
 		return kms.Errorf(kms.Invalid, "the proposal expires before its delay can be over")
 	}
@@ -209,7 +209,7 @@ func (c CastVote) apply(t *tx) error {
 	case !p.live():
 		return kms.Errorf(kms.Conflict, "proposal %s is %s; it takes no more votes", p.ID, p.Progress)
 	case p.expired(t.clock):
-		return kms.Errorf(kms.Expired, "proposal %s has expired", p.ID)
+		return kms.Errorf(kms.Expired, "proposal %s has expired; open a new one", p.ID)
 	}
 	votes := slices.Clone(p.Votes)
 	if i := slices.IndexFunc(votes, func(v Vote) bool { return v.Statement.Custodian == cust.ID }); i >= 0 {
