@@ -102,7 +102,7 @@ func runNode(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	if err := noCoreDumps(); err != nil {
 		return fmt.Errorf("disable core dumps: %w", err)
 	}
-	debug.SetGCPercent(400) // the live heap is a few MiB: collect less often
+	debug.SetGCPercent(800) // the live heap is a few MiB: collect less often
 	debug.SetMemoryLimit(memoryTarget)
 	n := &node{cfg: cfg, log: log.With("node", cfg.Node), registry: prometheus.NewRegistry(), failed: make(chan error, 1)}
 	defer func() {

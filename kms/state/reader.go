@@ -17,7 +17,7 @@ type reader struct {
 	genesis Genesis
 }
 
-func (s *State) reader() reader { return reader{s.db.Txn(false), s.genesis} }
+func (s *State) reader() reader { return reader{s.read(), s.genesis} }
 
 func (r reader) custodian(id string) (approval.Custodian, bool) {
 	return find[approval.Custodian](r.x, tableCustodian, byID, nameKey(id))

@@ -62,7 +62,7 @@ func search[T any](l []T, is func(T) bool) (T, bool) {
 
 // NodeStatus returns the latest time that a node has signed.
 func (s *State) NodeStatus(id string) (NodeStatus, bool) {
-	return find[NodeStatus](s.db.Txn(false), tableStatus, byID, nameKey(id))
+	return find[NodeStatus](s.read(), tableStatus, byID, nameKey(id))
 }
 
 // Custodians returns the custodians, revoked ones too, sorted.
@@ -79,7 +79,7 @@ func (s *State) Policy(name string) (approval.Policy, bool) { return s.reader().
 
 // Keyrings returns the keyrings, sorted by name.
 func (s *State) Keyrings() []Keyring {
-	return list[Keyring](s.db.Txn(false), tableKeyring, byID, []byte{})
+	return list[Keyring](s.read(), tableKeyring, byID, []byte{})
 }
 
 // Keyring returns a keyring.
@@ -87,12 +87,12 @@ func (s *State) Keyring(name string) (Keyring, bool) { return s.reader().keyring
 
 // KEK returns a version of a keyring's KEK.
 func (s *State) KEK(keyring string, version uint32) (KEK, bool) {
-	return find[KEK](s.db.Txn(false), tableKEK, byID, numberKey(uint64(version), keyring))
+	return find[KEK](s.read(), tableKEK, byID, numberKey(uint64(version), keyring))
 }
 
 // KEKs returns the versions of a keyring's KEK in ascending order.
 func (s *State) KEKs(keyring string) []KEK {
-	return list[KEK](s.db.Txn(false), tableKEK, byID, prefixKey(keyring))
+	return list[KEK](s.read(), tableKEK, byID, prefixKey(keyring))
 }
 
 // Key returns a key.
@@ -100,12 +100,12 @@ func (s *State) Key(keyring, name string) (Key, bool) { return s.reader().key(ke
 
 // KeyByID returns the key with an identifier.
 func (s *State) KeyByID(id kms.KeyID) (Key, bool) {
-	return find[Key](s.db.Txn(false), tableKey, byKeyID, id[:])
+	return find[Key](s.read(), tableKey, byKeyID, id[:])
 }
 
 // Keys returns a keyring's keys, destroyed ones too, sorted by name.
 func (s *State) Keys(keyring string) []Key {
-	return list[Key](s.db.Txn(false), tableKey, byID, prefixKey(keyring))
+	return list[Key](s.read(), tableKey, byID, prefixKey(keyring))
 }
 
 // Version returns a key version.
@@ -121,7 +121,7 @@ func (s *State) Proposal(id string) (Proposal, bool) { return s.reader().proposa
 
 // Proposals returns all proposals, newest first.
 func (s *State) Proposals() []Proposal {
-	return list[Proposal](s.db.Txn(false), tableProposal, bySeq, []byte{})
+	return list[Proposal](s.read(), tableProposal, bySeq, []byte{})
 }
 
 // ProposalsOpen returns the proposals that can still be carried out, newest first:
@@ -134,7 +134,7 @@ func (s *State) ProposalsOpen() []Proposal {
 
 // Pending returns the versions whose receipt by the node is missing, KEKs first.
 func (s *State) Pending(node string) []Pending {
-	x := s.db.Txn(false)
+	x := s.read()
 	var l []Pending
 	for _, k := range list[KEK](x, tableKEK, byPending, prefixKey(node)) {
 		l = append(l, Pending{Keyring: k.Keyring, Version: k.Version})
@@ -166,7 +166,7 @@ func (s *State) Outcome(idempotency []byte) (Outcome, bool) {
 	if len(idempotency) == 0 {
 		return Outcome{}, false
 	}
-	return find[Outcome](s.db.Txn(false), tableOutcome, byID, idempotency)
+	return find[Outcome](s.read(), tableOutcome, byID, idempotency)
 }
 
 // The stages that Decision adds to those of a Progress.

@@ -73,7 +73,7 @@ func (s *State) replay(st statement) (*State, error) {
 	}
 	t.Commit()
 	next := *s
-	next.db, next.index, next.clock = t.store, st.index, st.clock
+	next.db, next.view, next.index, next.clock = t.store, nil, st.index, st.clock
 	return &next, nil
 }
 

@@ -20,6 +20,7 @@ import (
 // returns must not be written to.
 type State struct {
 	db      *memdb.MemDB // written to only before the State is handed out
+	view    *memdb.Txn   // of db, to read; nil while db is being written to
 	signed  SignedGenesis
 	genesis Genesis
 	cluster string
@@ -89,6 +90,15 @@ func founded(signed SignedGenesis, g Genesis) *State {
 	}
 	x.Commit()
 	return s
+}
+
+// read returns a transaction to read with. Reading changes nothing in it, so one
+// serves everybody.
+func (s *State) read() *memdb.Txn {
+	if s.view != nil {
+		return s.view
+	}
+	return s.db.Txn(false)
 }
 
 // Event is something that a command brought about.
@@ -228,7 +238,7 @@ func (s *State) Apply(index uint64, raw []byte) (*State, Result) {
 	}
 	t.Commit()
 	next := *s
-	next.db, next.index, next.clock = t.store, index, t.clock
+	next.db, next.view, next.index, next.clock = t.store, t.store.Txn(false), index, t.clock
 	r.Leaf = leaf(o, index, raw, r)
 	next.log = s.log.add(r.Leaf)
 	return &next, r
@@ -318,7 +328,7 @@ func (s *State) checkFresh(e Envelope) error {
 	if e.Time < s.clock-Window {
 		return kms.Errorf(kms.Expired, "the command was signed more than 10 minutes before the cluster's time; check the clock of node %s", e.Origin)
 	}
-	x := s.db.Txn(false)
+	x := s.read()
 	if _, seen := find[nonce](x, tableNonce, byID, nonceID(&nonce{Origin: e.Origin, Nonce: e.Nonce})); seen {
 		return kms.Errorf(kms.Replayed, "the command has been seen before")
 	}
