@@ -142,12 +142,6 @@ func (r resource) check() error {
 	return kms.CheckName("key", r.key)
 }
 
-// found are the records of a resource, nil for what does not exist.
-type found struct {
-	ring *state.Keyring
-	key  *state.Key
-}
-
 // find returns the resource with the revisions of the state, and its records.
 func (r resource) find(st *state.State) (resource, found) {
 	var f found

@@ -72,6 +72,7 @@ type Engine struct {
 	now     func() time.Time
 	log     *slog.Logger
 	access  access
+	lookups lookups
 	metrics *metrics
 
 	logFailed atomic.Bool // the access log can take no more entries
@@ -182,7 +183,7 @@ func do[R any](ctx context.Context, e *Engine, rq *request, f func(st *state.Sta
 		err = rq.res.check()
 	}
 	if err == nil {
-		rq.res, rq.found = rq.res.find(st)
+		rq.res, rq.found = e.lookups.find(st, rq.res)
 	} else {
 		rq.res, rq.about = resource{}, ""
 	}

@@ -27,6 +27,7 @@ type use struct {
 	act    Action
 	ring   *state.Keyring
 	key    *state.Key
+	refs   *references
 	id     kms.KeyID
 	room   [2]opened
 	opened []opened
@@ -67,7 +68,7 @@ func (e *Engine) use(ctx context.Context, st *state.State, rq *request) (*use, e
 	if f.key == nil {
 		return nil, noKey(res.keyring, res.key)
 	}
-	u := &use{e: e, ctx: ctx, st: st, act: act, ring: f.ring, key: f.key}
+	u := &use{e: e, ctx: ctx, st: st, act: act, ring: f.ring, key: f.key, refs: f.refs}
 	u.opened = u.room[:0]
 	if copy(u.id[:], u.key.ID) != len(u.id) {
 		return nil, kms.Errorf(kms.Internal, "key %s has no valid id", res.name())
@@ -147,16 +148,19 @@ func (u *use) material(n uint32) (*keyring.Material, error) {
 			return u.opened[i].material, nil
 		}
 	}
-	v, err := u.version(n)
-	if err != nil {
-		return nil, err
-	}
-	ref, sealed, err := u.e.reference(u.st, u.ring, u.key, u.id, v)
-	if err != nil {
-		return nil, err
+	s, ok := u.refs.get(n)
+	if !ok {
+		v, err := u.version(n)
+		if err != nil {
+			return nil, err
+		}
+		if s.ref, s.sealed, err = u.e.reference(u.st, u.ring, u.key, u.id, v); err != nil {
+			return nil, err
+		}
+		u.refs.put(n, s)
 	}
 	u.e.inUse.add(u.id, u.key)
-	h, release, err := u.e.cfg.Cache.Key(u.ctx, ref, sealed)
+	h, release, err := u.e.cfg.Cache.Key(u.ctx, s.ref, s.sealed)
 	if err != nil {
 		return nil, err
 	}
