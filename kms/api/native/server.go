@@ -128,8 +128,14 @@ func (s *Server) identify(r *http.Request) (kms.Identity, error) {
 	return id, err
 }
 
+// Header values that every answer shares.
+var (
+	jsonType = []string{"application/json"}
+	noStore  = []string{"no-store"}
+)
+
 // call is one request with what its handler needs. It carries the request's
-// context with its time limit, as http.Request carries its own.
+// context, as http.Request carries its own.
 type call struct {
 	*http.Request
 	ctx    context.Context
@@ -139,7 +145,7 @@ type call struct {
 	body   []byte
 }
 
-// Context returns the request's context, which ends at RequestTimeout.
+// Context returns the request's context; that of a write ends at RequestTimeout.
 func (c *call) Context() context.Context { return c.ctx }
 
 // handle is the path of every request: identify, bound, act, answer.
@@ -168,8 +174,12 @@ func (s *Server) act(rt route, r *http.Request, id string, w http.ResponseWriter
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), RequestTimeout)
-	defer cancel()
+	ctx := r.Context()
+	if !rt.batch { // what a data operation may wait for, the device and the disk, has its own limits
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, RequestTimeout)
+		defer cancel()
+	}
 	c := &call{Request: r, ctx: ctx, engine: s.engine, server: s, caller: engine.Caller{Identity: identity, RequestID: id, IdempotencyKey: r.Header.Get("Idempotency-Key")}}
 	if rt.request != nil {
 		if err := checkContentType(r); err != nil {
@@ -252,7 +262,7 @@ func (s *Server) write(w http.ResponseWriter, status int, answer any) {
 			return
 		}
 	}
-	w.Header().Set("Content-Type", "application/json")
+	w.Header()["Content-Type"] = jsonType
 	w.WriteHeader(status)
 	_, _ = w.Write(b) // the client has gone
 }
@@ -274,7 +284,7 @@ func (s *Server) wrongMethod(allowed string) http.Handler {
 func begin(w http.ResponseWriter, r *http.Request) string {
 	id := requestID(r)
 	w.Header().Set("X-Request-Id", id)
-	w.Header().Set("Cache-Control", "no-store")
+	w.Header()["Cache-Control"] = noStore
 	return id
 }
 
