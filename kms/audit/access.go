@@ -7,6 +7,7 @@ package audit
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"os"
 	"sync"
@@ -50,7 +51,7 @@ func ParseEntry(leaf []byte) (Entry, error) {
 }
 
 // gatherTime is how long a batch gathers while callers come in numbers.
-const gatherTime = 2 * time.Millisecond
+const gatherTime = 1 * time.Millisecond
 
 // Options change how a log is kept. The zero value is the usual one.
 type Options struct {
@@ -80,8 +81,8 @@ type Log struct {
 // batch is what one write carries.
 type batch struct {
 	frames []byte
-	hashes [][]byte
-	done   chan struct{} // closed when err holds
+	hashes [][sha256.Size]byte // of its leaves; the tree keeps some of them
+	done   chan struct{}       // closed when err holds
 	err    error
 }
 
@@ -149,7 +150,7 @@ func (l *Log) Append(ctx context.Context, e Entry) error {
 	if len(leaf) > MaxEntry {
 		return kms.Errorf(kms.TooLarge, "the log entry has %d bytes; the limit is %d: send a shorter context", len(leaf), MaxEntry)
 	}
-	hash := LeafHash(leaf)
+	hash := leafHash(leaf)
 	if err := ctx.Err(); err != nil {
 		return kms.Wrap(kms.Unavailable, err, "the request ended before it was recorded in the access log", "")
 	}
@@ -171,7 +172,7 @@ func (l *Log) Append(ctx context.Context, e Entry) error {
 }
 
 // hand gives a leaf to the batch that is gathering.
-func (l *Log) hand(leaf, hash []byte) (*batch, error) {
+func (l *Log) hand(leaf []byte, hash [sha256.Size]byte) (*batch, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.failure != nil {
@@ -181,7 +182,7 @@ func (l *Log) hand(leaf, hash []byte) (*batch, error) {
 		return nil, kms.Errorf(kms.Unavailable, "the access log is closed")
 	}
 	b := l.batch
-	b.frames = appendFrame(b.frames, leaf)
+	b.frames = appendFrame(b.frames, leaf, 0)
 	b.hashes = append(b.hashes, hash)
 	if len(b.hashes) == 1 {
 		l.wake <- struct{}{} // never blocks: one token for each batch, taken before the batch is
@@ -240,8 +241,8 @@ func (l *Log) finish(b *batch, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err == nil {
-		for _, h := range b.hashes {
-			l.merkle.append(h)
+		for i := range b.hashes {
+			l.merkle.append(b.hashes[i][:])
 		}
 	} else {
 		if l.failure == nil {
@@ -250,8 +251,9 @@ func (l *Log) finish(b *batch, err error) {
 		b.err = readOnly(err)
 	}
 	next := newBatch()
+	next.hashes = make([][sha256.Size]byte, 0, len(b.hashes))
 	if cap(b.frames) <= 1<<20 { // a rare large batch does not stay in memory
-		next.frames, next.hashes = b.frames[:0], b.hashes[:0]
+		next.frames = b.frames[:0]
 	}
 	b.frames, b.hashes = nil, nil
 	l.spare = next

@@ -247,7 +247,7 @@ func TestDamagedSegmentsAreRefused(t *testing.T) {
 			for off := headerSize; off < len(b); off += frameSize + n {
 				e := entry(int(off))
 				e.Request = "req-forged00"[:12]
-				out = appendFrame(out, e.Marshal())
+				out = appendFrame(out, e.Marshal(), len(out))
 			}
 			return os.WriteFile(at(dir, 0), out, 0o600)
 		},
@@ -282,9 +282,9 @@ func TestDamagedSegmentsAreRefused(t *testing.T) {
 // faultyDisk fails once armed.
 type faultyDisk struct {
 	osDisk
-	onWrite, onSync, onCreate atomic.Pointer[error]
-	gate                      chan struct{} // if set, a sync waits for it
-	syncing                   chan struct{}
+	onWrite, onZeros, onSync, onCreate atomic.Pointer[error]
+	gate                               chan struct{} // if set, a sync waits for it
+	syncing                            chan struct{}
 }
 
 type faultyFile struct {
@@ -312,12 +312,16 @@ func (d *faultyDisk) resume(dir, name string, size int64) (file, error) {
 	return &faultyFile{f, d}, err
 }
 
-func (f *faultyFile) Write(b []byte) (int, error) {
-	if err := armed(&f.d.onWrite); err != nil {
-		n, _ := f.file.Write(b[:len(b)/2])
+func (f *faultyFile) WriteAt(b []byte, off int64) (int, error) {
+	failure := &f.d.onWrite
+	if b[0] == 0 { // no record begins so
+		failure = &f.d.onZeros
+	}
+	if err := armed(failure); err != nil {
+		n, _ := f.file.WriteAt(b[:len(b)/2], off)
 		return n, err
 	}
-	return f.file.Write(b)
+	return f.file.WriteAt(b, off)
 }
 
 func (f *faultyFile) Sync() error {
@@ -410,7 +414,7 @@ func TestReadRefusesOtherEncodings(t *testing.T) {
 		"no entry":      {0xa0},
 		"trailing byte": append(entry(1).Marshal(), 0),
 	} {
-		if err := os.WriteFile(path, appendFrame(bytes.Clone(b), leaf), 0o600); err != nil {
+		if err := os.WriteFile(path, appendFrame(bytes.Clone(b), leaf, len(b)), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		err := Read(dir, func(uint64, Entry) error { return nil })

@@ -169,7 +169,7 @@ func (l *ClusterLog) put(p []byte) error {
 		return clusterReadOnly(l.failed)
 	}
 	n := len(p)
-	p = appendFrame(p, p)
+	p = appendFrame(p, p, n)
 	if err := l.writer.write(p[n:], header{first: l.frames}); err != nil {
 		l.failed = err
 		return clusterReadOnly(err)

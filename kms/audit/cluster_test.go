@@ -184,7 +184,7 @@ func TestClusterLogRefusesDisorder(t *testing.T) {
 	frames := func(payloads ...[]byte) []byte {
 		b := clusterKind.encode(header{})
 		for _, p := range payloads {
-			b = appendFrame(b, p)
+			b = appendFrame(b, p, len(b))
 		}
 		return b
 	}

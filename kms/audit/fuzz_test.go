@@ -41,7 +41,7 @@ func FuzzParseEntry(f *testing.F) {
 func fuzzSegment(f *testing.F, k kind, payloads ...[]byte) {
 	good := k.encode(header{})
 	for _, p := range payloads {
-		good = appendFrame(good, p)
+		good = appendFrame(good, p, headerSize)
 	}
 	f.Add(good)
 	f.Add(good[:len(good)-3])
@@ -49,14 +49,17 @@ func fuzzSegment(f *testing.F, k kind, payloads ...[]byte) {
 	f.Add(good[:headerSize])
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		var again []byte
+		again := bytes.Clone(b[:min(len(b), headerSize)])
 		h, end, err := k.scan("file", bytes.NewReader(b), int64(len(b)), func(p []byte) error {
 			if k == clusterKind {
 				if _, _, err := decodeCluster(p); err != nil {
 					return &damage{why: err.Error()}
 				}
 			}
-			again = appendFrame(again, p)
+			// Where its batch began, the record itself says.
+			end := len(again) + frameSize + len(p)
+			batch, _ := tailBatch(b[end-frameTail : end])
+			again = appendFrame(again, p, end-int(batch))
 			return nil
 		})
 		var d *damage
@@ -66,7 +69,7 @@ func fuzzSegment(f *testing.F, k kind, payloads ...[]byte) {
 		if end == 0 {
 			return // no header
 		}
-		if !bytes.Equal(append(k.encode(h), again...), b[:end]) {
+		if !bytes.Equal(append(k.encode(h), again[headerSize:]...), b[:end]) {
 			t.Error("what was read is not what is written")
 		}
 		if (err == nil) != (end == int64(len(b))) {

@@ -2,11 +2,9 @@ package audit
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"os"
 	"path/filepath"
@@ -19,39 +17,32 @@ import (
 
 // Both logs are directories of segment files. A segment begins with a header
 //
-//	magic "CVSEGM1" 0x0a ‖ kind 1 ‖ first record 8 ‖ root 32 ‖ CRC-32C 4
+//	magic "CVSEGM2" 0x0a ‖ kind 1 ‖ first record 8 ‖ root 32 ‖ CRC-32C 4
 //
 // (first record: how many records the segments before hold; root: of the tree
-// over them, zero in a cluster log; CRC over everything before it), followed by
-// records
-//
-//	length 4 ‖ CRC-32C of length 4 ‖ CRC-32C of payload 4 ‖ payload
-//
-// with all numbers big-endian. The length has its own CRC so that a damaged
-// length is never taken for a record that was cut short.
+// over them, zero in a cluster log; CRC over everything before it), with all
+// numbers big-endian, followed by records (frame.go). The last segment of an
+// access log that is open, or was not closed, may end in zeros written ahead.
 const (
-	segmentMagic = "CVSEGM1\n"
+	segmentMagic = "CVSEGM2\n"
 	headerSize   = len(segmentMagic) + 1 + 8 + 32 + 4
-	frameSize    = 12
 
 	// DefaultSegmentSize is where a log begins a new segment, in bytes.
 	DefaultSegmentSize = 64 << 20
-
-	// maxRecord bounds the payload of a record, in bytes.
-	maxRecord = 16 << 20
 )
 
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
-// kind says which log a segment belongs to; it is also the file's extension.
+// kind says which log a segment belongs to.
 type kind struct {
 	letter byte
-	suffix string
+	suffix string // of the file's name
+	ahead  int64  // so many zeros are written ahead of the records, in bytes
 }
 
+// Overwriting zeros is cheaper to sync than growing a file, whose length has to
+// be made durable each time. The cluster log is synced too rarely to gain by it.
 var (
-	accessKind  = kind{'A', ".access"}
-	clusterKind = kind{'C', ".cluster"}
+	accessKind  = kind{'A', ".access", 1 << 20}
+	clusterKind = kind{'C', ".cluster", 0}
 )
 
 type header struct {
@@ -65,7 +56,7 @@ func (k kind) encode(h header) []byte {
 	b = append(b, k.letter)
 	b = binary.BigEndian.AppendUint64(b, h.first)
 	b = append(b, h.root[:]...)
-	return binary.BigEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
+	return binary.BigEndian.AppendUint32(b, checksum(b))
 }
 
 func (k kind) decode(b []byte) (header, error) {
@@ -76,7 +67,7 @@ func (k kind) decode(b []byte) (header, error) {
 		return h, errors.New("the segment's header is incomplete")
 	case string(b[:n]) != segmentMagic || b[n] != k.letter:
 		return h, errors.New("not a segment of this log")
-	case binary.BigEndian.Uint32(b[headerSize-4:]) != crc32.Checksum(b[:headerSize-4], castagnoli):
+	case binary.BigEndian.Uint32(b[headerSize-4:]) != checksum(b[:headerSize-4]):
 		return h, errors.New("the segment's header is damaged")
 	}
 	h.first = binary.BigEndian.Uint64(b[n+1:])
@@ -87,21 +78,13 @@ func (k kind) decode(b []byte) (header, error) {
 // name returns the file name of the segment that begins with record first.
 func (k kind) name(first uint64) string { return fmt.Sprintf("%020d%s", first, k.suffix) }
 
-// appendFrame appends the record of a payload to b.
-func appendFrame(b, payload []byte) []byte {
-	at := len(b)
-	b = binary.BigEndian.AppendUint32(b, uint32(len(payload)))
-	b = binary.BigEndian.AppendUint32(b, crc32.Checksum(b[at:], castagnoli))
-	b = binary.BigEndian.AppendUint32(b, crc32.Checksum(payload, castagnoli))
-	return append(b, payload...)
-}
-
 // damage reports where a log cannot be read.
 type damage struct {
 	path   string
 	offset int64
 	why    string
 	torn   bool // what follows offset can only be a write that was cut short
+	blank  bool // torn, and there is nothing but zeros
 }
 
 func (d *damage) Error() string { return fmt.Sprintf("%s at offset %d: %s", d.path, d.offset, d.why) }
@@ -121,19 +104,24 @@ func (k kind) scan(path string, r io.ReaderAt, size int64, fn func(payload []byt
 		return h, 0, &damage{path: path, why: err.Error()}
 	}
 	off := int64(headerSize)
-	var frame [frameSize]byte
-	var payload []byte
+	suspect := int64(-1)
+	var buf []byte
 	for off < size {
-		n, why, err := readFrame(br, frame[:], &payload, size-off)
+		payload, n, why, err := readFrame(br, &buf, size-off)
 		if err != nil {
 			return h, off, at(err, path, off)
 		}
 		if why != "" {
-			torn, err := tornTail(r, off, n, size)
+			torn, blank, err := judge(r, off, n, size)
 			if err != nil {
 				return h, off, err
 			}
-			return h, off, &damage{path: path, offset: off, why: why, torn: torn}
+			if torn || off == suspect {
+				return h, off, &damage{path: path, offset: off, why: why, torn: torn, blank: blank}
+			}
+			suspect = off // read it again: a batch may have been written between two reads
+			br.Reset(io.NewSectionReader(r, off, size-off))
+			continue
 		}
 		if err := fn(payload); err != nil {
 			return h, off, at(err, path, off)
@@ -150,56 +138,6 @@ func at(err error, path string, off int64) error {
 		d.path, d.offset = path, off
 	}
 	return err
-}
-
-// readFrame reads one record of at most left bytes. It returns the record's
-// length and, where it is not whole, why.
-func readFrame(r io.Reader, frame []byte, payload *[]byte, left int64) (n int64, why string, err error) {
-	if left < frameSize {
-		return left + 1, "the last record is incomplete", nil
-	}
-	if _, err := io.ReadFull(r, frame); err != nil {
-		return 0, "", err
-	}
-	if binary.BigEndian.Uint32(frame[4:]) != crc32.Checksum(frame[:4], castagnoli) {
-		return frameSize, "the length of a record is damaged", nil
-	}
-	length := int64(binary.BigEndian.Uint32(frame))
-	n = frameSize + length
-	if length == 0 || length > maxRecord {
-		return 0, "", &damage{why: fmt.Sprintf("a record has the impossible length %d", length)}
-	}
-	if n > left {
-		return n, "the last record is incomplete", nil
-	}
-	*payload = slices.Grow((*payload)[:0], int(length))[:length]
-	if _, err := io.ReadFull(r, *payload); err != nil {
-		return 0, "", err
-	}
-	if binary.BigEndian.Uint32(frame[8:]) != crc32.Checksum(*payload, castagnoli) {
-		return n, "a record is damaged", nil
-	}
-	return n, "", nil
-}
-
-// tornTail reports whether a bad record of n bytes at off can be a write that
-// was cut short: it would reach beyond the file's end, or the file is zero from
-// somewhere inside it to the end (blocks allocated and never written).
-func tornTail(r io.ReaderAt, off, n, size int64) (bool, error) {
-	if off+n > size {
-		return true, nil
-	}
-	buf := make([]byte, 64<<10)
-	for from := off + n - 1; from < size; from += int64(len(buf)) {
-		part := buf[:min(int64(len(buf)), size-from)]
-		if _, err := r.ReadAt(part, from); err != nil {
-			return false, err
-		}
-		if len(bytes.Trim(part, "\x00")) != 0 {
-			return false, nil
-		}
-	}
-	return true, nil
 }
 
 // segments lists the segment files of dir in order. It refuses a directory or
@@ -285,7 +223,9 @@ func (k kind) walk(dir string, begin func(h header) error, record func(payload [
 		var d *damage
 		if errors.As(err, &d) {
 			if d.torn && i == len(names)-1 {
-				t.torn = d
+				if !d.blank || k.ahead == 0 {
+					t.torn = d
+				}
 				return t, nil
 			}
 			return t, corrupt(d)

@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,7 +11,8 @@ import (
 
 // file is what a segment writer needs of an open file; tests inject failures.
 type file interface {
-	Write(b []byte) (int, error)
+	WriteAt(b []byte, off int64) (int, error)
+	Truncate(size int64) error
 	Sync() error // contents and length are durable afterwards
 	Close() error
 }
@@ -19,7 +21,7 @@ type file interface {
 type disk interface {
 	// create makes a new segment with its header, durable under its name.
 	create(dir, name string, header []byte) (file, error)
-	// resume cuts an existing segment to size bytes and opens it for appending.
+	// resume cuts an existing segment to size bytes and opens it for writing.
 	resume(dir, name string, size int64) (file, error)
 }
 
@@ -42,7 +44,7 @@ func (osDisk) create(dir, name string, header []byte) (file, error) {
 		}
 		return nil, &os.PathError{Op: "create", Path: path, Err: err}
 	}
-	f, err := os.OpenFile(path+newSuffix, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|os.O_APPEND, 0o600)
+	f, err := os.OpenFile(path+newSuffix, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -63,7 +65,7 @@ func (osDisk) create(dir, name string, header []byte) (file, error) {
 }
 
 func (osDisk) resume(dir, name string, size int64) (file, error) {
-	f, err := os.OpenFile(filepath.Join(dir, name), os.O_WRONLY|os.O_APPEND, 0)
+	f, err := os.OpenFile(filepath.Join(dir, name), os.O_WRONLY, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -128,8 +130,12 @@ type segmentWriter struct {
 	kind  kind
 	limit int64 // begin a new segment beyond this size
 	file  file  // nil: none yet
-	size  int64
+	size  int64 // where the next record goes
+	room  int64 // the file is zero from size to here; no more than size: nothing is written ahead
 }
+
+// zeros are what is written ahead.
+var zeros [64 << 10]byte
 
 // open resumes the last segment that a walk found.
 func (w *segmentWriter) open(t tail) error {
@@ -140,7 +146,7 @@ func (w *segmentWriter) open(t tail) error {
 	if err != nil {
 		return err
 	}
-	w.file, w.size = f, t.good
+	w.file, w.size, w.room = f, t.good, t.good
 	return nil
 }
 
@@ -149,10 +155,13 @@ func (w *segmentWriter) startsSegment(n int) bool {
 	return w.file == nil || w.size > int64(headerSize) && w.size+int64(n) > w.limit
 }
 
-// write appends framed records; h is the header in case they begin a segment.
-// The segment left behind is synced.
+// write writes a batch of framed records; h is the header in case they begin a
+// segment. The segment left behind is cut to its records and synced.
 func (w *segmentWriter) write(frames []byte, h header) error {
 	if w.file != nil && w.startsSegment(len(frames)) {
+		if err := w.cut(); err != nil {
+			return err
+		}
 		if err := w.file.Sync(); err != nil {
 			return err
 		}
@@ -166,11 +175,37 @@ func (w *segmentWriter) write(frames []byte, h header) error {
 		if err != nil {
 			return err
 		}
-		w.file, w.size = f, int64(headerSize)
+		w.file, w.size, w.room = f, int64(headerSize), int64(headerSize)
 	}
-	n, err := w.file.Write(frames)
+	n, err := w.file.WriteAt(frames, w.size)
 	w.size += int64(n)
+	if err == nil && w.size > w.room {
+		w.extend()
+	}
 	return err
+}
+
+// extend writes zeros ahead of the records, made durable by the sync that
+// follows. Where there is no space for them the file grows with its records, so
+// a failure here is none of the log.
+func (w *segmentWriter) extend() {
+	w.room = w.size
+	for end := min(w.size+w.kind.ahead, w.limit); w.room < end; {
+		n, err := w.file.WriteAt(zeros[:min(int64(len(zeros)), end-w.room)], w.room)
+		w.room += int64(n)
+		if err != nil {
+			return
+		}
+	}
+}
+
+// cut removes the zeros written ahead.
+func (w *segmentWriter) cut() error {
+	if w.room <= w.size {
+		return nil
+	}
+	w.room = w.size
+	return w.file.Truncate(w.size)
 }
 
 func (w *segmentWriter) sync() error {
@@ -184,7 +219,7 @@ func (w *segmentWriter) close() error {
 	if w.file == nil {
 		return nil
 	}
-	err := w.file.Close()
+	err := errors.Join(w.cut(), w.file.Close())
 	w.file = nil
 	return err
 }

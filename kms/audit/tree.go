@@ -1,6 +1,8 @@
 package audit
 
 import (
+	"crypto/sha256"
+
 	"github.com/transparency-dev/merkle/compact"
 	"github.com/transparency-dev/merkle/rfc6962"
 )
@@ -12,13 +14,32 @@ type Tree struct {
 }
 
 // LeafHash returns the RFC 6962 hash of a leaf.
-func LeafHash(leaf []byte) []byte { return rfc6962.DefaultHasher.HashLeaf(leaf) }
+func LeafHash(leaf []byte) []byte {
+	h := leafHash(leaf)
+	return h[:]
+}
+
+// leafHash allocates nothing for a leaf of usual length.
+func leafHash(leaf []byte) [sha256.Size]byte {
+	var usual [768]byte
+	return sha256.Sum256(append(append(usual[:0], rfc6962.RFC6962LeafHashPrefix), leaf...))
+}
+
+// hashChildren is HashChildren of rfc6962.DefaultHasher with one allocation.
+func hashChildren(left, right []byte) []byte {
+	var b [1 + 2*sha256.Size]byte
+	b[0] = rfc6962.RFC6962NodeHashPrefix
+	copy(b[1:], left)
+	copy(b[1+sha256.Size:], right)
+	h := sha256.Sum256(b[:])
+	return h[:]
+}
 
 // merkle is a growing tree of which only the right border is kept.
 type merkle struct{ r *compact.Range }
 
 func newMerkle() merkle {
-	f := compact.RangeFactory{Hash: rfc6962.DefaultHasher.HashChildren}
+	f := compact.RangeFactory{Hash: hashChildren}
 	return merkle{f.NewEmptyRange(0)}
 }
 
