@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/conclave-kms/conclave/cluster"
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/secret"
 )
 
 // Config is the configuration file of a node. Paths are relative to the file.
@@ -68,10 +70,14 @@ type DeviceConfig struct {
 	CallTimeout Duration `toml:"call_timeout"`
 
 	URI         string `toml:"uri"`          // pkcs11: RFC 7512, with pin-source
+	PINFD       int    `toml:"pin_fd"`       // pkcs11: inherited descriptor with the PIN, in place of the URI's pin-source
+	Label       string `toml:"label"`        // pkcs11: prefix of the device keys' labels; default "conclave"
 	SoftHSMConf string `toml:"softhsm_conf"` // pkcs11: SoftHSM's configuration file, for SoftHSM only
 
+	pin *secret.Bytes // from PINFD, which can be read once
+
 	Path     string `toml:"path"`      // tpm: /dev/tpmrm0 or unix:SOCKET
-	AuthFile string `toml:"auth_file"` // tpm: file of mode 0600 with the authorisation secret
+	AuthFile string `toml:"auth_file"` // tpm: file of mode 0600 with the authorisation secret, or fd:N
 }
 
 // CacheConfig bounds the opened key material in locked memory.
@@ -125,9 +131,14 @@ func loadConfig(path string) (Config, error) {
 	if field, why := c.check(); field != "" {
 		return c, fmt.Errorf("%s:%d: %s: %s", path, lineOf(b, field), field, why)
 	}
+	if c.Device.PINFD != 0 {
+		if c.Device.pin, err = readDescriptor(c.Device.PINFD); err != nil {
+			return c, fmt.Errorf("%s:%d: device.pin_fd: %w", path, lineOf(b, "device.pin_fd"), err)
+		}
+	}
 	dir := filepath.Dir(path)
 	for _, p := range []*string{&c.DataDir, &c.Genesis, &c.TLS.Certificate, &c.TLS.Key, &c.Device.SoftHSMConf, &c.Device.AuthFile} {
-		if *p != "" && !filepath.IsAbs(*p) {
+		if *p != "" && !filepath.IsAbs(*p) && !strings.HasPrefix(*p, "fd:") {
 			*p = filepath.Join(dir, *p)
 		}
 	}
@@ -138,6 +149,25 @@ func loadConfig(path string) (Config, error) {
 		c.API.Advertise = "https://" + c.API.Listen
 	}
 	return c, nil
+}
+
+// maxPIN bounds a PIN in bytes.
+const maxPIN = 256
+
+// readDescriptor reads a PIN from an inherited descriptor to its end and closes it.
+func readDescriptor(fd int) (*secret.Bytes, error) {
+	if fd < 3 {
+		return nil, fmt.Errorf("descriptor %d is not one above 2", fd)
+	}
+	f := os.NewFile(uintptr(fd), "pin")
+	defer f.Close()
+	buf := make([]byte, maxPIN+2)
+	defer secret.Wipe(buf)
+	n, err := io.ReadFull(f, buf)
+	if err != io.EOF && err != io.ErrUnexpectedEOF {
+		return nil, fmt.Errorf("descriptor %d cannot be read to an end within %d bytes: start conclaved with the PIN on it, as in: conclaved run %d<pinfile", fd, maxPIN, fd)
+	}
+	return secret.Copy(bytes.TrimRight(buf[:n], "\r\n"))
 }
 
 // check returns the first field that is wrong and why.

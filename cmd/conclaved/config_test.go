@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -148,4 +149,35 @@ func FuzzConfig(f *testing.F) {
 			t.Errorf("%v does not name the file", err)
 		}
 	})
+}
+
+// TestPINDescriptor reads the PIN once, from a descriptor that is then closed.
+func TestPINDescriptor(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.WriteString("123456\n"); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	fd, err := syscall.Dup(int(r.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	pin, err := readDescriptor(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pin.Destroy()
+	if string(pin.Reveal()) != "123456" {
+		t.Error("the PIN is not what was written")
+	}
+	if _, err := readDescriptor(fd); err == nil {
+		t.Error("the descriptor could be read twice")
+	}
+	if _, err := readDescriptor(0); err == nil {
+		t.Error("standard input was taken for the PIN")
+	}
 }

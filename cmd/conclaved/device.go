@@ -43,7 +43,7 @@ func (c DeviceConfig) suites() (kem, signing pqc.SuiteID) {
 }
 
 func (c DeviceConfig) pkcs11() hsm.Config {
-	return hsm.Config{URI: c.URI, Curve: c.curve(), CallTimeout: c.CallTimeout.Duration, SoftHSMConf: c.SoftHSMConf}
+	return hsm.Config{URI: c.URI, PIN: c.pin, Label: c.Label, Curve: c.curve(), CallTimeout: c.CallTimeout.Duration, SoftHSMConf: c.SoftHSMConf}
 }
 
 func (c DeviceConfig) tpm() tpm.Config {
