@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"math"
 	"sync/atomic"
 	"time"
 
@@ -24,7 +25,8 @@ type Cluster interface {
 	// Propose submits a signed command and returns its outcome once it is
 	// applied here. Errors: kms.Unavailable (certainly not applied), kms.Unknown.
 	Propose(ctx context.Context, raw []byte) (state.Result, error)
-	// Fresh is the age of the last proof that State is up to date.
+	// Fresh is the age of the last proof that State is up to date, the longest
+	// duration there is if there was none since the start.
 	Fresh() time.Duration
 }
 
@@ -196,7 +198,7 @@ func do[R any](ctx context.Context, e *Engine, rq *request, f func(st *state.Sta
 	if err == nil {
 		r, err = f(st)
 	}
-	err = e.plain(err)
+	err = e.plain(unproven(age, err))
 	if lerr := e.record(ctx, rq, started, err); lerr != nil {
 		e.metrics.count(rq.act, lerr, e.now().Sub(started))
 		return zero, lerr
@@ -206,6 +208,21 @@ func do[R any](ctx context.Context, e *Engine, rq *request, f func(st *state.Sta
 		return zero, err
 	}
 	return r, nil
+}
+
+// neverFresh is what Cluster.Fresh says of a state that was never proven to be up
+// to date since the node started.
+const neverFresh = time.Duration(math.MaxInt64)
+
+// unproven returns the error of a request. A node that has just started begins with
+// the genesis, where nothing exists and nobody has rights yet: a refusal for such a
+// reason would be taken for final, so the caller is told to ask again instead.
+func unproven(age time.Duration, err error) error {
+	if age < neverFresh || !errors.Is(err, kms.Denied) && !errors.Is(err, kms.NotFound) {
+		return err
+	}
+	return kms.Wrap(kms.Unavailable, err, "this node has not caught up with the cluster since it started",
+		"use another node, or try again in a moment; if it lasts, see GET /v1/ready")
 }
 
 var errLogFailed error = &kms.Error{

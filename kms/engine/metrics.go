@@ -1,11 +1,13 @@
 package engine
 
 import (
+	"context"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/state"
 )
 
 // metrics counts requests; nil counts nothing.
@@ -73,12 +75,16 @@ var (
 	pendingDesc  = prometheus.NewDesc("conclave_receipts_pending", "Receipts that this node owes.", nil, nil)
 	logDesc      = prometheus.NewDesc("conclave_access_log_failed", "1 when the access log cannot be written and every request is refused.", nil, nil)
 	cachedDesc   = prometheus.NewDesc("conclave_cache_entries", "Opened keys in locked memory.", []string{"kind"}, nil)
+	deviceDesc   = prometheus.NewDesc("conclave_device_up", "1 when the hardware root answers.", nil, nil)
+	skewDesc     = prometheus.NewDesc("conclave_clock_offset_seconds", "This node's clock minus the cluster's, which is a few seconds old.", nil, nil)
+	silenceDesc  = prometheus.NewDesc("conclave_node_silence_seconds", "Cluster time since a node last signed its time; absent for a node that never did.", []string{"node"}, nil)
 	lookupsDesc  = prometheus.NewDesc("conclave_cache_lookups_total", "Lookups of opened keys.", []string{"outcome"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (g gauges) Describe(c chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{freshDesc, indexDesc, keyringsDesc, keysDesc, overdueDesc, openDesc, pendingDesc, logDesc, cachedDesc, lookupsDesc} {
+	for _, d := range []*prometheus.Desc{freshDesc, indexDesc, keyringsDesc, keysDesc, overdueDesc, openDesc, pendingDesc, logDesc, cachedDesc, lookupsDesc,
+		deviceDesc, skewDesc, silenceDesc} {
 		c <- d
 	}
 }
@@ -89,10 +95,6 @@ func (g gauges) Collect(c chan<- prometheus.Metric) {
 		c <- prometheus.MustNewConstMetric(d, t, v, labels...)
 	}
 	st, counts, cache := g.e.cluster.State(), g.e.counts(g.e.cluster.State()), g.e.cfg.Cache.Stats()
-	failed := 0.0
-	if g.e.logFailed.Load() {
-		failed = 1
-	}
 	put(freshDesc, prometheus.GaugeValue, g.e.cluster.Fresh().Seconds())
 	put(indexDesc, prometheus.CounterValue, float64(st.Index()))
 	put(keyringsDesc, prometheus.GaugeValue, float64(counts.Resident), "yes")
@@ -101,9 +103,36 @@ func (g gauges) Collect(c chan<- prometheus.Metric) {
 	put(overdueDesc, prometheus.GaugeValue, float64(counts.Overdue))
 	put(openDesc, prometheus.GaugeValue, float64(len(st.ProposalsOpen())))
 	put(pendingDesc, prometheus.GaugeValue, float64(len(st.Pending(g.e.node))))
-	put(logDesc, prometheus.GaugeValue, failed)
+	put(logDesc, prometheus.GaugeValue, oneIf(g.e.logFailed.Load()))
 	put(cachedDesc, prometheus.GaugeValue, float64(cache.KEKs), "kek")
 	put(cachedDesc, prometheus.GaugeValue, float64(cache.Keys), "key")
 	put(lookupsDesc, prometheus.CounterValue, float64(cache.Hits), "hit")
 	put(lookupsDesc, prometheus.CounterValue, float64(cache.Misses), "miss")
+	g.health(st, put)
+}
+
+// deviceWait is how long a scrape waits for the device.
+const deviceWait = 3 * time.Second
+
+// health are the gauges of what this node rests on: its device, its clock and
+// the other nodes.
+func (g gauges) health(st *state.State, put func(*prometheus.Desc, prometheus.ValueType, float64, ...string)) {
+	ctx, cancel := context.WithTimeout(context.Background(), deviceWait)
+	defer cancel()
+	put(deviceDesc, prometheus.GaugeValue, oneIf(g.e.deviceAnswers(ctx) == nil))
+	if st.Clock() > 0 {
+		put(skewDesc, prometheus.GaugeValue, float64(g.e.now().UnixMilli()-st.Clock())/1000)
+	}
+	for _, n := range st.Nodes() {
+		if s, ok := st.NodeStatus(n.ID); ok {
+			put(silenceDesc, prometheus.GaugeValue, max(0, float64(st.Clock()-s.Time)/1000), n.ID)
+		}
+	}
+}
+
+func oneIf(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
 }

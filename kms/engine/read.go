@@ -66,12 +66,19 @@ func (e *Engine) Ready(ctx context.Context) wire.Ready {
 		why = append(why, "the device does not answer")
 	}
 	if age := e.cluster.Fresh(); age > readyStaleness {
-		why = append(why, fmt.Sprintf("cut off from the cluster for %s", age.Round(time.Second)))
+		why = append(why, cutOff(age))
 	}
 	if e.logFailed.Load() {
-		why = append(why, "the access log cannot be written")
+		why = append(why, "the access log could not be written, so every request is refused: free or repair the disk, then restart the node")
 	}
 	return wire.Ready{Ready: len(why) == 0, Reasons: why}
+}
+
+func cutOff(age time.Duration) string {
+	if age == neverFresh {
+		return "has not caught up with the cluster since it started: no leader can be reached"
+	}
+	return fmt.Sprintf("cut off from the cluster for %s", age.Round(time.Second))
 }
 
 // Authorise permits or denies an action on System::"cluster" that is carried out

@@ -1,0 +1,73 @@
+package engine
+
+import (
+	"math"
+	"strings"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/wire"
+)
+
+// A node that was never up to date since its start does not say that something is
+// missing or forbidden: it does not know, and a client would not ask elsewhere.
+func TestNotCaughtUp(t *testing.T) {
+	w := newWorld(t, "")
+	w.keyring("coalition", "fr")
+	w.key("coalition", "data", kms.Encrypt)
+	n := w.at("fr")
+	calls := map[kms.Kind]func() error{
+		kms.NotFound: func() error {
+			_, err := n.engine.Key(bg, caller("operator", "fr"), "nowhere", "data")
+			return err
+		},
+		kms.Denied: func() error {
+			_, err := n.engine.Encrypt(bg, caller("stranger", "fr"), "coalition", "data", wire.EncryptRequest{Plaintext: []byte("x")})
+			return err
+		},
+	}
+	for kind, call := range calls {
+		wantKind(t, call(), kind)
+		*n.fresh = math.MaxInt64
+		wantKind(t, call(), kms.Unavailable)
+		if e := n.log.last(); e.Outcome != kms.Unavailable.String() {
+			t.Errorf("logged %+v", e)
+		}
+		*n.fresh = 0
+	}
+	*n.fresh = math.MaxInt64
+	if r := n.engine.Ready(bg); r.Ready || len(r.Reasons) != 1 || !strings.Contains(r.Reasons[0], "caught up") {
+		t.Errorf("ready: %+v", r)
+	}
+}
+
+// What an operator sets alarms on is there.
+func TestHealthMetrics(t *testing.T) {
+	w := newWorld(t, "")
+	reg := prometheus.NewRegistry()
+	if _, err := newMetrics(reg, w.at("fr").engine); err != nil {
+		t.Fatal(err)
+	}
+	families, err := reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]float64{}
+	for _, f := range families {
+		got[f.GetName()] = f.GetMetric()[0].GetGauge().GetValue()
+	}
+	if v, ok := got["conclave_device_up"]; !ok || v != 1 {
+		t.Errorf("conclave_device_up: %v, %v", v, ok)
+	}
+	if v, ok := got["conclave_access_log_failed"]; !ok || v != 0 {
+		t.Errorf("conclave_access_log_failed: %v, %v", v, ok)
+	}
+	for _, name := range []string{"conclave_state_age_seconds", "conclave_clock_offset_seconds", "conclave_proposals_open",
+		"conclave_keys_overdue", "conclave_receipts_pending"} {
+		if _, ok := got[name]; !ok {
+			t.Errorf("%s is missing", name)
+		}
+	}
+}
