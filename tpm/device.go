@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
@@ -26,6 +27,10 @@ type Device struct {
 	signingPub                  *ecdsa.PublicKey
 	description                 string
 
+	importPub []byte
+
+	// kept is written by whoever holds the turn.
+	kept atomic.Pointer[keptKey]
 	turn chan struct{} // a token: whoever holds it owns all below
 	link link
 	// broken: reconnect before the next call.
@@ -102,6 +107,9 @@ func (d *Device) discover(ctx context.Context) error {
 		return d.describe(c)
 	})
 	if err != nil {
+		return err
+	}
+	if d.importPub, err = d.storagePublic(); err != nil {
 		return err
 	}
 	if d.agreementPub, err = d.suite.publicKey(d.agreement); err != nil {
@@ -209,6 +217,7 @@ func (d *Device) Check(ctx context.Context) error {
 // the call in progress. Later calls fail with ErrUnavailable.
 func (d *Device) Close() error {
 	err := d.run(context.Background(), "close", func(c *conn) error {
+		d.letGo(c)
 		_, err := (tpm2.Shutdown{ShutdownType: tpm2.TPMSUClear}).Execute(c)
 		return err
 	})
@@ -351,6 +360,7 @@ func attemptOnce[T any](d *Device, deadline time.Time, fn func(*conn) (T, error)
 // lost notes that the connection must be made anew.
 func (d *Device) lost() {
 	d.link.reset()
+	d.kept.Store(nil) // reconnecting flushes it
 	d.broken = true
 	d.failures++
 	<-d.seenFail

@@ -111,3 +111,61 @@ func AuthValues(d *Device) (owner, lockout, key *secret.Bytes) {
 	}
 	return dup(d.auth.owner), dup(d.auth.lockout), dup(d.auth.key)
 }
+
+// DuplicateImported tries to take an imported key out of the TPM again.
+func DuplicateImported(ctx context.Context, d *Device, blob []byte) error {
+	k, err := d.importBlob(ctx, importHMAC, blob)
+	if err != nil {
+		return err
+	}
+	return d.run(ctx, "duplicate", func(c *conn) error {
+		return d.withKeyAuth(c, encryptOut(), func(s tpm2.Session) error {
+			o, err := d.loadObject(c, s, k)
+			if err != nil {
+				return err
+			}
+			defer c.flush(o.handle)
+			policy, end, err := tpm2.PolicySession(c, tpm2.TPMAlgSHA384, 16)
+			if err != nil {
+				return err
+			}
+			defer func() { _ = end() }()
+			var errs error
+			for _, auth := range []tpm2.Session{policy, s} {
+				_, err := (tpm2.Duplicate{
+					ObjectHandle: o.auth(auth), NewParentHandle: tpm2.TPMRHNull,
+					Symmetric: tpm2.TPMTSymDef{Algorithm: tpm2.TPMAlgNull},
+				}).Execute(c)
+				if err == nil {
+					return nil
+				}
+				errs = err
+			}
+			return errs
+		})
+	})
+}
+
+// UseWithoutAuth uses an imported key with the empty authorization value that it
+// came with.
+func UseWithoutAuth(ctx context.Context, d *Device, blob []byte) error {
+	k, err := d.importBlob(ctx, importHMAC, blob)
+	if err != nil {
+		return err
+	}
+	return d.run(ctx, "use", func(c *conn) error {
+		var o *object
+		err := d.withKeyAuth(c, encryptInOut(), func(s tpm2.Session) (err error) {
+			o, err = d.loadObject(c, s, k)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		defer c.flush(o.handle)
+		return c.withSession(d.storage, func(s tpm2.Session) error {
+			_, err := (tpm2.Hmac{Handle: o.auth(s), HashAlg: tpm2.TPMAlgSHA256}).Execute(c)
+			return err
+		}, encryptInOut())
+	})
+}

@@ -54,34 +54,39 @@ func (d *Device) Sign(ctx context.Context, digest []byte) ([]byte, error) {
 	if len(digest) != d.suite.digest {
 		return nil, invalid("the digest has %d bytes, %s signs %d", len(digest), d.suite.name, d.suite.digest)
 	}
-	in := tpm2.TPM2BDigest{Buffer: append([]byte(nil), digest...)}
+	in := append([]byte(nil), digest...)
 	return do(ctx, d, call[[]byte]{op: "sign", fn: func(c *conn) (sig []byte, err error) {
 		err = d.withKeyAuth(c, encryptIn(), func(s tpm2.Session) error {
-			rsp, err := (tpm2.Sign{
-				KeyHandle: d.signing.auth(s),
-				Digest:    in,
-				InScheme: tpm2.TPMTSigScheme{
-					Scheme:  tpm2.TPMAlgECDSA,
-					Details: tpm2.NewTPMUSigScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSchemeHash{HashAlg: d.suite.hash}),
-				},
-				Validation: tpm2.TPMTTKHashCheck{Tag: tpm2.TPMSTHashCheck},
-			}).Execute(c)
-			if err != nil {
-				return err
-			}
-			ecc, err := rsp.Signature.Signature.ECDSA()
-			if err != nil {
-				return err
-			}
-			n := d.suite.field
-			sig = make([]byte, 2*n)
-			if !leftPad(sig[:n], ecc.SignatureR.Buffer) || !leftPad(sig[n:], ecc.SignatureS.Buffer) {
-				return unavailable("sign: the TPM returned an overlong signature")
-			}
-			return nil
+			sig, err = d.suite.ecdsa(c, d.signing.auth(s), in)
+			return err
 		})
 		return sig, err
 	}})
+}
+
+// ecdsa signs a digest with a key on the suite's curve.
+func (s *suite) ecdsa(c *conn, key tpm2.AuthHandle, digest []byte) ([]byte, error) {
+	rsp, err := (tpm2.Sign{
+		KeyHandle: key,
+		Digest:    tpm2.TPM2BDigest{Buffer: digest},
+		InScheme: tpm2.TPMTSigScheme{
+			Scheme:  tpm2.TPMAlgECDSA,
+			Details: tpm2.NewTPMUSigScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSchemeHash{HashAlg: s.hash}),
+		},
+		Validation: tpm2.TPMTTKHashCheck{Tag: tpm2.TPMSTHashCheck},
+	}).Execute(c)
+	if err != nil {
+		return nil, err
+	}
+	ecc, err := rsp.Signature.Signature.ECDSA()
+	if err != nil {
+		return nil, err
+	}
+	sig := make([]byte, 2*s.field)
+	if !leftPad(sig[:s.field], ecc.SignatureR.Buffer) || !leftPad(sig[s.field:], ecc.SignatureS.Buffer) {
+		return nil, unavailable("sign: the TPM returned an overlong signature")
+	}
+	return sig, nil
 }
 
 // Wrap TPM-seals 1 to 96 bytes of key under the storage key, bound to aad. Only
@@ -140,7 +145,7 @@ func (d *Device) Unwrap(ctx context.Context, aad, wrapped []byte) (*secret.Bytes
 				InPublic:     tpm2.BytesAs2B[tpm2.TPMTPublic](pub),
 			}).Execute(c)
 			if err != nil {
-				return refusedBlob(err)
+				return refusedBlob(err, errUnwrap)
 			}
 			defer c.flush(loaded.ObjectHandle)
 			item := object{handle: loaded.ObjectHandle, name: loaded.Name}
@@ -168,19 +173,20 @@ func openSealed(data, want []byte) (*secret.Bytes, error) {
 	return secret.Copy(data[n:])
 }
 
-// refusedBlob tells a private area that TPM2_Load refuses from other failures.
-func refusedBlob(err error) error {
+// refusedBlob tells a private area that TPM2_Load or TPM2_Import refuses from
+// other failures, and gives refused for it.
+func refusedBlob(err, refused error) error {
 	var f tpm2.TPMFmt1Error
 	if errors.As(err, &f) {
 		if onParameter, _ := f.Parameter(); onParameter {
-			return errUnwrap
+			return refused
 		}
 		if errors.Is(err, tpm2.TPMRCIntegrity) || errors.Is(err, tpm2.TPMRCBinding) {
-			return errUnwrap
+			return refused
 		}
 	}
 	if errors.Is(err, tpm2.TPMRCSensitive) {
-		return errUnwrap
+		return refused
 	}
 	return err
 }

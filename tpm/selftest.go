@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/subtle"
+	"encoding/hex"
 	"errors"
 	"math/big"
 
@@ -14,7 +15,7 @@ import (
 
 // selfTest runs every operation once against the standard library.
 func (d *Device) selfTest(ctx context.Context) error {
-	for _, test := range []func(context.Context) error{d.testECDH, d.testSign, d.testSeal, d.testRandom} {
+	for _, test := range []func(context.Context) error{d.testECDH, d.testSign, d.testSeal, d.testRandom, d.testImport} {
 		if err := test(ctx); err != nil {
 			return err
 		}
@@ -94,6 +95,45 @@ func (d *Device) refuses(ctx context.Context, aad, wrapped []byte) error {
 		return unsafe("self-test: the TPM opens an altered wrapped key")
 	}
 	if !errors.Is(err, ErrInvalid) {
+		return err
+	}
+	return nil
+}
+
+// testImport brings a known key into the TPM and compares its HMAC with RFC
+// 4231, test case 4. The 25 bytes of its key are filled up to 32 with zeros,
+// which HMAC does anyway (RFC 2104, section 2).
+func (d *Device) testImport(ctx context.Context) error {
+	raw := make([]byte, hmacKeyLen)
+	for i := range 25 {
+		raw[i] = byte(i + 1)
+	}
+	key, err := secret.Move(raw)
+	if err != nil {
+		return err
+	}
+	defer key.Destroy()
+	blob, err := WrapHMAC(d.importPub, key, []byte("self-test"))
+	if err != nil {
+		return err
+	}
+	mac, unload, err := d.LoadHMAC(ctx, blob)
+	if err != nil {
+		return err
+	}
+	defer unload()
+	got, err := mac(ctx, bytes.Repeat([]byte{0xcd}, 50))
+	if err != nil {
+		return err
+	}
+	if hex.EncodeToString(got) != "82558a389a443c0ea4cc819899f2083a85f0faa3e578f8077a2e3ff46729665b" {
+		return unsafe("self-test: HMAC under an imported key is not that of RFC 4231")
+	}
+	blob[len(blob)-1-2-2*(2+d.suite.field)] ^= 1 // the last byte of the duplicate
+	if _, _, err := d.LoadHMAC(ctx, blob); !errors.Is(err, ErrInvalid) {
+		if err == nil {
+			return unsafe("self-test: the TPM imports an altered key")
+		}
 		return err
 	}
 	return nil
