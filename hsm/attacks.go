@@ -26,8 +26,11 @@ const attacksPerCall = 16
 // testAttacks tries every attack, on read-write sessions: on a read-only one
 // changes to the keys would be refused for the wrong reason.
 func (d *Device) testAttacks(ctx context.Context) error {
-	for some := range slices.Chunk(attacks(), attacksPerCall) {
+	for some := range slices.Chunk(attacks(d.imports), attacksPerCall) {
 		worked, err := call(ctx, d, callOptions{op: "self test", rw: true}, func(s *session) (string, error) {
+			if err := s.loadVictims(d.imports); err != nil {
+				return "", err
+			}
 			for _, a := range some {
 				worked, err := a.run(s)
 				if err != nil {
@@ -61,8 +64,10 @@ var targets = []target{
 	{wrappingRole, func(s *session) pkcs11.ObjectHandle { return s.keys.wrapping }},
 }
 
-func attacks() []attack {
+// attacks returns all of them; those on loaded keys where the token has such.
+func attacks(p *importProfile) []attack {
 	var all []attack
+	targets := append(targets[:len(targets):len(targets)], loadedTargets(p)...)
 	for _, t := range targets {
 		all = append(all, attack{"read CKA_VALUE of the " + t.name + " key", t.read})
 		for _, f := range t.loosenings() {
@@ -84,7 +89,7 @@ func attacks() []attack {
 			all = append(all, attack{fmt.Sprintf("wrap the %s key under a fresh key with %s", t.name, m.name), t.wrapUnderFresh(m)})
 		}
 	}
-	return append(all, crossUses()...)
+	return append(append(all, crossUses()...), loadedUses(p)...)
 }
 
 // loosenings are the changes that would break the key's template.

@@ -84,8 +84,8 @@ func BenchmarkRandom(b *testing.B) {
 }
 
 func BenchmarkOpen(b *testing.B) {
-	tok, _ := openNew(b)
-	b.Run(fmt.Sprintf("self test of %d attacks", len(attacks())), func(b *testing.B) {
+	tok, d := openNew(b)
+	b.Run(fmt.Sprintf("self test of %d attacks", len(attacks(d.imports))), func(b *testing.B) {
 		for b.Loop() {
 			d, err := Open(context.Background(), tok.cfg)
 			if err != nil {

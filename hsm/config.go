@@ -19,6 +19,7 @@ const (
 	DefaultLabel       = "conclave"
 	DefaultCallTimeout = 10 * time.Second
 	DefaultMaxSessions = 8
+	DefaultMaxLoaded   = 256
 )
 
 // Config says which token to use and how. The PIN comes from exactly one of
@@ -49,7 +50,12 @@ type Config struct {
 	// unhealthy device for a probe.
 	CallTimeout time.Duration
 	// MaxSessions bounds the sessions open at a time; 0 means DefaultMaxSessions.
+	// One more holds the keys that are loaded.
 	MaxSessions int
+	// MaxLoaded bounds the keys of LoadHMAC and LoadSigner that are in the token at a
+	// time; those not used for longest give way and are loaded again when used. 0
+	// means DefaultMaxLoaded. Keys in use at the very moment may exceed it.
+	MaxLoaded int
 
 	// SoftHSMConf, when set, is put into SOFTHSM2_CONF while the library
 	// initialises. Leave it empty when the process was started with it.
@@ -63,6 +69,7 @@ type settings struct {
 	curve       curve
 	timeout     time.Duration
 	maxSessions int
+	maxLoaded   int
 	softHSMConf string
 }
 
@@ -104,7 +111,7 @@ func (c Config) settings() (*settings, error) {
 		return nil, err
 	}
 	s := &settings{uri: u, label: c.Label, curve: crv, timeout: c.CallTimeout,
-		maxSessions: c.MaxSessions, softHSMConf: c.SoftHSMConf}
+		maxSessions: c.MaxSessions, maxLoaded: c.MaxLoaded, softHSMConf: c.SoftHSMConf}
 	if s.label == "" {
 		s.label = DefaultLabel
 	}
@@ -127,6 +134,12 @@ func (c Config) settings() (*settings, error) {
 		s.maxSessions = DefaultMaxSessions
 	case s.maxSessions < 0 || s.maxSessions > 1024:
 		return nil, invalidf("MaxSessions is not between 1 and 1024")
+	}
+	switch {
+	case s.maxLoaded == 0:
+		s.maxLoaded = DefaultMaxLoaded
+	case s.maxLoaded < 0 || s.maxLoaded > 1<<16:
+		return nil, invalidf("MaxLoaded is not between 1 and 65536")
 	}
 	return s, nil
 }

@@ -36,6 +36,10 @@ type Device struct {
 	signing      *ecdsa.PublicKey
 	signingPoint []byte
 
+	imports   *importProfile // nil: the token cannot import keys, noImports says why
+	noImports string
+	objects   objects
+
 	loginMu sync.Mutex
 	pinErr  error // the token refused the PIN: never send it again
 
@@ -74,7 +78,7 @@ func attach(cfg Config) (*Device, error) {
 		return nil, err
 	}
 	mod.retain()
-	return &Device{set: set, mod: mod, pin: pin, slots: semaphore.NewWeighted(int64(set.maxSessions)),
+	return &Device{set: set, objects: objects{max: set.maxLoaded}, mod: mod, pin: pin, slots: semaphore.NewWeighted(int64(set.maxSessions)),
 		probing: semaphore.NewWeighted(1), probeEvery: probeInterval, finished: make(chan struct{})}, nil
 }
 
@@ -228,6 +232,7 @@ func (d *Device) dismantle() {
 		for s := d.popIdle(); s != nil; s = d.popIdle() {
 			d.drop(s)
 		}
+		d.objects.end(d)
 		d.mod.gate.Release(1)
 	}
 	d.pin.Destroy()

@@ -88,6 +88,10 @@ func (d *Device) Sign(ctx context.Context, digest []byte) ([]byte, error) {
 }
 
 func (s *session) sign(key pkcs11.ObjectHandle, digest []byte) ([]byte, error) {
+	return s.signOn(s.curve, key, digest)
+}
+
+func (s *session) signOn(crv curve, key pkcs11.ObjectHandle, digest []byte) ([]byte, error) {
 	if err := s.p11.SignInit(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_ECDSA, nil)}, key); err != nil {
 		return nil, fmt.Errorf("C_SignInit: %w", err)
 	}
@@ -95,8 +99,8 @@ func (s *session) sign(key pkcs11.ObjectHandle, digest []byte) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("C_Sign: %w", err)
 	}
-	if len(sig) != 2*s.curve.size {
-		return nil, unavailablef("Sign: the token returned %d bytes instead of %d", len(sig), 2*s.curve.size)
+	if len(sig) != 2*crv.size {
+		return nil, unavailablef("Sign: the token returned %d bytes instead of %d", len(sig), 2*crv.size)
 	}
 	return sig, nil
 }

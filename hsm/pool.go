@@ -43,6 +43,7 @@ func (d *Device) abandon() {
 	d.mu.Lock()
 	d.abandoned++
 	d.mu.Unlock()
+	d.objects.suspect()
 	d.slots.Release(1) // after counting, so that the bound holds
 	d.markUnhealthy("a call got no answer in time")
 }

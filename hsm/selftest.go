@@ -18,7 +18,7 @@ import (
 // selfTest shows that each key does its work, compared with software, and that
 // none can be made to do more.
 func (d *Device) selfTest(ctx context.Context) error {
-	for _, test := range []func(context.Context) error{d.testECDH, d.testSign, d.testWrap, d.testRandom, d.testAttacks} {
+	for _, test := range []func(context.Context) error{d.testECDH, d.testSign, d.testWrap, d.testRandom, d.testImport, d.testAttacks} {
 		if err := test(ctx); err != nil {
 			return err
 		}

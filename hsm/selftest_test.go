@@ -104,12 +104,17 @@ func TestAttacksDetect(t *testing.T) {
 // TestAttacksRunAll: on a good token every attack comes to a verdict.
 func TestAttacksRunAll(t *testing.T) {
 	_, d := openNew(t)
-	all := attacks()
-	if len(all) < 60 {
+	all := attacks(d.imports)
+	if len(all) < 120 {
 		t.Fatalf("%d attacks only", len(all))
 	}
 	for _, a := range all {
-		worked, err := call(context.Background(), d, callOptions{op: "attack", rw: true}, a.run)
+		worked, err := call(context.Background(), d, callOptions{op: "attack", rw: true}, func(s *session) (bool, error) {
+			if err := s.loadVictims(d.imports); err != nil {
+				return false, err
+			}
+			return a.run(s)
+		})
 		if worked || err != nil {
 			t.Errorf("%s: worked=%v, %v", a.name, worked, err)
 		}
@@ -123,6 +128,9 @@ func TestKnownAnswersDetect(t *testing.T) {
 	agreement, signing := d.agreement, d.signing
 	other, err := signing.ECDH()
 	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Check(ctx); err != nil { // leaves a session that is bound to the keys already
 		t.Fatal(err)
 	}
 	d.agreement = other

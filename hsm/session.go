@@ -20,6 +20,8 @@ type session struct {
 	epoch uint64 // of the device's pool
 	keys  handles
 	curve curve
+
+	victims map[string]pkcs11.ObjectHandle // loaded keys for the attacks to try
 }
 
 // handles are the object handles of the device keys.
