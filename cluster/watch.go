@@ -143,6 +143,7 @@ func (n *Node) checkDisk() error {
 // name until the node closes.
 func (n *Node) supervise(ctx context.Context) {
 	strange := false
+	var handed time.Time // when the lead was last offered to another node
 	tick := time.NewTicker(min(n.cfg.Timing.Stall/4, time.Second))
 	defer tick.Stop()
 	for {
@@ -167,5 +168,25 @@ func (n *Node) supervise(ctx context.Context) {
 		} else if err == nil && was {
 			n.cfg.Logger.Info("the node takes changes again")
 		}
+		if err != nil && n.raft.State() == raft.Leader && time.Since(handed) > handEvery {
+			handed = time.Now()
+			n.loops.Go(func() { n.handLead(ctx) })
+		}
 	}
+}
+
+// handEvery is the time between two attempts of a read-only leader to hand over the lead: the
+// next one's disk may be full as well.
+const handEvery = time.Minute
+
+// handLead lets another node lead while this one takes no commands, so that one
+// full disk does not stop the changes of the whole cluster.
+func (n *Node) handLead(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timing.Propose)
+	defer cancel()
+	if err := n.TransferLeadership(ctx); err != nil {
+		n.cfg.Logger.Warn("a read-only node leads, and no other took over: the cluster takes no changes", "error", err)
+		return
+	}
+	n.cfg.Logger.Info("another node leads, since this one is read-only")
 }
