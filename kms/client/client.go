@@ -8,6 +8,7 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -266,10 +267,13 @@ const certificateFix = "use a certificate that a site's CA issued for spiffe://T
 
 // explain names the cause of a failed connection and the next step.
 func explain(base *url.URL, method string, err error) (verdict, error) {
+	var otherHost x509.HostnameError
 	var unknownCA *tls.CertificateVerificationError
 	var alert tls.AlertError
 	var op *net.OpError
 	switch {
+	case errors.As(err, &otherHost):
+		return elsewhere, kms.Wrap(kms.Unauthenticated, err, fmt.Sprintf("the certificate of %s is not for that name: %v", base.Host, otherHost), "use the name that is in the certificate, or have the site's CA issue one with this DNS name or IP address as SAN")
 	case errors.As(err, &unknownCA):
 		return elsewhere, kms.Wrap(kms.Unauthenticated, err, fmt.Sprintf("the certificate of %s is not issued by a CA in CONCLAVE_CACERT: %v", base.Host, unknownCA.Err), "give the sites' CA certificates, or check the address")
 	case errors.As(err, &alert):

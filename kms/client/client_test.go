@@ -311,6 +311,7 @@ func TestCertificateErrors(t *testing.T) {
 		says string
 	}{
 		{"unknown CA", &tls.Config{RootCAs: other.pool(), Certificates: []tls.Certificate{p.pair}}, "CONCLAVE_CACERT"},
+		{"another name", &tls.Config{RootCAs: p.pool(), Certificates: []tls.Certificate{p.pair}, ServerName: "other.example"}, "is not for that name"},
 		{"certificate of another CA", &tls.Config{RootCAs: p.pool(), GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &other.pair, nil }}, "refused this client's certificate"},
 	} {
 		t.Run(x.name, func(t *testing.T) {
