@@ -24,6 +24,25 @@ func (a *app) asOperator(cmd *cobra.Command, fn func(ctx context.Context, c *cli
 	return fn(cmd.Context(), c)
 }
 
+// look makes cmd a question to a node, asked as the operator.
+func look[T any](a *app, cmd *cobra.Command, ask func(ctx context.Context, c *client.Client, args []string) (T, error), table func(io.Writer, T)) *cobra.Command {
+	_, names, _ := strings.Cut(cmd.Use, " ")
+	cmd.Args = arguments(names)
+	if cmd.Name() == "list" {
+		cmd.Aliases = []string{"ls"}
+	}
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
+			v, err := ask(ctx, c, args)
+			if err != nil {
+				return err
+			}
+			return a.show(cmd, v, func(w io.Writer) { table(w, v) })
+		})
+	}
+	return cmd
+}
+
 func (a *app) keyringCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "keyring", Short: "Create and look at keyrings"}
 	cmd.AddCommand(a.keyringCreateCommand(), a.keyringListCommand(), a.keyringShowCommand())
@@ -37,7 +56,7 @@ func (a *app) keyringCreateCommand() *cobra.Command {
 		Use:     "create NAME --residency SITE,SITE... --policy NAME",
 		Short:   "Create a keyring that only the nodes of the given sites can open",
 		Example: "  conclave keyring create europe --residency fr,de --policy keys",
-		Args:    exactly(1, "NAME"),
+		Args:    arguments("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(req.Residency) == 0 {
 				return usagef("--residency is missing: name the sites that may open the keyring, for example --residency fr,de")
@@ -56,43 +75,29 @@ func (a *app) keyringCreateCommand() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringSliceVar(&req.Residency, "residency", nil, "sites that may open it")
-	f.StringVar(&req.Policy, "policy", "", "approval policy for its keys")
-	f.StringVar(&req.Protection, "protection", "software", "protection level")
-	f.StringVar(&req.Receipts, "receipts", "every-node", "who must prove that a new version opens before it becomes primary: every-node or every-site")
+	f.StringSliceVar(&req.Residency, "residency", nil, "`SITES` that may open it, comma-separated")
+	f.StringVar(&req.Policy, "policy", "", "`NAME` of the approval policy for its keys")
+	f.StringVar(&req.Protection, "protection", "software", "protection `LEVEL`")
+	f.StringVar(&req.Receipts, "receipts", "every-node", "`WHO` must prove that a new version opens before it becomes primary: every-node or every-site")
 	f.DurationVar(&stale, "max-staleness", 30*time.Second, "how long a cut-off node goes on serving it")
 	f.BoolVar(&req.Survive, "survive", false, "a node cut off for longer still decrypts and verifies")
 	return cmd
 }
 
 func (a *app) keyringListCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "list", Aliases: []string{"ls"}, Short: "List the keyrings", Args: exactly(0, "no arguments"),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
-				list, err := c.Keyrings(ctx)
-				if err != nil {
-					return err
-				}
-				return a.show(cmd, list, func(w io.Writer) { keyringTable(w, list) })
-			})
+	return look(a, &cobra.Command{Use: "list", Short: "List the keyrings"},
+		func(ctx context.Context, c *client.Client, _ []string) ([]wire.Keyring, error) {
+			return c.Keyrings(ctx)
 		},
-	}
+		keyringTable)
 }
 
 func (a *app) keyringShowCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "show NAME", Short: "Show a keyring", Args: exactly(1, "NAME"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
-				kr, err := c.Keyring(ctx, args[0])
-				if err != nil {
-					return err
-				}
-				return a.show(cmd, kr, func(w io.Writer) { keyringDetail(w, kr) })
-			})
+	return look(a, &cobra.Command{Use: "show KEYRING", Short: "Show a keyring"},
+		func(ctx context.Context, c *client.Client, args []string) (wire.Keyring, error) {
+			return c.Keyring(ctx, args[0])
 		},
-	}
+		keyringDetail)
 }
 
 func keyringTable(w io.Writer, list []wire.Keyring) {
@@ -139,12 +144,9 @@ func (a *app) keyCreateCommand() *cobra.Command {
 		Use:     "create KEYRING/KEY --purpose encrypt|mac|sign",
 		Short:   "Create a key",
 		Example: "  conclave key create coalition/db --purpose encrypt --rotation-period 2160h\n  conclave key create europe/seal --purpose sign --algorithm ecdsa-p384",
-		Args:    exactly(1, "KEYRING/KEY"),
+		Args:    arguments("KEYRING/KEY"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			keyring, name, err := keyPath(args[0])
-			if err != nil {
-				return err
-			}
+			keyring, name := keyPath(args[0])
 			if req.Purpose == "" {
 				return usagef("--purpose is missing: encrypt, mac or sign")
 			}
@@ -159,47 +161,26 @@ func (a *app) keyCreateCommand() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&req.Purpose, "purpose", "", "encrypt, mac or sign")
-	f.StringVar(&req.Algorithm, "algorithm", "", "aes256-gcm; hmac-sha256; ecdsa-p256, ecdsa-p384, ed25519 (default: the purpose's first)")
+	f.StringVar(&req.Purpose, "purpose", "", "`PURPOSE`: encrypt, mac or sign")
+	f.StringVar(&req.Algorithm, "algorithm", "", "`ALGORITHM`: aes256-gcm; hmac-sha256; ecdsa-p256, ecdsa-p384, ed25519 (default: the purpose's first)")
 	f.DurationVar(&period, "rotation-period", 0, "rotate this often, 0 for on request only")
 	return cmd
 }
 
 func (a *app) keyListCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "list KEYRING", Aliases: []string{"ls"}, Short: "List the keys of a keyring", Args: exactly(1, "KEYRING"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := kms.CheckName("keyring", args[0]); err != nil {
-				return usageError{err}
-			}
-			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
-				list, err := c.Keys(ctx, args[0])
-				if err != nil {
-					return err
-				}
-				return a.show(cmd, list, func(w io.Writer) { keyTable(w, list) })
-			})
+	return look(a, &cobra.Command{Use: "list KEYRING", Short: "List the keys of a keyring"},
+		func(ctx context.Context, c *client.Client, args []string) ([]wire.Key, error) {
+			return c.Keys(ctx, args[0])
 		},
-	}
+		keyTable)
 }
 
 func (a *app) keyShowCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "show KEYRING/KEY", Short: "Show a key, its versions and their receipts", Args: exactly(1, "KEYRING/KEY"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			keyring, name, err := keyPath(args[0])
-			if err != nil {
-				return err
-			}
-			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
-				k, err := c.Key(keyring, name).Describe(ctx)
-				if err != nil {
-					return err
-				}
-				return a.show(cmd, k, func(w io.Writer) { keyDetail(w, k) })
-			})
+	return look(a, &cobra.Command{Use: "show KEYRING/KEY", Short: "Show a key, its versions and their receipts"},
+		func(ctx context.Context, c *client.Client, args []string) (wire.Key, error) {
+			return c.Key(keyPath(args[0])).Describe(ctx)
 		},
-	}
+		keyDetail)
 }
 
 func keyTable(w io.Writer, list []wire.Key) {
@@ -252,18 +233,9 @@ func keyDetail(w io.Writer, k wire.Key) {
 }
 
 func (a *app) statusCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "status", Short: "Show how the cluster looks from one node", Args: exactly(0, "no arguments"),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
-				s, err := c.Status(ctx)
-				if err != nil {
-					return err
-				}
-				return a.show(cmd, s, func(w io.Writer) { statusTable(w, s) })
-			})
-		},
-	}
+	return look(a, &cobra.Command{Use: "status", Short: "Show how the cluster looks from one node"},
+		func(ctx context.Context, c *client.Client, _ []string) (wire.Status, error) { return c.Status(ctx) },
+		statusTable)
 }
 
 func statusTable(w io.Writer, s wire.Status) {
@@ -275,10 +247,11 @@ func statusTable(w io.Writer, s wire.Status) {
 		row(w, "leader", or(s.Raft.Leader, "none"))
 		row(w, "term, index", fmt.Sprintf("%d, %d", s.Raft.Term, s.Index))
 	}
-	row(w, "fresh", (time.Duration(s.FreshMS) * time.Millisecond).String())
+	row(w, "up to date", freshness(s.FreshMS))
 	row(w, "cluster clock", when(s.Clock))
 	row(w, "cluster log", fmt.Sprintf("%d leaves, root %s", s.LogSize, b64(s.LogRoot)))
-	row(w, "keyrings, keys", fmt.Sprintf("%d (%d openable here), %d keys, %d overdue", s.Keys.Keyrings, s.Keys.Resident, s.Keys.Keys, s.Keys.Overdue))
+	row(w, "keyrings", fmt.Sprintf("%d, of which this node opens %d", s.Keys.Keyrings, s.Keys.Resident))
+	row(w, "keys", fmt.Sprintf("%d, of which %d overdue for rotation", s.Keys.Keys, s.Keys.Overdue))
 	row(w, "open proposals", s.Open)
 	row(w, "receipts owed", s.Pending)
 	if s.Raft != nil {
@@ -290,48 +263,49 @@ func statusTable(w io.Writer, s wire.Status) {
 	}
 }
 
+// freshness says how old the last proof is that a node is up to date; a node that
+// never had one gives the longest time there is.
+func freshness(ms int64) string {
+	if age := time.Duration(ms) * time.Millisecond; age < 365*24*time.Hour {
+		return "proved " + age.String() + " ago"
+	}
+	return "not proved since it started"
+}
+
 func (a *app) nodeCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "node", Short: "Look at the members of the cluster"}
-	cmd.AddCommand(&cobra.Command{
-		Use: "list", Aliases: []string{"ls"}, Short: "List the nodes", Args: exactly(0, "no arguments"),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
-				nodes, err := c.Nodes(ctx)
-				if err != nil {
-					return err
-				}
-				return a.show(cmd, nodes, func(w io.Writer) {
-					row(w, "NODE", "SITE", "API", "SUITE", "LAST HEARD", "DEVICE (as claimed)")
-					for _, n := range nodes {
-						row(w, n.ID, n.Site, n.API, n.Suite, when(n.LastHeard), n.Device)
-					}
-				})
-			})
-		},
-	})
+	cmd.AddCommand(look(a, &cobra.Command{Use: "list", Short: "List the nodes"},
+		func(ctx context.Context, c *client.Client, _ []string) ([]wire.Node, error) { return c.Nodes(ctx) },
+		nodeTable))
 	return cmd
+}
+
+func nodeTable(w io.Writer, nodes []wire.Node) {
+	row(w, "NODE", "SITE", "API", "SUITE", "LAST HEARD", "DEVICE (as claimed)")
+	for _, n := range nodes {
+		row(w, n.ID, n.Site, n.API, n.Suite, when(n.LastHeard), shortDevice(n.Device))
+	}
+}
+
+// shortDevice leaves the make of a device's description; -o json has all of it.
+func shortDevice(s string) string {
+	s, _, _ = strings.Cut(s, ",")
+	return strings.Join(strings.Fields(s), " ")
 }
 
 func (a *app) policyCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "policy", Short: "Look at the approval policies"}
-	cmd.AddCommand(&cobra.Command{
-		Use: "list", Aliases: []string{"ls"}, Short: "List the approval policies, rule by rule", Args: exactly(0, "no arguments"),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
-				p, err := c.Policies(ctx)
-				if err != nil {
-					return err
-				}
-				return a.show(cmd, p, func(w io.Writer) {
-					row(w, "POLICY", "REVISION", "RULE")
-					for _, pol := range p.Policies {
-						for _, s := range pol.Summary {
-							row(w, pol.Name, pol.Revision, s)
-						}
-					}
-				})
-			})
-		},
-	})
+	cmd.AddCommand(look(a, &cobra.Command{Use: "list", Short: "List the approval policies, rule by rule"},
+		func(ctx context.Context, c *client.Client, _ []string) (wire.Policies, error) { return c.Policies(ctx) },
+		policyTable))
 	return cmd
+}
+
+func policyTable(w io.Writer, p wire.Policies) {
+	row(w, "POLICY", "REVISION", "RULE")
+	for _, pol := range p.Policies {
+		for _, s := range pol.Summary {
+			row(w, pol.Name, pol.Revision, s)
+		}
+	}
 }

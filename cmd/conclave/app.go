@@ -27,11 +27,11 @@ type app struct {
 
 func (a *app) flags(root *cobra.Command) {
 	f := root.PersistentFlags()
-	f.StringVar(&a.addr, "addr", "", "https URLs of nodes, comma-separated (CONCLAVE_ADDR)")
-	f.StringVar(&a.cacert, "cacert", "", "the sites' CA certificates, PEM (CONCLAVE_CACERT)")
-	f.StringVar(&a.cert, "cert", "", "client certificate, PEM (CONCLAVE_CLIENT_CERT or CONCLAVE_ADMIN_CERT)")
-	f.StringVar(&a.key, "key-file", "", "key of the client certificate, PEM (CONCLAVE_CLIENT_KEY or CONCLAVE_ADMIN_KEY)")
-	f.StringVarP(&a.output, "output", "o", "table", "output: table or json")
+	f.StringVar(&a.addr, "addr", "", "https `URLS` of nodes, comma-separated (CONCLAVE_ADDR)")
+	f.StringVar(&a.cacert, "cacert", "", "`FILE` with the sites' CA certificates, PEM (CONCLAVE_CACERT)")
+	f.StringVar(&a.cert, "cert", "", "`FILE` with the client certificate, PEM (CONCLAVE_CLIENT_CERT or CONCLAVE_ADMIN_CERT)")
+	f.StringVar(&a.key, "key-file", "", "`FILE` with the client certificate's key, PEM (CONCLAVE_CLIENT_KEY or CONCLAVE_ADMIN_KEY)")
+	f.StringVarP(&a.output, "output", "o", "table", "output `FORMAT`: table or json")
 	f.DurationVar(&a.timeout, "timeout", 30*time.Second, "longest wait for one request")
 	root.PersistentPreRunE = func(*cobra.Command, []string) error {
 		if a.output != "table" && a.output != "json" {
@@ -144,39 +144,50 @@ func input(cmd *cobra.Command, arg string) ([]byte, error) {
 	return []byte(arg), nil
 }
 
-// pairs parses NAME=VALUE flags.
-func pairs(flags []string) (map[string]string, error) {
-	if len(flags) == 0 {
-		return nil, nil
+// contextPairs is the value of --context NAME=VALUE, which may be repeated.
+type contextPairs map[string]string
+
+func (p contextPairs) String() string { return "" }
+func (p contextPairs) Type() string   { return "NAME=VALUE" }
+
+func (p contextPairs) Set(s string) error {
+	name, value, ok := strings.Cut(s, "=")
+	if !ok || name == "" {
+		return fmt.Errorf("%q is not NAME=VALUE", s)
 	}
-	m := make(map[string]string, len(flags))
-	for _, f := range flags {
-		name, value, ok := strings.Cut(f, "=")
-		if !ok || name == "" {
-			return nil, usagef("--context %q is not NAME=VALUE", f)
-		}
-		if _, twice := m[name]; twice {
-			return nil, usagef("--context %s is given twice", name)
-		}
-		m[name] = value
+	if _, twice := p[name]; twice {
+		return fmt.Errorf("%s is given twice", name)
 	}
-	return m, nil
+	p[name] = value
+	return nil
 }
 
-// keyPath splits the argument KEYRING/KEY.
-func keyPath(arg string) (keyring, key string, err error) {
-	keyring, key, err = kms.SplitKeyPath(arg)
-	if err != nil {
-		return "", "", usageError{err}
-	}
-	return keyring, key, nil
+// keyPath splits the argument KEYRING/KEY, which has been checked.
+func keyPath(arg string) (keyring, key string) {
+	keyring, key, _ = kms.SplitKeyPath(arg)
+	return keyring, key
 }
 
-// exactly is cobra.ExactArgs with the usage in the message.
-func exactly(n int, names string) cobra.PositionalArgs {
+// arguments demands the arguments that are named, those in brackets being
+// optional, and well-formed names of keys and keyrings.
+func arguments(names string) cobra.PositionalArgs {
+	all := strings.Fields(names)
+	optional := strings.Count(names, "[")
 	return func(cmd *cobra.Command, args []string) error {
-		if len(args) != n {
-			return usagef("%s takes %s; see: %s --help", cmd.CommandPath(), names, cmd.CommandPath())
+		if len(args) > len(all) || len(args) < len(all)-optional {
+			return usagef("%s takes %s; see: %s --help", cmd.CommandPath(), or(names, "no arguments"), cmd.CommandPath())
+		}
+		for i, arg := range args {
+			var err error
+			switch all[i] {
+			case "KEYRING/KEY":
+				_, _, err = kms.SplitKeyPath(arg)
+			case "KEYRING":
+				err = kms.CheckName("keyring", arg)
+			}
+			if err != nil {
+				return usageError{err}
+			}
 		}
 		return nil
 	}

@@ -78,9 +78,9 @@ func TestWrongUsage(t *testing.T) {
 		{"encrypt ab c", "KEYRING/KEY"},
 		{"encrypt a/b/c d", "key"},
 		{"encrypt A/b c", "a-z"},
-		{"encrypt a/b c --context x", "--context \"x\" is not NAME=VALUE"},
+		{"encrypt a/b c --context x", "--context\" flag: \"x\" is not NAME=VALUE"},
 		{"encrypt a/b c --context =x", "is not NAME=VALUE"},
-		{"encrypt a/b c -c x=1 -c x=2", "--context x is given twice"},
+		{"encrypt a/b c -c x=1 -c x=2", "--context\" flag: x is given twice"},
 		{"encrypt a/b c --contexts x=1", "unknown flag: --contexts; see: conclave encrypt --help"},
 		{"decrypt a/b %%%", "CIPHERTEXT is not base64"},
 		{"rewrap a/b %%%", "CIPHERTEXT is not base64"},
@@ -321,7 +321,8 @@ func writeCustodian(t testing.TB, path, passphrase string) (fingerprint string) 
 
 func TestPairsAndFlags(t *testing.T) {
 	noEnvironment(t)
-	if got, err := pairs([]string{"a=b=c", "d="}); err != nil || got["a"] != "b=c" || got["d"] != "" || len(got) != 2 {
+	got := contextPairs{}
+	if err := errors.Join(got.Set("a=b=c"), got.Set("d=")); err != nil || got["a"] != "b=c" || got["d"] != "" || len(got) != 2 {
 		t.Errorf("%v, %v", got, err)
 	}
 	_, _, err := cli(t, "", "status", "--cacert", "/nonexistent/ca", "--cert", "c", "--key-file", "k")

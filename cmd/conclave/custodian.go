@@ -14,6 +14,7 @@ import (
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/client"
 	"github.com/conclave-kms/conclave/kms/secret"
+	"github.com/conclave-kms/conclave/kms/wire"
 	"github.com/conclave-kms/conclave/pqc"
 )
 
@@ -32,7 +33,7 @@ func (a *app) custodianKeygenCommand() *cobra.Command {
 format); FILE.pub holds the public key, which goes into the genesis document or a
 proposal that enrols the custodian. An approval counts only if both signatures,
 Ed25519 and ML-DSA-65, verify.`,
-		Args: exactly(0, "no arguments"),
+		Args: arguments(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if out == "" {
 				return usagef("--out is missing: the key file to write")
@@ -78,30 +79,25 @@ Ed25519 and ML-DSA-65, verify.`,
 			})
 		},
 	}
-	cmd.Flags().StringVar(&out, "out", "", "key file to write; the public key goes to FILE.pub")
-	cmd.Flags().StringVar(&passFile, "pass-file", "", "file with the passphrase (default: ask)")
+	cmd.Flags().StringVar(&out, "out", "", "key `FILE` to write; the public key goes to FILE.pub")
+	cmd.Flags().StringVar(&passFile, "pass-file", "", "`FILE` with the passphrase (default: ask)")
 	return cmd
 }
 
 func (a *app) custodianListCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "list", Aliases: []string{"ls"}, Short: "List the custodians and their keys", Args: exactly(0, "no arguments"),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
-				list, err := c.Custodians(ctx)
-				if err != nil {
-					return err
-				}
-				return a.show(cmd, list, func(w io.Writer) {
-					row(w, "CUSTODIAN", "SITE", "STATE", "KEY", "SUITE")
-					for _, cu := range list {
-						for _, cred := range cu.Credentials {
-							row(w, cu.ID, cu.Site, map[bool]string{true: "revoked", false: "active"}[cu.Revoked], cred.ID, pqc.SuiteID(cred.Suite))
-						}
-					}
-				})
-			})
+	return look(a, &cobra.Command{Use: "list", Short: "List the custodians and their keys"},
+		func(ctx context.Context, c *client.Client, _ []string) ([]wire.Custodian, error) {
+			return c.Custodians(ctx)
 		},
+		custodianTable)
+}
+
+func custodianTable(w io.Writer, list []wire.Custodian) {
+	row(w, "CUSTODIAN", "SITE", "STATE", "KEY", "SUITE")
+	for _, cu := range list {
+		for _, cred := range cu.Credentials {
+			row(w, cu.ID, cu.Site, map[bool]string{true: "revoked", false: "active"}[cu.Revoked], cred.ID, pqc.SuiteID(cred.Suite))
+		}
 	}
 }
 

@@ -22,9 +22,9 @@ func (a *app) evidenceCommand() *cobra.Command {
 func (a *app) evidenceGetCommand() *cobra.Command {
 	var out string
 	cmd := &cobra.Command{
-		Use:   "get PROPOSAL --out FILE",
+		Use:   "get PROPOSAL",
 		Short: "Fetch the evidence of an executed proposal",
-		Args:  exactly(1, "PROPOSAL"),
+		Args:  arguments("PROPOSAL"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
 				b, err := c.Evidence(ctx, args[0])
@@ -43,7 +43,7 @@ func (a *app) evidenceGetCommand() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().StringVar(&out, "out", "", "file to write (default: standard output)")
+	cmd.Flags().StringVar(&out, "out", "", "`FILE` to write (default: standard output)")
 	return cmd
 }
 
@@ -58,7 +58,7 @@ receipts; custodians and policies are derived from the genesis document and the
 governance decisions since. The cluster's identity (conclave status, or the genesis
 document you keep) is the only thing that is trusted. Lines that begin with note
 say what the file cannot prove.`,
-		Args: exactly(1, "FILE"),
+		Args: arguments("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if cluster == "" {
 				return usagef("--cluster is missing: the identity of the cluster that you expect; see: conclave status")
@@ -86,6 +86,6 @@ say what the file cannot prove.`,
 			})
 		},
 	}
-	cmd.Flags().StringVar(&cluster, "cluster", "", "identity of the cluster, 32 hexadecimal digits")
+	cmd.Flags().StringVar(&cluster, "cluster", "", "`ID` of the cluster, 32 hexadecimal digits")
 	return cmd
 }

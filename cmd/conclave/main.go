@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -100,6 +101,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 not permitted; 4 not found;
 	add("govern", a.keyringCommand(), a.keyCommand(), a.proposalCommand(), a.custodianCommand())
 	add("look", a.statusCommand(), a.nodeCommand(), a.policyCommand(), a.evidenceCommand())
 	strict(root)
+	root.SetUsageTemplate(strings.Replace(root.UsageTemplate(), "{{if .Runnable}}", "{{if and .Runnable (not .HasAvailableSubCommands)}}", 1))
 	return root
 }
 

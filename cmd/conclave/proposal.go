@@ -24,19 +24,19 @@ func (a *app) proposeOnKey(action, short string, version bool) *cobra.Command {
 	var n uint32
 	var all bool
 	use := action + " KEYRING/KEY --reason TEXT"
-	if version {
+	switch {
+	case action == "destroy":
+		use += " {--version N | --all}"
+	case version:
 		use += " --version N"
 	}
 	cmd := &cobra.Command{
 		Use:   use,
 		Short: short,
 		Long:  short + ".\nOpens a proposal: it is carried out once the quorum of the keyring's policy has approved it.",
-		Args:  exactly(1, "KEYRING/KEY"),
+		Args:  arguments("KEYRING/KEY"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			keyring, key, err := keyPath(args[0])
-			if err != nil {
-				return err
-			}
+			keyring, key := keyPath(args[0])
 			if reason == "" {
 				return usagef("--reason is missing: custodians sign it with the proposal")
 			}
@@ -64,10 +64,10 @@ func (a *app) proposeOnKey(action, short string, version bool) *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&reason, "reason", "", "why; part of what custodians sign")
+	f.StringVar(&reason, "reason", "", "`TEXT`: why; part of what custodians sign")
 	f.DurationVar(&expires, "expires", 0, "give up after this time (default and most: the policy's lifetime)")
 	if version {
-		f.Uint32Var(&n, "version", 0, "key version")
+		f.Uint32Var(&n, "version", 0, "key version `N`")
 	}
 	if action == "destroy" {
 		f.BoolVar(&all, "all", false, "all versions")
@@ -86,7 +86,7 @@ func (a *app) proposalCommand() *cobra.Command {
 func (a *app) proposalListCommand() *cobra.Command {
 	var open bool
 	cmd := &cobra.Command{
-		Use: "list", Aliases: []string{"ls"}, Short: "List the proposals, newest first", Args: exactly(0, "no arguments"),
+		Use: "list", Aliases: []string{"ls"}, Short: "List the proposals, newest first", Args: arguments(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
 				all, err := c.Proposals(ctx)
@@ -118,7 +118,7 @@ func (a *app) proposalShowCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "show ID",
 		Short: "Show a proposal, decoded from the exact bytes that custodians sign",
-		Args:  exactly(1, "ID"),
+		Args:  arguments("ID"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
 				p, content, err := fetchProposal(ctx, c, args[0])
@@ -225,7 +225,7 @@ func (a *app) voteCommand(verdict approval.Verdict, short string) *cobra.Command
 		Long: short + `.
 Shows the proposal, decoded here from the exact bytes that are signed, and asks
 before signing. The key never leaves this program; the node gets the signature.`,
-		Args: exactly(1, "ID"),
+		Args: arguments("ID"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if keyFile == "" {
 				return usagef("--custodian-key is missing: the key file that conclave custodian keygen made")
@@ -253,8 +253,8 @@ before signing. The key never leaves this program; the node gets the signature.`
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&keyFile, "custodian-key", "", "the custodian's key file")
-	f.StringVar(&passFile, "pass-file", "", "file with the key file's passphrase (default: ask)")
+	f.StringVar(&keyFile, "custodian-key", "", "the custodian's key `FILE`")
+	f.StringVar(&passFile, "pass-file", "", "`FILE` with the key file's passphrase (default: ask)")
 	f.BoolVarP(&yes, "yes", "y", false, "do not ask before signing")
 	return cmd
 }
