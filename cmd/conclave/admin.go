@@ -233,12 +233,22 @@ func keyDetail(w io.Writer, k wire.Key) {
 }
 
 func (a *app) statusCommand() *cobra.Command {
+	heard := map[string]time.Time{}
 	return look(a, &cobra.Command{Use: "status", Short: "Show how the cluster looks from one node"},
-		func(ctx context.Context, c *client.Client, _ []string) (wire.Status, error) { return c.Status(ctx) },
-		statusTable)
+		func(ctx context.Context, c *client.Client, _ []string) (wire.Status, error) {
+			s, err := c.Status(ctx)
+			if nodes, nerr := c.Nodes(ctx); err == nil && nerr == nil { // an addition: whoever may not read it sees the rest
+				for _, n := range nodes {
+					heard[n.ID] = n.LastHeard
+				}
+			}
+			return s, err
+		},
+		func(w io.Writer, s wire.Status) { statusTable(w, s, heard) })
 }
 
-func statusTable(w io.Writer, s wire.Status) {
+// statusTable shows a node's status; heard is when each node last signed its time.
+func statusTable(w io.Writer, s wire.Status, heard map[string]time.Time) {
 	row(w, "cluster", s.Cluster+" ("+s.Name+")")
 	row(w, "node", s.Node+", site "+s.Site)
 	row(w, "device", s.Device)
@@ -256,9 +266,9 @@ func statusTable(w io.Writer, s wire.Status) {
 	row(w, "receipts owed", s.Pending)
 	if s.Raft != nil {
 		row(w)
-		row(w, "PEER", "SITE", "ADDRESS", "SUFFRAGE")
+		row(w, "PEER", "SITE", "ADDRESS", "SUFFRAGE", "LAST HEARD")
 		for _, p := range s.Raft.Peers {
-			row(w, p.ID, p.Site, p.Address, p.Suffrage)
+			row(w, p.ID, p.Site, p.Address, p.Suffrage, lastHeard(heard[p.ID], s.Clock))
 		}
 	}
 }
@@ -270,6 +280,15 @@ func freshness(ms int64) string {
 		return "proved " + age.String() + " ago"
 	}
 	return "not proved since it started"
+}
+
+// lastHeard says when a node last signed its time, and that it is silent where that
+// is longer ago than a running node ever leaves it.
+func lastHeard(at, clock time.Time) string {
+	if silent := clock.Sub(at); !at.IsZero() && silent > 15*time.Second {
+		return fmt.Sprintf("%s (silent for %s)", when(at), silent.Round(time.Second))
+	}
+	return when(at)
 }
 
 func (a *app) nodeCommand() *cobra.Command {

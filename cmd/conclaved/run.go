@@ -191,7 +191,11 @@ func (n *node) openCluster(ctx context.Context) error {
 		return err
 	}
 	n.closeLater(n.cluster.Close)
-	return nil
+	gauges, err := newNodeGauges(n.cluster, filepath.Join(n.cfg.DataDir, "raft"), cert)
+	if err != nil {
+		return err
+	}
+	return n.registry.Register(gauges)
 }
 
 func (n *node) checkGenesis(g state.Genesis) error {
