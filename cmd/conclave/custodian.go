@@ -101,25 +101,6 @@ func custodianTable(w io.Writer, list []wire.Custodian) {
 	}
 }
 
-// create writes a file that must not exist yet.
-func create(path string, b []byte, mode os.FileMode) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
-	if errors.Is(err, os.ErrExist) {
-		return exists(path, err)
-	}
-	if err != nil {
-		return err
-	}
-	if _, err := f.Write(b); err != nil {
-		return errors.Join(err, f.Close())
-	}
-	return errors.Join(f.Sync(), f.Close())
-}
-
-func exists(path string, cause error) error {
-	return kms.Wrap(kms.Exists, cause, path+" exists already and is not replaced", "choose another name")
-}
-
 // openKeyFile decrypts a custodian's key file.
 func openKeyFile(cmd *cobra.Command, path, passFile string) (*pqc.HybridKey, string, error) {
 	b, err := os.ReadFile(path)
