@@ -3,9 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -98,19 +96,4 @@ func writeCard(cfg Config, c card) error {
 		return err
 	}
 	return replaceFile(cardPath(cfg.DataDir), append(b, '\n'), 0o644)
-}
-
-// replaceFile writes a file atomically and makes it durable.
-func replaceFile(path string, b []byte, mode fs.FileMode) error {
-	tmp := path + ".new"
-	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	if err := writeNew(tmp, b, mode); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
 }

@@ -1,0 +1,116 @@
+package main
+
+import (
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/json"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/engine"
+	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/pqc"
+)
+
+func genesisShowCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "show FILE",
+		Short: "Print a genesis document, decoded from its bytes, and who has signed it",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			s, err := readSignedGenesis(args[0])
+			if err != nil {
+				return err
+			}
+			g, err := state.ParseGenesis(s.Genesis)
+			if err != nil {
+				return err
+			}
+			showGenesis(cmd.OutOrStdout(), s, g)
+			return nil
+		},
+	}
+}
+
+// showGenesis prints all that a signature stands for. What others have written
+// into the document is quoted, so that it shows as it is.
+func showGenesis(w io.Writer, s state.SignedGenesis, g state.Genesis) {
+	fmt.Fprintf(w, "cluster   %s\nname      %q\ncreated   %s\n", kms.ClusterID(s.Genesis), g.Name, time.UnixMilli(g.Created).UTC().Format(time.RFC3339))
+	fmt.Fprintf(w, "document  SHA-256 %x, nonce %x\n", sha256.Sum256(s.Genesis), g.Nonce)
+	for _, site := range g.Sites {
+		fmt.Fprintf(w, "site      %s  trust domain %s\n", site.ID, site.TrustDomain)
+		for _, der := range site.CAs {
+			fmt.Fprintf(w, "ca        %s  SHA-256 %x  %s\n", site.ID, sha256.Sum256(der), subject(der))
+		}
+	}
+	for _, n := range g.Nodes {
+		voter := "no vote"
+		if n.Voter {
+			voter = "voter"
+		}
+		fmt.Fprintf(w, "node      %s  site %s, %s, address %q, API %q, device %q\n", n.ID, n.Site, voter, n.Address, n.API, n.Device)
+		fmt.Fprintf(w, "node      %s  signing key %s (%s), agreement key %s (%s)\n", n.ID,
+			pqc.Fingerprint(n.Signing), pqc.SuiteID(n.SigningSuite), pqc.Fingerprint(n.Agreement), pqc.SuiteID(n.Suite))
+	}
+	for _, c := range g.Custodians {
+		for _, cred := range c.Credentials {
+			fmt.Fprintf(w, "custodian %s  site %s, key %s (%s)\n", c.ID, c.Site, cred.ID, pqc.SuiteID(cred.Suite))
+		}
+	}
+	showAccess(w, g.Access)
+	for _, p := range g.Policies {
+		for _, r := range p.Rules {
+			b, _ := json.Marshal(r) // plain data
+			fmt.Fprintf(w, "policy    %s  %s\n", p.Name, b)
+		}
+	}
+	if _, err := s.Verify(); err != nil {
+		fmt.Fprintf(w, "signed    NOT complete: %v\n", err)
+		if missing := unsigned(s, g); missing != "" {
+			fmt.Fprintf(w, "missing:  %s\n", missing)
+		}
+		return
+	}
+	fmt.Fprintf(w, "signed    by all %d nodes\n", len(g.Nodes))
+}
+
+// subject names a CA certificate for people.
+func subject(der []byte) string {
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		return "not readable"
+	}
+	return fmt.Sprintf("%q, until %s", c.Subject.String(), c.NotAfter.UTC().Format(time.RFC3339))
+}
+
+// showAccess prints who may use what: that it is the program's default, or all of it.
+func showAccess(w io.Writer, text []byte) {
+	fmt.Fprintf(w, "access    SHA-256 %x", sha256.Sum256(text))
+	if string(text) == engine.DefaultAccess() {
+		fmt.Fprintln(w, ", the default of this release")
+		return
+	}
+	fmt.Fprintln(w, ", not the default of this release:")
+	for line := range strings.Lines(string(text)) {
+		q := strconv.QuoteToGraphic(strings.TrimRight(line, "\n"))
+		fmt.Fprintf(w, "access    %s\n", q)
+	}
+}
+
+// unsigned names the nodes whose signatures are missing.
+func unsigned(s state.SignedGenesis, g state.Genesis) string {
+	var missing []string
+	for _, n := range g.Nodes {
+		if !slices.ContainsFunc(s.Signatures, func(x state.NodeSignature) bool { return x.Node == n.ID }) {
+			missing = append(missing, n.ID)
+		}
+	}
+	return strings.Join(missing, ", ")
+}
