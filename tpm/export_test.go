@@ -112,38 +112,43 @@ func AuthValues(d *Device) (owner, lockout, key *secret.Bytes) {
 	return dup(d.auth.owner), dup(d.auth.lockout), dup(d.auth.key)
 }
 
-// DuplicateImported tries to take an imported key out of the TPM again.
-func DuplicateImported(ctx context.Context, d *Device, blob []byte) error {
+// DuplicateImported tries to take an imported key out of the TPM again and
+// returns the TPM's refusals.
+func DuplicateImported(ctx context.Context, d *Device, blob []byte) (byPolicy, byAuth, err error) {
 	k, err := d.importBlob(ctx, importHMAC, blob)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
-	return d.run(ctx, "duplicate", func(c *conn) error {
+	err = d.run(ctx, "duplicate", func(c *conn) error {
 		return d.withKeyAuth(c, encryptOut(), func(s tpm2.Session) error {
 			o, err := d.loadObject(c, s, k)
 			if err != nil {
 				return err
 			}
 			defer c.flush(o.handle)
-			policy, end, err := tpm2.PolicySession(c, tpm2.TPMAlgSHA384, 16)
-			if err != nil {
-				return err
-			}
-			defer func() { _ = end() }()
-			var errs error
-			for _, auth := range []tpm2.Session{policy, s} {
+			duplicate := func(auth tpm2.Session) error {
 				_, err := (tpm2.Duplicate{
 					ObjectHandle: o.auth(auth), NewParentHandle: tpm2.TPMRHNull,
 					Symmetric: tpm2.TPMTSymDef{Algorithm: tpm2.TPMAlgNull},
 				}).Execute(c)
-				if err == nil {
-					return nil
-				}
-				errs = err
+				return err
 			}
-			return errs
+			policy, end, err := tpm2.PolicySession(c, tpm2.TPMAlgSHA384, 16)
+			if err != nil {
+				return err
+			}
+			if _, err := (tpm2.PolicyCommandCode{PolicySession: policy.Handle(), Code: tpm2.TPMCCDuplicate}).Execute(c); err != nil {
+				return err
+			}
+			byPolicy = duplicate(policy)
+			if err := end(); err != nil {
+				return err
+			}
+			byAuth = duplicate(s)
+			return nil
 		})
 	})
+	return byPolicy, byAuth, err
 }
 
 // UseWithoutAuth uses an imported key with the empty authorization value that it

@@ -15,6 +15,8 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/google/go-tpm/tpm2"
+
 	"github.com/conclave-kms/conclave/kms/secret"
 	"github.com/conclave-kms/conclave/tpm"
 	"github.com/conclave-kms/conclave/tpm/tpmtest"
@@ -287,54 +289,23 @@ func TestImportRefuses(t *testing.T) {
 	}
 }
 
-// TestImportedForeign: what the parser would stop is also stopped by the TPM, a
-// parent that is not the storage key's included.
-func TestImportedNotDuplicable(t *testing.T) {
+// TestImportedStays: an imported key is not to be had out of the TPM again, by
+// policy or authorization value, and is not to be used with the empty one.
+func TestImportedStays(t *testing.T) {
 	p := tpmtest.New(t)
 	d := p.Open(p.Config())
-	if err := tpm.DuplicateImported(t.Context(), d, hmacBlob(t, d, bytes.Repeat([]byte{3}, 32))); err == nil {
-		t.Error("an imported key can be duplicated out of the TPM")
+	byPolicy, byAuth, err := tpm.DuplicateImported(t.Context(), d, hmacBlob(t, d, bytes.Repeat([]byte{3}, 32)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !errors.Is(byPolicy, tpm2.TPMRCPolicyFail) {
+		t.Errorf("TPM2_Duplicate with a policy session: %v, want TPM_RC_POLICY_FAIL", byPolicy)
+	}
+	if !errors.Is(byAuth, tpm2.TPMRCAuthType) {
+		t.Errorf("TPM2_Duplicate with the authorization value: %v, want TPM_RC_AUTH_TYPE", byAuth)
 	}
 	if err := tpm.UseWithoutAuth(t.Context(), d, hmacBlob(t, d, bytes.Repeat([]byte{3}, 32))); !errors.Is(err, tpm.ErrAuth) {
 		t.Errorf("an imported key without its authorization value: %v, want ErrAuth", err)
-	}
-}
-
-// TestImportedRestart: keys survive restarts of the TPM, noticed or not, and
-// objects that others put in their place.
-func TestImportedRestart(t *testing.T) {
-	p := tpmtest.New(t)
-	d := p.Open(p.Config())
-	key, mac, unload := loadHMAC(t, d)
-	pub, sign, _ := loadSigner(t, d, elliptic.P256())
-	for range 2 {
-		checkHMAC(t, mac, key, []byte("before"))
-		p.Restart()
-		checkHMAC(t, mac, key, []byte("after"))
-		checkSignature(t, sign, pub)
-		p.Kill()
-		if _, err := mac(t.Context(), nil); !errors.Is(err, tpm.ErrUnavailable) {
-			t.Errorf("dead TPM: %v, want ErrUnavailable", err)
-		}
-		p.Restart()
-		checkSignature(t, sign, pub)
-	}
-	// Another object takes the handle of the kept key.
-	p.Restart()
-	other := p.Open(p.Config())
-	otherKey, otherMAC, _ := loadHMAC(t, other)
-	checkHMAC(t, otherMAC, otherKey, []byte("foreign"))
-	checkSignature(t, sign, pub)
-	checkHMAC(t, otherMAC, otherKey, []byte("foreign"))
-	checkHMAC(t, mac, key, []byte("ours"))
-	p.Kill()
-	unload() // of a dead TPM neither hangs nor fails
-	p.Restart()
-	if _, err := mac(t.Context(), nil); !errors.Is(err, tpm.ErrInvalid) {
-		t.Errorf("after unload: %v, want ErrInvalid", err)
-	}
-	if err := everything(t.Context(), d); err != nil {
-		t.Error(err)
 	}
 }
 
