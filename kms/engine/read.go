@@ -49,9 +49,16 @@ func (e *Engine) deviceAnswers(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if now := e.now(); c.at.IsZero() || now.Sub(c.at) >= deviceCheckEvery {
+		was := c.err
 		c.err = e.cfg.Device.Check(ctx)
 		if ctx.Err() == nil { // else it says nothing of the device
 			c.at = now
+		}
+		switch { // once, not at every probe
+		case c.err != nil && was == nil:
+			e.log.WarnContext(ctx, "the device does not answer", "error", c.err)
+		case c.err == nil && was != nil:
+			e.log.InfoContext(ctx, "the device answers again")
 		}
 	}
 	return c.err
@@ -62,7 +69,6 @@ func (e *Engine) deviceAnswers(ctx context.Context) error {
 func (e *Engine) Ready(ctx context.Context) wire.Ready {
 	var why []string
 	if err := e.deviceAnswers(ctx); err != nil {
-		e.log.WarnContext(ctx, "the device does not answer", "error", err)
 		why = append(why, "the device does not answer")
 	}
 	if age := e.cluster.Fresh(); age > readyStaleness {
@@ -76,7 +82,7 @@ func (e *Engine) Ready(ctx context.Context) wire.Ready {
 
 func cutOff(age time.Duration) string {
 	if age == neverFresh {
-		return "has not caught up with the cluster since it started: no leader can be reached"
+		return "has not caught up with the cluster since it started"
 	}
 	return fmt.Sprintf("cut off from the cluster for %s", age.Round(time.Second))
 }
