@@ -179,10 +179,10 @@ func TestFounding(t *testing.T) {
 	}
 	refused(t, []string{"genesis", "create", "--plan", f.path("genesis.toml"), "--out", document}, "exists already")
 
-	f.shows("NOT complete", "missing:  de-1, fr-1", "two sites", "site      de", "node      fr-1", "custodian de-a", `"approvals":2`)
+	f.shows("NOT complete", "missing   de-1, fr-1", "two sites", "site      de", "node      fr-1", "custodian de-a", `"approvals":2`)
 	refused(t, []string{"run", "-c", f.config("fr")}, document, "de-1")
 	accepted(t, "genesis", "sign", "-c", f.config("fr"), document)
-	f.shows("NOT complete", "missing:  de-1\n")
+	f.shows("NOT complete", "missing   de-1\n")
 	refused(t, []string{"run", "-c", f.config("fr")}, document, "de-1")
 	accepted(t, "genesis", "sign", "-c", f.config("de"), document)
 	accepted(t, "genesis", "sign", "-c", f.config("fr"), document) // again
@@ -198,7 +198,7 @@ func (f *founding) initialise() {
 	f.t.Helper()
 	for _, site := range []string{"fr", "de"} {
 		out := accepted(f.t, "init", "-c", f.config(site))
-		if !strings.Contains(out, "node "+site+"-1") || !strings.Contains(out, f.path(site, "data", "node.json")) {
+		if !strings.Contains(out, "  "+site+"-1, site "+site) || !strings.Contains(out, f.path(site, "data", "node.json")) {
 			f.t.Errorf("init says %s", out)
 		}
 	}

@@ -55,9 +55,10 @@ func showGenesis(w io.Writer, s state.SignedGenesis, g state.Genesis) {
 		if n.Voter {
 			voter = "voter"
 		}
-		fmt.Fprintf(w, "node      %s  site %s, %s, address %q, API %q, device %q\n", n.ID, n.Site, voter, n.Address, n.API, n.Device)
-		fmt.Fprintf(w, "node      %s  signing key %s (%s), agreement key %s (%s)\n", n.ID,
-			pqc.Fingerprint(n.Signing), pqc.SuiteID(n.SigningSuite), pqc.Fingerprint(n.Agreement), pqc.SuiteID(n.Suite))
+		fmt.Fprintf(w, "node      %s  site %s, %s, address %q, API %q\n", n.ID, n.Site, voter, n.Address, n.API)
+		fmt.Fprintf(w, "node      %s  device %q\n", n.ID, n.Device)
+		fmt.Fprintf(w, "node      %s  signing key %s (%s)\n", n.ID, pqc.Fingerprint(n.Signing), pqc.SuiteID(n.SigningSuite))
+		fmt.Fprintf(w, "node      %s  agreement key %s (%s)\n", n.ID, pqc.Fingerprint(n.Agreement), pqc.SuiteID(n.Suite))
 	}
 	for _, c := range g.Custodians {
 		for _, cred := range c.Credentials {
@@ -74,7 +75,7 @@ func showGenesis(w io.Writer, s state.SignedGenesis, g state.Genesis) {
 	if _, err := s.Verify(); err != nil {
 		fmt.Fprintf(w, "signed    NOT complete: %v\n", err)
 		if missing := unsigned(s, g); missing != "" {
-			fmt.Fprintf(w, "missing:  %s\n", missing)
+			fmt.Fprintf(w, "missing   %s\n", missing)
 		}
 		return
 	}

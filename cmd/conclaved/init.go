@@ -64,7 +64,7 @@ func initNode(ctx context.Context, cfg Config, out io.Writer) error {
 	if err := writeCard(cfg, c); err != nil {
 		return err
 	}
-	fmt.Fprintf(out, "node %s: %s\nsigning key %s\ncard %s\n", cfg.Node, dev.Describe(), pqc.Fingerprint(c.Signing), cardPath(cfg.DataDir))
+	fmt.Fprintf(out, "node         %s, site %s\ndevice       %s\nsigning key  %s\ncard         %s\n", cfg.Node, cfg.Site, dev.Describe(), pqc.Fingerprint(c.Signing), cardPath(cfg.DataDir))
 	return nil
 }
 
