@@ -201,11 +201,6 @@ func (c *Cluster) Restart(ctx context.Context) error {
 	return c.start(ctx, true)
 }
 
-// Remove deletes the directory of a stopped cluster.
-func (c *Cluster) Remove() error {
-	return errors.Join(os.RemoveAll(c.Dir), os.Remove(c.devLog))
-}
-
 // Logs returns the last lines of every node's log and of the cluster's own.
 func (c *Cluster) Logs(lines int) string {
 	var b strings.Builder

@@ -54,19 +54,6 @@ func (k *Custodian) Statement(verdict approval.Verdict, p wire.Proposal) (wire.S
 	}, nil
 }
 
-// Approve signs and submits the approval of a proposal at a site's node.
-func (c *Cluster) Approve(ctx context.Context, site string, k *Custodian, p wire.Proposal) (wire.Proposal, error) {
-	s, err := k.Statement(approval.Approve, p)
-	if err != nil {
-		return p, err
-	}
-	cl, err := c.Client(site, "custodian")
-	if err != nil {
-		return p, err
-	}
-	return cl.Vote(ctx, p.ID, wire.VoteRequest{Statement: s})
-}
-
 // Activated waits until the node of a site reports the version of a key as
 // primary, and returns the key.
 func (c *Cluster) Activated(ctx context.Context, site, keyring, key string, version uint32) (wire.Key, error) {

@@ -129,9 +129,6 @@ func (n *Node) Ready(ctx context.Context) error {
 	})
 }
 
-// Tail returns the last lines of the node's log.
-func (n *Node) Tail(lines int) string { return lastLines(n.Log, lines) }
-
 // newNode describes the node of a site from the environment file.
 func (c *Cluster) newNode(site string) (*Node, error) {
 	upper := strings.ToUpper(site)

@@ -151,11 +151,10 @@ func (w *World) Advance(d time.Duration) {
 type Option func(*state.Envelope)
 
 // As sets the principal, Expect the revision, At the time, Idempotent the
-// idempotency key and request hash (32 bytes each), Nonce the nonce.
+// idempotency key and request hash (32 bytes each).
 func As(principal string) Option    { return func(e *state.Envelope) { e.Principal = principal } }
 func Expect(revision uint64) Option { return func(e *state.Envelope) { e.Expect = revision } }
 func At(ms int64) Option            { return func(e *state.Envelope) { e.Time = ms } }
-func Nonce(n []byte) Option         { return func(e *state.Envelope) { e.Nonce = n } }
 func Idempotent(key, request []byte) Option {
 	return func(e *state.Envelope) { e.Idempotency, e.Request = key, request }
 }
