@@ -47,18 +47,25 @@ func (r role) sessionFlags() []flag {
 }
 
 // sessionTemplate leaves CKA_DESTROYABLE alone: these objects have to go.
-func (r role) sessionTemplate(dl dialect) []*pkcs11.Attribute {
+// CKA_MODIFIABLE comes last: SoftHSM applies a template of C_DeriveKey and
+// C_UnwrapKey in order and takes nothing more after it.
+func (r role) sessionTemplate(dl dialect, more ...*pkcs11.Attribute) []*pkcs11.Attribute {
 	t := append([]*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, r.class),
 		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, r.keyType),
-	}, attrs(r.sessionFlags())...)
-	if dl.flags {
-		t = append(t, pkcs11.NewAttribute(pkcs11.CKA_COPYABLE, false))
-	}
+	}, more...)
 	if dl.mechanisms {
 		t = append(t, pkcs11.NewAttribute(pkcs11.CKA_ALLOWED_MECHANISMS, r.allowed()))
 	}
-	return t
+	for _, f := range r.sessionFlags() {
+		if f.typ != pkcs11.CKA_MODIFIABLE {
+			t = append(t, pkcs11.NewAttribute(f.typ, f.want))
+		}
+	}
+	if dl.flags {
+		t = append(t, pkcs11.NewAttribute(pkcs11.CKA_COPYABLE, false))
+	}
+	return append(t, pkcs11.NewAttribute(pkcs11.CKA_MODIFIABLE, false))
 }
 
 // errUnwrap marks a failure of C_UnwrapKey.
@@ -102,7 +109,7 @@ func (s *session) deriveTransport(in imported, p importProfile) (pkcs11.ObjectHa
 	r.mech = p.mech
 	h, err := s.p11.DeriveKey(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_ECDH1_DERIVE,
 		pkcs11.NewECDH1DeriveParams(ckd, in.sharedInfo(), in.point))}, s.keys.agreement,
-		append(r.sessionTemplate(p.dialect), pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, kekSize)))
+		r.sessionTemplate(p.dialect, pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, kekSize)))
 	if err != nil {
 		return 0, fmt.Errorf("C_DeriveKey: %w", err)
 	}

@@ -2,8 +2,10 @@ package contract_test
 
 import (
 	"crypto/ecdh"
+	"fmt"
 	"testing"
 
+	"github.com/conclave-kms/conclave/hsm"
 	"github.com/conclave-kms/conclave/test/contract"
 	"github.com/conclave-kms/conclave/test/fakedevice"
 )
@@ -20,5 +22,32 @@ func TestFake(t *testing.T) {
 			}
 			contract.Run(t, func(*testing.T) contract.Device { return d.Reopen() })
 		})
+	}
+}
+
+// TestFakeHardware runs package hsm's wrapping against the fake, with the KDF
+// that SoftHSM has and with the one that it has not.
+func TestFakeHardware(t *testing.T) {
+	for _, sha := range []bool{false, true} {
+		for _, c := range []ecdh.Curve{ecdh.P384(), ecdh.P256()} {
+			t.Run(fmt.Sprint(c, sha), func(t *testing.T) {
+				open := func() *fakedevice.Device {
+					d, err := fakedevice.New(c)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if sha {
+						d.UseSHA256KDF()
+					}
+					return d
+				}
+				contract.RunHardware(t, contract.Hardware{
+					Open:  func(*testing.T) contract.HardwareDevice { return open() },
+					Other: func(*testing.T) contract.HardwareDevice { return open() },
+					Kind:  hsm.ImportKind, WrapHMAC: hsm.WrapHMAC, WrapSigner: hsm.WrapSigner, Loaded: 40,
+					Lose: func(_ *testing.T, d contract.HardwareDevice) { d.(*fakedevice.Device).LoseKeys() },
+				})
+			})
+		}
 	}
 }

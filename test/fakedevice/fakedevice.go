@@ -15,13 +15,14 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/conclave-kms/conclave/kms/secret"
 )
 
 // The operations, as the functions given to Fail, Delay, Hang and Corrupt see
-// them.
+// them; hardware.go has those of imported keys.
 const (
 	OpECDH   = "ecdh"
 	OpSign   = "sign"
@@ -65,6 +66,9 @@ type Device struct {
 	hang    func(op string) bool
 	corrupt func(op string, out []byte)
 	calls   map[string]int
+
+	sha256KDF atomic.Bool
+	lost      atomic.Uint64 // how often LoseKeys was called
 }
 
 // New makes a device with fresh keys on ecdh.P384() or ecdh.P256(); nil means
@@ -131,7 +135,8 @@ func (d *Device) Hang(f func(op string) bool) {
 	d.hang = f
 }
 
-// Corrupt lets f change what ECDH, Sign, Wrap, Unwrap and Random return.
+// Corrupt lets f change what ECDH, Sign, Wrap, Unwrap, Random and the closures of
+// loaded keys return.
 func (d *Device) Corrupt(f func(op string, out []byte)) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
