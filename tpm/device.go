@@ -236,6 +236,7 @@ func (d *Device) abandon() {
 	<-d.turn
 	if !d.closed {
 		d.closed = true
+		d.kept.Store(nil) // its session refers to the authorization value
 		d.link.reset()
 		d.auth.destroy()
 	}

@@ -100,12 +100,7 @@ func restarted(err error) bool {
 			return true
 		}
 	}
-	return errors.Is(err, errForeign)
-}
-
-// objectGone reports whether the TPM said that a transient object is not loaded.
-func objectGone(err error) bool {
-	return errors.Is(err, tpm2.TPMRCReferenceH0) || handleMissing(err)
+	return false
 }
 
 // distrusts reports whether err leaves open in which state the TPM is: it failed,

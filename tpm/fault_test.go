@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
 	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 
 	"github.com/conclave-kms/conclave/tpm"
@@ -21,10 +22,11 @@ import (
 // direct runs a command on the software TPM beside the device.
 func direct[R any, C tpm2.Command[R, *R]](t *testing.T, cfg tpm.Config, cmd C) *R {
 	t.Helper()
-	link, err := linuxudstpm.Open(strings.TrimPrefix(cfg.Path, "unix:"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	var link transport.TPMCloser
+	eventually(t, func() (err error) { // the queue of connections may be full for a moment
+		link, err = linuxudstpm.Open(strings.TrimPrefix(cfg.Path, "unix:"))
+		return err
+	})
 	defer link.Close()
 	rsp, err := cmd.Execute(link)
 	if err != nil {

@@ -21,8 +21,6 @@ var (
 	errImport = invalid("the key blob does not open with this TPM for this use")
 	// errUnloaded answers the use of a key after unload.
 	errUnloaded = invalid("the key was unloaded")
-	// errForeign: the TPM holds another object where we kept a key.
-	errForeign = errors.New("another object is loaded at the handle of a kept key")
 )
 
 // importedKey is a key from outside. After TPM2_Import the TPM's own wrapping of
@@ -32,16 +30,18 @@ type importedKey struct {
 	unloaded           atomic.Bool
 }
 
-// keptKey is an imported key that stays loaded between calls.
+// keptKey is an imported key that stays loaded between calls, and the session
+// for its use.
 type keptKey struct {
-	key *importedKey
-	obj object
+	key     *importedKey
+	obj     object
+	session tpm2.Session
 }
 
-// ImportKey returns how others wrap a key for this TPM: the kind "tpm2-import"
+// ImportKey returns how others wrap a key for this TPM: ImportKind
 // and the marshalled TPMT_PUBLIC of the storage key, for WrapHMAC and WrapSigner.
 func (d *Device) ImportKey() (kind string, public []byte) {
-	return importKind, bytes.Clone(d.importPub)
+	return ImportKind, bytes.Clone(d.importPub)
 }
 
 // LoadHMAC imports a key that WrapHMAC wrapped for this TPM. mac returns the
@@ -145,31 +145,28 @@ func (d *Device) loadObject(c *conn, s tpm2.Session, k *importedKey) (*object, e
 }
 
 // use runs a command with an imported key, which it loads unless it is the one
-// that is kept. A kept key that is gone, because the TPM restarted or somebody
-// flushed it, is loaded again.
+// that is kept. A kept key that the TPM refuses, because it restarted or because
+// somebody flushed or replaced the object or the session, is loaded again. After
+// any failure nothing is kept: the nonces of the session may have parted.
 func (d *Device) use(c *conn, k *importedKey, crypt tpm2.AuthOption, fn func(*object, tpm2.Session) error) error {
 	if k.unloaded.Load() {
 		return errUnloaded
 	}
 	with := func() error {
-		return d.withKeyAuth(c, crypt, func(s tpm2.Session) error {
-			o, err := d.keep(c, s, k)
-			if err != nil {
-				return err
-			}
-			return fn(o, s)
-		})
-	}
-	kept := d.kept.Load()
-	err := with()
-	if kept != nil && kept.key == k {
-		switch {
-		case objectGone(err):
-			d.kept.Store(nil)
-			err = with()
-		case errors.Is(err, tpm2.TPMRCAuthFail), errors.Is(err, tpm2.TPMRCBadAuth):
-			err = errForeign
+		kept, err := d.keep(c, k, crypt)
+		if err == nil {
+			err = fn(&kept.obj, kept.session)
 		}
+		if err != nil {
+			d.letGo(c)
+		}
+		return err
+	}
+	before := d.kept.Load()
+	err := with()
+	var refused tpm2.TPMRC
+	if before != nil && before.key == k && c.err == nil && errors.As(err, &refused) {
+		err = with()
 	}
 	if k.unloaded.Load() { // while this call ran
 		d.letGo(c)
@@ -177,30 +174,42 @@ func (d *Device) use(c *conn, k *importedKey, crypt tpm2.AuthOption, fn func(*ob
 	return err
 }
 
-// keep makes k the one key that stays loaded: a TPM may have three slots, and
-// TPM2_Load of another key or TPM2_Create needs two of them.
-func (d *Device) keep(c *conn, s tpm2.Session, k *importedKey) (*object, error) {
+// keep makes k the one key that stays loaded, with a session for it: a TPM may
+// have three slots, and TPM2_Load of another key or TPM2_Create needs two of them.
+func (d *Device) keep(c *conn, k *importedKey, crypt tpm2.AuthOption) (*keptKey, error) {
 	if kept := d.kept.Load(); kept != nil && kept.key == k {
-		return &kept.obj, nil
+		return kept, nil
 	}
 	d.letGo(c)
-	o, err := d.loadObject(c, s, k)
+	s, err := c.startSession(d.storage, crypt, tpm2.Auth(d.auth.key.Reveal()))
 	if err != nil {
 		return nil, err
 	}
-	d.kept.Store(&keptKey{k, *o})
-	return o, nil
+	o, err := d.loadObject(c, s, k)
+	if err != nil {
+		c.flush(s.Handle())
+		return nil, err
+	}
+	kept := &keptKey{k, *o, s}
+	d.kept.Store(kept)
+	return kept, nil
 }
 
-// letGo flushes the kept key, if any. That it is gone already is no failure.
+// letGo flushes the kept key and its session, if any. That they are gone already
+// is no failure.
 func (d *Device) letGo(c *conn) {
 	kept := d.kept.Swap(nil)
-	if kept == nil || c.err != nil {
+	if kept == nil {
 		return
 	}
-	_, err := (tpm2.FlushContext{FlushHandle: kept.obj.handle}).Execute(c)
-	if err != nil && !errors.Is(err, tpm2.TPMRCHandle) {
-		c.fail(errors.New("flushing a handle failed"))
+	for _, h := range []tpm2.TPMHandle{kept.obj.handle, kept.session.Handle()} {
+		if c.err != nil {
+			return
+		}
+		_, err := (tpm2.FlushContext{FlushHandle: h}).Execute(c)
+		if err != nil && !errors.Is(err, tpm2.TPMRCHandle) {
+			c.fail(errors.New("flushing a handle failed"))
+		}
 	}
 }
 

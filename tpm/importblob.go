@@ -28,9 +28,11 @@ const (
 	importVersion = 2
 	maxLabel      = 64
 	hmacKeyLen    = 32
-	importKind    = "tpm2-import"
 	labelDomain   = "conclave tpm v1 label"
 )
+
+// ImportKind is the kind that ImportKey returns.
+const ImportKind = "tpm2-import"
 
 type importType byte
 

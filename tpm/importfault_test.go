@@ -50,6 +50,37 @@ func TestImportedRestart(t *testing.T) {
 	}
 }
 
+// TestImportedRefusedOnce: whatever a TPM says against a kept key or its session
+// once, the call loads the key again and goes on.
+func TestImportedRefusedOnce(t *testing.T) {
+	p := tpmtest.New(t)
+	w, cfg := tap(t, p.Config())
+	d := p.Open(cfg)
+	key, mac, unload := loadHMAC(t, d)
+	for name, rc := range map[string][]byte{
+		"TPM_RC_INITIALIZE": {0, 0, 1, 0}, "TPM_RC_REFERENCE_H0": {0, 0, 9, 0x10},
+		"TPM_RC_REFERENCE_S0": {0, 0, 9, 0x18}, "TPM_RC_AUTH_FAIL of session 1": {0, 0, 9, 0x8e},
+	} {
+		checkHMAC(t, mac, key, []byte("loads it"))
+		injected := 0
+		w.setTamper(func(rsp []byte) []byte {
+			if injected++; injected == 1 {
+				return append([]byte{0x80, 1, 0, 0, 0, 10}, rc...)
+			}
+			return rsp
+		})
+		checkHMAC(t, mac, key, []byte("refused once"))
+		if injected < 5 {
+			t.Errorf("%s: only %d answers", name, injected)
+		}
+		w.setTamper(nil)
+	}
+	unload()
+	if n := loaded(t, p.Config()); n != 0 {
+		t.Errorf("%d transient objects and sessions are left", n)
+	}
+}
+
 // TestImportedTampering: with any bit of an answer changed the import or the
 // HMAC fails, or the HMAC is right, and nothing is left in the TPM.
 func TestImportedTampering(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -52,12 +53,19 @@ type unixLink struct {
 
 func (l *unixLink) open(deadline time.Time) error {
 	d := net.Dialer{Deadline: deadline}
-	conn, err := d.Dial("unix", l.path)
-	if err != nil {
-		return err
+	for {
+		conn, err := d.Dial("unix", l.path)
+		if err == nil {
+			l.conn = conn
+			return nil
+		}
+		// The queue of connections is full of short ones: calls that ended
+		// without a command.
+		if !errors.Is(err, syscall.EAGAIN) || time.Until(deadline) < retryFirst {
+			return err
+		}
+		time.Sleep(retryFirst)
 	}
-	l.conn = conn
-	return nil
 }
 
 func (l *unixLink) exchange(cmd []byte, deadline time.Time) ([]byte, error) {

@@ -52,13 +52,19 @@ func encryptOut() tpm2.AuthOption   { return tpm2.AESEncryption(128, tpm2.Encryp
 // withSession runs fn with an HMAC session salted by the given key and flushes
 // the session afterwards.
 func (c *conn) withSession(salt *object, fn func(tpm2.Session) error, opts ...tpm2.AuthOption) error {
-	opts = append([]tpm2.AuthOption{tpm2.Salted(salt.handle, salt.public)}, opts...)
-	s, _, err := tpm2.HMACSession(c, tpm2.TPMAlgSHA256, 16, opts...)
+	s, err := c.startSession(salt, opts...)
 	if err != nil {
 		return err
 	}
 	defer c.flush(s.Handle())
 	return fn(s)
+}
+
+// startSession starts an HMAC session salted by the given key.
+func (c *conn) startSession(salt *object, opts ...tpm2.AuthOption) (tpm2.Session, error) {
+	opts = append([]tpm2.AuthOption{tpm2.Salted(salt.handle, salt.public)}, opts...)
+	s, _, err := tpm2.HMACSession(c, tpm2.TPMAlgSHA256, 16, opts...)
+	return s, err
 }
 
 // newAuthSession authorizes a command that changes the authorization value of
