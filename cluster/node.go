@@ -132,16 +132,20 @@ func (n *Node) open(ctx context.Context, genesis *state.State) error {
 }
 
 func (n *Node) openStore() error {
+	path := n.dir.file(logFile)
+	if err := checkStore(path); err != nil {
+		return err
+	}
 	store, err := raftboltdb.New(raftboltdb.Options{
-		Path: n.dir.file(logFile),
+		Path: path,
 		BoltOptions: &bbolt.Options{
-			Timeout:        time.Second, // for the lock of another process
+			Timeout:        lockWait,
 			NoFreelistSync: true,
 			FreelistType:   bbolt.FreelistMapType,
 		},
 	})
 	if err != nil {
-		return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("cannot open the log: %v", err), "check that no other process uses "+n.dir.path)
+		return storeError(path, err)
 	}
 	n.store = store
 	if n.logs, err = raft.NewLogCache(512, &watchedStore{store: store, watch: n.watch}); err != nil {
@@ -174,7 +178,7 @@ func (n *Node) openRaft(genesis *state.State, snapshots raft.SnapshotStore, tran
 	if !exists {
 		if n.dir.id.Initialised {
 			return &kms.Error{Kind: kms.Conflict, Msg: "the log in " + n.dir.path + " is gone, though this node had one",
-				Fix: "a node that forgot its votes must not take part again under the same name: restore the directory from a backup of this moment, or set the node up anew"}
+				Fix: storeFix}
 		}
 		if err := raft.BootstrapCluster(conf, n.logs, stable, snapshots, transport, firstConfiguration(genesis)); err != nil {
 			return kms.Wrap(kms.Invalid, err, fmt.Sprintf("cannot begin the log: %v", err), "")

@@ -70,7 +70,7 @@ func loadRoot(ctx context.Context, dev device, cfg Config) (*keyring.Root, error
 	}
 	var f rootFile
 	if err := strictJSON(b, &f); err != nil {
-		return nil, fmt.Errorf("%s: %w", rootPath(cfg.DataDir), err)
+		return nil, fmt.Errorf("%s is damaged: %w; restore it from a backup: without it the node's sealed copies cannot be opened", rootPath(cfg.DataDir), err)
 	}
 	suite, _ := cfg.Device.suites()
 	if f.Format != 1 || f.Suite != suite.String() {
@@ -78,7 +78,7 @@ func loadRoot(ctx context.Context, dev device, cfg Config) (*keyring.Root, error
 	}
 	seed, err := dev.Unwrap(ctx, rootAAD(cfg.Node, suite), f.Wrapped)
 	if err != nil {
-		return nil, fmt.Errorf("unwrap the ML-KEM seed in %s with the device: %w; it opens only as node %s and with the device that made it", rootPath(cfg.DataDir), err, cfg.Node)
+		return nil, fmt.Errorf("unwrap the ML-KEM seed in %s with the device: %w; it opens only as node %s and with the device that made it; restore the file from a backup if it was altered", rootPath(cfg.DataDir), err, cfg.Node)
 	}
 	defer seed.Destroy()
 	return keyring.NewRoot(dev, suite, seed)

@@ -170,14 +170,14 @@ func (n *node) openCluster(ctx context.Context) error {
 		if g, perr := state.ParseGenesis(signed.Genesis); perr == nil && unsigned(signed, g) != "" {
 			return fmt.Errorf("%s: %w; missing: %s", n.cfg.Genesis, err, unsigned(signed, g))
 		}
-		return fmt.Errorf("%s: %w", n.cfg.Genesis, err)
+		return fmt.Errorf("%s: %w; if it was in order before, the file is damaged: copy the signed document from another node of the cluster", n.cfg.Genesis, err)
 	}
 	if err := n.checkGenesis(genesis); err != nil {
 		return err
 	}
-	cert, err := tls.LoadX509KeyPair(n.cfg.TLS.Certificate, n.cfg.TLS.Key)
+	cert, err := n.cfg.TLS.load()
 	if err != nil {
-		return fmt.Errorf("tls: the node's certificate and key: %w", err)
+		return err
 	}
 	listener, err := listen(ctx, n.cfg.Cluster.Listen, "cluster.listen")
 	if err != nil {
@@ -253,9 +253,12 @@ func (n *node) raft() wire.Raft {
 
 // serve runs the agent and the API until ctx ends or something fails.
 func (n *node) serve(ctx context.Context) error {
-	cert, err := tls.LoadX509KeyPair(n.cfg.TLS.Certificate, n.cfg.TLS.Key)
+	cert, err := n.cfg.TLS.load()
 	if err != nil {
-		return fmt.Errorf("tls: the node's certificate and key: %w", err)
+		return err
+	}
+	if err := certifies(cert, n.cfg.API.Advertise); err != nil {
+		n.log.Warn("clients will refuse this node: have the site's CA issue a certificate with the host of api.advertise as SAN", "advertise", n.cfg.API.Advertise, "err", err)
 	}
 	agent, err := engine.NewAgent(n.engine, engine.AgentConfig{Watch: n.cluster})
 	if err != nil {

@@ -1,0 +1,59 @@
+package cluster
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime/debug"
+	"time"
+
+	"go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+
+	"github.com/conclave-kms/conclave/kms"
+)
+
+// storeFix is the next step when the log's file cannot be used.
+const storeFix = "restore the node's directory from a backup of this moment, or set the node up anew: " +
+	"a node that forgot its votes must not take part again under the same name"
+
+// lockWait is how long to wait for the lock of another process on the log.
+const lockWait = time.Second
+
+// checkStore walks through the file of the log. bbolt panics, partly in goroutines
+// of its own, on a file whose pages are damaged; here that becomes an error which
+// names the file. It does not verify the entries: those are signed.
+func checkStore(path string) error {
+	if _, err := os.Stat(path); os.IsNotExist(err) {
+		return nil
+	}
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true, Timeout: lockWait}) // reads no freelist, which is where bbolt panics
+	if err != nil {
+		return storeError(path, err)
+	}
+	if err := errors.Join(walkStore(db), db.Close()); err != nil {
+		return storeError(path, err)
+	}
+	return nil
+}
+
+func walkStore(db *bbolt.DB) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // a page number may point past the end of the file
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("a page is damaged: %v", r)
+		}
+	}()
+	return db.View(func(tx *bbolt.Tx) error {
+		return tx.ForEach(func(_ []byte, b *bbolt.Bucket) error {
+			return b.ForEach(func(_, _ []byte) error { return nil })
+		})
+	})
+}
+
+func storeError(path string, err error) error {
+	if errors.Is(err, bolterrors.ErrTimeout) {
+		return kms.Wrap(kms.Unavailable, err, "the log "+path+" is in use by another process", "stop it first: two nodes must not share a data directory")
+	}
+	return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("the log %s is damaged or cannot be read: %v", path, err), storeFix)
+}
