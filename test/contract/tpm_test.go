@@ -2,9 +2,11 @@ package contract_test
 
 import (
 	"crypto/ecdh"
+	"fmt"
 	"testing"
 
 	"github.com/conclave-kms/conclave/test/contract"
+	"github.com/conclave-kms/conclave/tpm"
 	"github.com/conclave-kms/conclave/tpm/tpmtest"
 )
 
@@ -18,6 +20,29 @@ func TestSoftTPM(t *testing.T) {
 			cfg := p.Config()
 			cfg.Curve = c.curve
 			contract.Run(t, func(t *testing.T) contract.Device { return p.OpenIn(t, cfg) })
+		})
+	}
+}
+
+func TestSoftTPMHardware(t *testing.T) {
+	for _, c := range []ecdh.Curve{ecdh.P384(), ecdh.P256()} {
+		t.Run(fmt.Sprint(c), func(t *testing.T) {
+			token := func(t *testing.T) (*tpmtest.TPM, tpm.Config) {
+				p := tpmtest.New(t)
+				cfg := p.Config()
+				cfg.Curve = c
+				return p, cfg
+			}
+			p, cfg := token(t)
+			contract.RunHardware(t, contract.Hardware{
+				Open: func(t *testing.T) contract.HardwareDevice { return p.OpenIn(t, cfg) },
+				Other: func(t *testing.T) contract.HardwareDevice {
+					p, cfg := token(t)
+					return p.OpenIn(t, cfg)
+				},
+				Kind: tpm.ImportKind, WrapHMAC: tpm.WrapHMAC, WrapSigner: tpm.WrapSigner, Loaded: 8,
+				Lose: func(*testing.T, contract.HardwareDevice) { p.Restart() },
+			})
 		})
 	}
 }
