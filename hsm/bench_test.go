@@ -6,6 +6,8 @@ import (
 	"crypto/rand"
 	"fmt"
 	"testing"
+
+	"github.com/miekg/pkcs11"
 )
 
 // benchmark runs f on both curves, serially and from several goroutines.
@@ -94,6 +96,71 @@ func BenchmarkOpen(b *testing.B) {
 			if err := d.Close(); err != nil {
 				b.Fatal(err)
 			}
+		}
+	})
+}
+
+// BenchmarkHMAC compares the token's own rate, one session and nothing around it,
+// with that of a closure.
+func BenchmarkHMAC(b *testing.B) {
+	_, d := openNew(b)
+	message := make([]byte, 100)
+	mac, unload, err := d.LoadHMAC(context.Background(), wrapFor(b, d, make([]byte, 32)))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer unload()
+	b.Run("raw", func(b *testing.B) {
+		_, err := call(context.Background(), d, callOptions{op: "raw"}, func(s *session) (struct{}, error) {
+			_, public := d.ImportKey()
+			to, err := parseRecipient(public)
+			if err != nil {
+				return struct{}{}, err
+			}
+			h, err := s.loadPlain(to, *d.imports, materialHMAC, make([]byte, 32))
+			if err != nil {
+				return struct{}{}, err
+			}
+			for b.Loop() {
+				if _, err := s.hmac(h, message); err != nil {
+					return struct{}{}, err
+				}
+			}
+			s.destroy([]pkcs11.ObjectHandle{h})
+			return struct{}{}, nil
+		})
+		if err != nil {
+			b.Fatal(err)
+		}
+	})
+	b.Run("closure", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := mac(context.Background(), message); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("closure/parallel", func(b *testing.B) {
+		b.SetParallelism(4)
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				if _, err := mac(context.Background(), message); err != nil {
+					b.Error(err)
+				}
+			}
+		})
+	})
+}
+
+func BenchmarkLoadHMAC(b *testing.B) {
+	benchmark(b, func(d *Device) func() error {
+		blob := wrapFor(b, d, make([]byte, 32))
+		return func() error {
+			_, unload, err := d.LoadHMAC(context.Background(), blob)
+			if err == nil {
+				unload()
+			}
+			return err
 		}
 	})
 }
