@@ -252,7 +252,7 @@ func genesisSignCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "sign FILE",
 		Short: "Add this node's signature, made in its device",
-		Args:  cobra.ExactArgs(1),
+		Args:  oneFile,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := readSignedGenesis(args[0])
 			if err != nil {

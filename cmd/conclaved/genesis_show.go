@@ -23,7 +23,7 @@ func genesisShowCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "show FILE",
 		Short: "Print a genesis document, decoded from its bytes, and who has signed it",
-		Args:  cobra.ExactArgs(1),
+		Args:  oneFile,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := readSignedGenesis(args[0])
 			if err != nil {

@@ -41,6 +41,14 @@ To found a real cluster:  conclaved init, conclaved genesis --help, conclaved ru
 	return root
 }
 
+// oneFile is cobra.ExactArgs(1) with the usage in the message.
+func oneFile(cmd *cobra.Command, args []string) error {
+	if len(args) != 1 {
+		return fmt.Errorf("%s takes one FILE; see: %s --help", cmd.CommandPath(), cmd.CommandPath())
+	}
+	return nil
+}
+
 func versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
