@@ -105,7 +105,7 @@ func TestAttacksDetect(t *testing.T) {
 func TestAttacksRunAll(t *testing.T) {
 	_, d := openNew(t)
 	all := attacks(d.imports)
-	if len(all) < 90 {
+	if len(all) < 170 {
 		t.Fatalf("%d attacks only", len(all))
 	}
 	for _, a := range all {
