@@ -292,9 +292,9 @@ func (f *founding) refuseForeignRoots(document string) {
 	for text, says := range map[string]string{
 		string(tampered):   "unwrap the ML-KEM seed",
 		"{}":               "format 0",
-		"":                 "root.json: ",
+		"":                 "root.json is damaged",
 		good + "{}":        "more than one JSON value",
-		`{"format":1,"x":`: "root.json: ",
+		`{"format":1,"x":`: "root.json is damaged",
 		strings.Replace(good, "MLKEM768-P256", "MLKEM1024-P384", 1): "MLKEM1024-P384",
 		strings.Replace(good, `"suite"`, `"sweet"`, 1):              "sweet",
 	} {
