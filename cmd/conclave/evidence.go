@@ -14,7 +14,7 @@ import (
 )
 
 func (a *app) evidenceCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "evidence", Short: "Fetch and verify the proof that a rotation was authorised"}
+	cmd := &cobra.Command{Use: "evidence", Short: "Fetch and verify the proof that a proposal was authorised"}
 	cmd.AddCommand(a.evidenceGetCommand(), a.evidenceVerifyCommand())
 	return cmd
 }
