@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -211,10 +212,29 @@ func (n *node) checkGenesis(g state.Genesis) error {
 }
 
 // applied keeps the cluster log: every command with its leaf, in order.
-func (n *node) applied(_ *state.State, raw []byte, r state.Result) {
+func (n *node) applied(st *state.State, raw []byte, r state.Result) {
 	if err := n.clusterLog.Append(r.Index, raw, r.Leaf); err != nil {
 		n.fail(fmt.Errorf("the cluster log cannot be written: %w", err))
 	}
+	if err := sameHistory(n.clusterLog, r.Index, st.LogRoot); err != nil {
+		n.fail(fmt.Errorf("%w; data directory %s", err, n.cfg.DataDir))
+	}
+}
+
+// sameHistory compares, when a restarted node has applied again what it had applied
+// before, the root of the state's log with that of the log on disk. Raft's log has no
+// checksums: an entry damaged there is no longer a valid command, has no effect, and
+// would leave this node with a state of its own until the nodes next compare theirs.
+func sameHistory(log *audit.ClusterLog, index uint64, root func() []byte) error {
+	if index != log.Last() {
+		return nil
+	}
+	stored, ok := log.Root()
+	if !ok || bytes.Equal(stored, root()) {
+		return nil
+	}
+	return fmt.Errorf("what raft/raft.db yields is not what this node had applied according to cluster-log (entry %d): "+
+		"one of the two is damaged; restore the data directory from a backup of this moment, or set the node up anew", index)
 }
 
 func (n *node) restored(st *state.State) {
