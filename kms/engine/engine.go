@@ -200,6 +200,9 @@ func do[R any](ctx context.Context, e *Engine, rq *request, f func(st *state.Sta
 	}
 	err = e.plain(unproven(age, err))
 	if lerr := e.record(ctx, rq, started, err); lerr != nil {
+		if err == errLogFailed { // known before: nothing was done, and this says what helps
+			lerr = err
+		}
 		e.metrics.count(rq.act, lerr, e.now().Sub(started))
 		return zero, lerr
 	}

@@ -73,7 +73,7 @@ var (
 	overdueDesc  = prometheus.NewDesc("conclave_keys_overdue", "Keys whose rotation is overdue.", nil, nil)
 	openDesc     = prometheus.NewDesc("conclave_proposals_open", "Proposals that are open or authorised.", nil, nil)
 	pendingDesc  = prometheus.NewDesc("conclave_receipts_pending", "Receipts that this node owes.", nil, nil)
-	logDesc      = prometheus.NewDesc("conclave_access_log_failed", "1 when the access log cannot be written and every request is refused.", nil, nil)
+	logDesc      = prometheus.NewDesc("conclave_access_log_failed", "1 when the access log could not be written. From then on scrapes are refused like every request: alert on failing scrapes too.", nil, nil)
 	cachedDesc   = prometheus.NewDesc("conclave_cache_entries", "Opened keys in locked memory.", []string{"kind"}, nil)
 	deviceDesc   = prometheus.NewDesc("conclave_device_up", "1 when the hardware root answers.", nil, nil)
 	skewDesc     = prometheus.NewDesc("conclave_clock_offset_seconds", "This node's clock minus the cluster's, which is a few seconds old.", nil, nil)

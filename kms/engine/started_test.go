@@ -71,3 +71,16 @@ func TestHealthMetrics(t *testing.T) {
 		}
 	}
 }
+
+// Once the access log has failed, the refusal says that the node must be restarted.
+func TestRefusalAfterLogFailureSaysWhatHelps(t *testing.T) {
+	w := newWorld(t, "")
+	e := w.at("fr").engine
+	e.logFailed.Store(true)
+	w.at("fr").log.fail = kms.Errorf(kms.ReadOnly, "no space")
+	_, err := e.Keyrings(bg, caller("operator", "fr"))
+	wantKind(t, err, kms.ReadOnly)
+	if err == nil || !strings.Contains(err.Error(), "restart") {
+		t.Errorf("got %v", err)
+	}
+}
