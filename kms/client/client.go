@@ -72,8 +72,8 @@ func New(cfg Config) (*Client, error) {
 	c.http = &http.Client{
 		Transport: &http.Transport{
 			TLSClientConfig:     tlsConfig,
-			DialContext:         (&net.Dialer{Timeout: 5 * time.Second}).DialContext,
-			TLSHandshakeTimeout: 10 * time.Second,
+			DialContext:         (&net.Dialer{Timeout: 3 * time.Second}).DialContext,
+			TLSHandshakeTimeout: 3 * time.Second,
 			MaxIdleConnsPerHost: 64,
 			IdleConnTimeout:     90 * time.Second,
 		},
