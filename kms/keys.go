@@ -83,6 +83,16 @@ const (
 	Hardware Protection = "hardware" // only inside the device
 )
 
+// Generated says where the material of a key version of protection Hardware was
+// made. In both cases it leaves that place wrapped for the resident nodes' devices.
+type Generated string
+
+// The places.
+const (
+	InDevice Generated = "device" // in the origin node's device, which wrapped it itself
+	OnHost   Generated = "host"   // in locked memory of the origin node, from the device's randomness, wiped at once
+)
+
 // Receipts says which resident nodes must prove that they can open a new
 // version before it becomes primary.
 type Receipts string
@@ -108,6 +118,7 @@ const (
 	ActionDestroy    Action = "destroy"    // one version, or the whole key
 	ActionPolicy     Action = "policy"     // replace a policy
 	ActionCustodian  Action = "custodian"  // add, replace or revoke a custodian
+	ActionNode       Action = "node"       // replace a node's hardware root
 )
 
 // KeyActions are decided by the policy that a keyring names, GovernanceActions
@@ -115,7 +126,7 @@ const (
 // it decides.
 var (
 	KeyActions        = []Action{ActionCreate, ActionRotate, ActionSuspend, ActionResume, ActionDeactivate, ActionCompromise, ActionDestroy}
-	GovernanceActions = []Action{ActionKeyring, ActionPolicy, ActionCustodian}
+	GovernanceActions = []Action{ActionKeyring, ActionPolicy, ActionCustodian, ActionNode}
 )
 
 // Governance is the name of the policy that decides GovernanceActions.

@@ -24,7 +24,8 @@ type Rule struct {
 type Policy struct {
 	Name     string `cbor:"name" json:"name"`
 	Revision uint64 `cbor:"revision" json:"revision"`
-	Rules    []Rule `cbor:"rules" json:"rules"` // sorted by action
+	Rules    []Rule `cbor:"rules" json:"rules"`                 // sorted by action
+	Attested bool   `cbor:"attested" json:"attested,omitempty"` // keyrings under this policy: every resident node's hardware must be attested
 }
 
 // Credential is one public key of a custodian.
@@ -62,7 +63,7 @@ type Proposal struct {
 	Parameters     []byte     `cbor:"parameters" json:"parameters"` // canonical encoding of the action's *Params type, empty where there is none
 }
 
-// Targets are "key/KEYRING/KEY", "policy/NAME", "custodian/ID".
+// Targets are "key/KEYRING/KEY", "policy/NAME", "custodian/ID", "node/ID".
 
 // VersionParams are the parameters of deactivate, compromise and destroy.
 type VersionParams struct {
@@ -72,13 +73,39 @@ type VersionParams struct {
 // PolicyParams are the parameters of the action policy: the rules that replace
 // those of the target policy.
 type PolicyParams struct {
-	Rules []Rule `cbor:"rules" json:"rules"`
+	Rules    []Rule `cbor:"rules" json:"rules"`
+	Attested bool   `cbor:"attested" json:"attested,omitempty"`
 }
 
 // CustodianParams are the parameters of the action custodian: the record that
 // replaces the target custodian's (Revision is ignored and must be 0).
 type CustodianParams struct {
 	Custodian Custodian `cbor:"custodian" json:"custodian"`
+}
+
+// NodeRoot is a hardware root that is to replace a node's present one: the fields
+// of the node's record that change with it. It is the parameters of the action
+// node, as NodeParams.
+type NodeRoot struct {
+	Suite        uint16 `cbor:"suite" json:"suite"`
+	Agreement    []byte `cbor:"agreement" json:"agreement"`
+	SigningSuite uint16 `cbor:"signing-suite" json:"signing_suite"`
+	Signing      []byte `cbor:"signing" json:"signing"`
+	Device       string `cbor:"device" json:"device"`
+	ImportKind   string `cbor:"import-kind" json:"import_kind,omitempty"`
+	Import       []byte `cbor:"import" json:"import,omitempty"`
+	Attestation  []byte `cbor:"attestation" json:"attestation,omitempty"`
+}
+
+// NodeParams are the parameters of the action node.
+type NodeParams struct {
+	Root NodeRoot `cbor:"root" json:"root"`
+	// Possession is the new signing key's signature over RootMessage, so that
+	// nobody proposes a key that is not theirs.
+	Possession []byte `cbor:"possession" json:"possession"`
+	// Leave lets the node adopt the root although key versions of protection
+	// hardware could not be moved to it; it cannot use those any more.
+	Leave bool `cbor:"leave" json:"leave,omitempty"`
 }
 
 // Verdict is a custodian's answer.

@@ -18,6 +18,8 @@ const (
 	TypeExecute        Type = 6
 	TypeCommitRotation Type = 7
 	TypeReceipt        Type = 8
+	TypeReseal         Type = 9
+	TypeAdoptRoot      Type = 10
 )
 
 // Command is the payload of an envelope.
@@ -49,8 +51,10 @@ type CreateKey struct {
 	Purpose        kms.Purpose   `cbor:"purpose"`
 	Algorithm      kms.Algorithm `cbor:"algorithm"`
 	RotationPeriod int64         `cbor:"rotation-period"`
-	KEK            uint32        `cbor:"kek"`
-	Wrapped        []byte        `cbor:"wrapped"`
+	KEK            uint32        `cbor:"kek"`     // 0 for protection hardware
+	Wrapped        []byte        `cbor:"wrapped"` // empty for protection hardware
+	Copies         []SealedCopy  `cbor:"copies"`  // protection hardware: one for every resident node, sorted
+	Generated      kms.Generated `cbor:"generated"`
 	PublicKey      []byte        `cbor:"public-key"`
 }
 
@@ -72,14 +76,16 @@ type Execute struct {
 // CommitRotation brings the new version that an authorised proposal asked for.
 // The first one wins.
 type CommitRotation struct {
-	Proposal  string  `cbor:"proposal"`
-	Keyring   string  `cbor:"keyring"`
-	Key       string  `cbor:"key"`
-	Version   uint32  `cbor:"version"`
-	KEK       uint32  `cbor:"kek"`
-	Wrapped   []byte  `cbor:"wrapped"`
-	PublicKey []byte  `cbor:"public-key"`
-	Checks    []Check `cbor:"checks"` // one for every resident node, sorted
+	Proposal  string        `cbor:"proposal"`
+	Keyring   string        `cbor:"keyring"`
+	Key       string        `cbor:"key"`
+	Version   uint32        `cbor:"version"`
+	KEK       uint32        `cbor:"kek"`
+	Wrapped   []byte        `cbor:"wrapped"`
+	Copies    []SealedCopy  `cbor:"copies"` // as in CreateKey
+	Generated kms.Generated `cbor:"generated"`
+	PublicKey []byte        `cbor:"public-key"`
+	Checks    []Check       `cbor:"checks"` // one for every resident node, sorted; none for a sign key of protection hardware
 }
 
 // GiveReceipt proves that the origin node can open a version: of the key, or of
@@ -88,7 +94,25 @@ type GiveReceipt struct {
 	Keyring string `cbor:"keyring"`
 	Key     string `cbor:"key"`
 	Version uint32 `cbor:"version"`
-	KCV     []byte `cbor:"kcv"`
+	KCV     []byte `cbor:"kcv"` // for a sign key of protection hardware: its signature r‖s of kms.ReceiptMessage
+}
+
+// Reseal gives a node whose root is being replaced a copy for its next root: of a
+// KEK version, or of a key version of protection hardware where Key is not empty.
+// Another resident node sends it.
+type Reseal struct {
+	Node    string `cbor:"node"`
+	Root    uint32 `cbor:"root"` // number of the next root
+	Keyring string `cbor:"keyring"`
+	Key     string `cbor:"key"`
+	Version uint32 `cbor:"version"`
+	Sealed  []byte `cbor:"sealed"`
+}
+
+// AdoptRoot makes the next root of the origin node its own. The envelope is
+// signed with the new signing key.
+type AdoptRoot struct {
+	Root uint32 `cbor:"root"`
 }
 
 // Type implements Command.
@@ -100,3 +124,5 @@ func (CastVote) Type() Type       { return TypeVote }
 func (Execute) Type() Type        { return TypeExecute }
 func (CommitRotation) Type() Type { return TypeCommitRotation }
 func (GiveReceipt) Type() Type    { return TypeReceipt }
+func (Reseal) Type() Type         { return TypeReseal }
+func (AdoptRoot) Type() Type      { return TypeAdoptRoot }

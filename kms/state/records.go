@@ -27,7 +27,22 @@ type Node struct {
 	SigningSuite uint16 `cbor:"signing-suite"` // pqc ECDSA suite of Signing
 	Signing      []byte `cbor:"signing"`       // SEC1 uncompressed point
 	Device       string `cbor:"device"`        // what the node claims its hardware is
+	Root         uint32 `cbor:"root"`          // number of this hardware root, 1 in the genesis
+	ImportKind   string `cbor:"import-kind"`   // how others wrap a key for the device; empty: it cannot have protection hardware
+	Import       []byte `cbor:"import"`        // what they need for it
+	Attestation  []byte `cbor:"attestation"`   // document of package attest; empty: none
 	Voter        bool   `cbor:"voter"`
+}
+
+// Replacement is the hardware root that a node is to have next, approved by the
+// custodians. It becomes the node's own with AdoptRoot.
+type Replacement struct {
+	Node     string            `cbor:"node"`
+	Root     uint32            `cbor:"root"` // its number: the present one plus 1
+	New      approval.NodeRoot `cbor:"new"`
+	Proposal string            `cbor:"proposal"`
+	Time     int64             `cbor:"time"`  // cluster clock when it was approved
+	Index    uint64            `cbor:"index"` // of the execution in the log
 }
 
 // NodeStatus is the latest time that a node has signed in a Tick, Unix
@@ -55,9 +70,11 @@ type Keyring struct {
 	Statement    []byte         `cbor:"statement"`
 }
 
-// SealedCopy is a KEK version sealed to one node (pqc.PublicKey.Seal).
+// SealedCopy is a KEK version, or a key version of protection hardware wrapped for
+// the node's device, sealed to one node (pqc.PublicKey.Seal).
 type SealedCopy struct {
 	Node   string `cbor:"node"`
+	Root   uint32 `cbor:"root"` // number of the node's root that opens it
 	Sealed []byte `cbor:"sealed"`
 }
 
@@ -109,22 +126,24 @@ type Key struct {
 // Version is a key version. When destroyed it stays as a tombstone without
 // Wrapped.
 type Version struct {
-	Keyring   string    `cbor:"keyring"`
-	Key       string    `cbor:"key"`
-	Version   uint32    `cbor:"version"`
-	State     kms.State `cbor:"state"`
-	KEK       uint32    `cbor:"kek"`        // KEK version that wraps it
-	Wrapped   []byte    `cbor:"wrapped"`    // material under the KEK
-	PublicKey []byte    `cbor:"public-key"` // SEC1 point or Ed25519 key for sign keys, else empty
-	Checks    []Check   `cbor:"checks"`     // empty for version 1
-	Receipts  []Receipt `cbor:"receipts"`   // sorted by node
-	Proposal  string    `cbor:"proposal"`   // that authorised it, empty for version 1
-	Created   int64     `cbor:"created"`
-	Activated int64     `cbor:"activated"`
-	Index     uint64    `cbor:"index"`     // of the command that brought it in the log
-	Statement []byte    `cbor:"statement"` // that command, empty once destroyed
-	Origin    string    `cbor:"origin"`    // node that sent it
-	Erased    []byte    `cbor:"erased"`    // once destroyed: SHA-256 of that command, as in its log leaf
+	Keyring   string        `cbor:"keyring"`
+	Key       string        `cbor:"key"`
+	Version   uint32        `cbor:"version"`
+	State     kms.State     `cbor:"state"`
+	KEK       uint32        `cbor:"kek"`        // KEK version that wraps it
+	Wrapped   []byte        `cbor:"wrapped"`    // material under the KEK
+	PublicKey []byte        `cbor:"public-key"` // SEC1 point or Ed25519 key for sign keys, else empty
+	Copies    []SealedCopy  `cbor:"copies"`     // in place of KEK and Wrapped where the keyring's protection is hardware
+	Generated kms.Generated `cbor:"generated"`  // of protection hardware
+	Checks    []Check       `cbor:"checks"`     // empty for version 1 and for sign keys of protection hardware
+	Receipts  []Receipt     `cbor:"receipts"`   // sorted by node
+	Proposal  string        `cbor:"proposal"`   // that authorised it, empty for version 1
+	Created   int64         `cbor:"created"`
+	Activated int64         `cbor:"activated"`
+	Index     uint64        `cbor:"index"`     // of the command that brought it in the log
+	Statement []byte        `cbor:"statement"` // that command, empty once destroyed
+	Origin    string        `cbor:"origin"`    // node that sent it
+	Erased    []byte        `cbor:"erased"`    // once destroyed: SHA-256 of that command, as in its log leaf
 }
 
 // Progress is where a proposal stands.
