@@ -155,7 +155,7 @@ name = "governance"
   actions = ["keyring"]
   direct = ["operator"]
   [[policy.rule]]
-  actions = ["policy", "custodian"]
+  actions = ["policy", "custodian", "node"]
   approvals = 2
   sites = 2
   lifetime = "72h"
