@@ -260,7 +260,7 @@ func TestPolicyChangeTakesStricter(t *testing.T) {
 	w.Execute(id)
 
 	gov := slices.Clone(statetest.Policies(3)[0].Rules)
-	gov[2].Approvals, gov[2].Sites = 4, 3 // the new rule for policies is stricter: it counts
+	gov[3].Approvals, gov[3].Sites = 4, 3 // the new rule for policies is stricter: it counts
 	id = w.Propose(kms.ActionPolicy, "policy/governance", approval.PolicyParams{Rules: gov})
 	w.Approve(id, "fr-1", "de-1", "jp-1")
 	progress(t, w, id, "open")

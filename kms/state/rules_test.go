@@ -317,7 +317,7 @@ func TestGenesisRefused(t *testing.T) {
 		"impossible policy":    func(g *state.Genesis) { g.Policies[0].Rules[0].Approvals = 7 },
 		"omitted threshold":    func(g *state.Genesis) { g.Policies[1].Rules[5].Approvals = 0 },
 		"policy changed alone": func(g *state.Genesis) {
-			g.Policies[0].Rules[2] = approval.Rule{Action: kms.ActionPolicy, Direct: []string{"operator"}}
+			g.Policies[0].Rules[3] = approval.Rule{Action: kms.ActionPolicy, Direct: []string{"operator"}}
 		},
 		"required site":     func(g *state.Genesis) { g.Policies[1].Rules[5].Required = []string{"xx"} },
 		"policy's revision": func(g *state.Genesis) { g.Policies[1].Revision = 7 },

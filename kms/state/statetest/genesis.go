@@ -92,6 +92,7 @@ func Policies(sites int) []approval.Policy {
 		{Name: kms.Governance, Revision: 1, Rules: []approval.Rule{
 			quorum(kms.ActionCustodian, 2, 0, 72*hour),
 			direct(kms.ActionKeyring, "operator"),
+			quorum(kms.ActionNode, 2, 0, 72*hour),
 			quorum(kms.ActionPolicy, 2, 0, 72*hour),
 		}},
 		{Name: "standard", Revision: 1, Rules: []approval.Rule{
