@@ -24,8 +24,8 @@ import (
 const (
 	// DefaultCallTimeout bounds one call on the TPM.
 	DefaultCallTimeout = 10 * time.Second
-	// DefaultPersistentBase is the first of three consecutive owner handles:
-	// storage key, agreement key, signing key. It lies outside the ranges that
+	// DefaultPersistentBase is the first of four consecutive owner handles:
+	// storage, agreement, signing and attestation key. It lies outside the ranges that
 	// the TCG registry reserves for storage, endorsement and platform keys.
 	DefaultPersistentBase uint32 = 0x81080000
 
@@ -53,7 +53,7 @@ type Config struct {
 	// CallTimeout bounds the wait for the TPM and then each call on it.
 	// 0 means DefaultCallTimeout.
 	CallTimeout time.Duration
-	// PersistentBase is the first of three consecutive persistent handles in
+	// PersistentBase is the first of four consecutive persistent handles in
 	// the owner's range. 0 means DefaultPersistentBase.
 	PersistentBase uint32
 }
@@ -78,7 +78,7 @@ func (c Config) withDefaults() (Config, error) {
 		return c, invalid("Curve must be P-384 or P-256")
 	case c.CallTimeout < 0:
 		return c, invalid("CallTimeout is negative")
-	case c.PersistentBase < ownerHandleMin || c.PersistentBase > ownerHandleMax-2:
+	case c.PersistentBase < ownerHandleMin || c.PersistentBase > ownerHandleMax-(keyCount-1):
 		return c, invalid("PersistentBase %#x leaves the owner's range %#x to %#x", c.PersistentBase, ownerHandleMin, ownerHandleMax)
 	}
 	return c, nil

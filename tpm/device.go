@@ -23,6 +23,7 @@ type Device struct {
 	auth  *auths
 
 	storage, agreement, signing *object
+	attestation                 *object // nil: made by a Provision that made three keys
 	agreementPub                *ecdh.PublicKey
 	signingPub                  *ecdsa.PublicKey
 	description                 string
@@ -89,9 +90,12 @@ func newDevice(cfg Config) (*Device, error) {
 func (d *Device) discover(ctx context.Context) error {
 	err := d.run(ctx, "open", func(c *conn) error {
 		base := tpm2.TPMHandle(d.cfg.PersistentBase)
-		keys := [3]*object{}
+		keys := [keyCount]*object{}
 		for i, k := range d.keyTemplates() {
 			o, err := c.readObject(base + tpm2.TPMHandle(i))
+			if i == attestationKey && handleMissing(err) {
+				continue
+			}
 			if err != nil {
 				return err
 			}
@@ -100,7 +104,7 @@ func (d *Device) discover(ctx context.Context) error {
 			}
 			keys[i] = o
 		}
-		d.storage, d.agreement, d.signing = keys[0], keys[1], keys[2]
+		d.storage, d.agreement, d.signing, d.attestation = keys[0], keys[1], keys[2], keys[attestationKey]
 		if err := d.checkHierarchies(c); err != nil {
 			return err
 		}
@@ -128,12 +132,18 @@ type keyTemplate struct {
 	template tpm2.TPMTPublic
 }
 
+const (
+	keyCount       = 4
+	attestationKey = 3
+)
+
 // keyTemplates lists the keys in the order of their persistent handles.
-func (d *Device) keyTemplates() [3]keyTemplate {
-	return [3]keyTemplate{
+func (d *Device) keyTemplates() [keyCount]keyTemplate {
+	return [keyCount]keyTemplate{
 		{"storage key", d.suite.storage()},
 		{"agreement key", d.suite.agreement()},
 		{"signing key", d.suite.signing()},
+		{"attestation key", d.suite.attestation()},
 	}
 }
 
@@ -390,7 +400,10 @@ func (d *Device) reconnect(c *conn) error {
 
 // sameKeys checks that the keys at our handles bear the names read at Open.
 func (d *Device) sameKeys(c *conn) error {
-	for _, o := range []*object{d.storage, d.agreement, d.signing} {
+	for _, o := range []*object{d.storage, d.agreement, d.signing, d.attestation} {
+		if o == nil {
+			continue
+		}
 		now, err := c.readObject(o.handle)
 		if err != nil {
 			return err

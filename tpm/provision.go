@@ -12,9 +12,10 @@ import (
 	"github.com/conclave-kms/conclave/kms/secret"
 )
 
-// Provision takes ownership of a TPM and makes the three device keys: it sets
-// the owner and lockout authorizations, creates the keys and makes them
-// persistent. It is refused with ErrProvisioned when the keys exist, with
+// Provision takes ownership of a TPM and makes the device keys and an
+// attestation key: it sets the owner and lockout authorizations, creates the
+// keys and makes them persistent. Where the device keys are there and only the
+// attestation key is missing, it adds that. It is refused with ErrProvisioned when the keys exist, with
 // ErrAuth when the owner or lockout authorization is set to another value, and
 // with ErrInvalid when a foreign object occupies a handle. A run that was cut
 // short is taken up by running it again.
@@ -50,6 +51,9 @@ func (d *Device) provision(c *conn) error {
 	if err := d.takeHierarchy(c, salt, tpm2.TPMRHLockout, d.auth.lockout, perm&permLockoutAuthSet != 0); err != nil {
 		return fmt.Errorf("lockout authorization: %w", err)
 	}
+	if d.signing != nil {
+		return d.makeChild(c, salt, d.storage, d.suite.attestation(), d.handleOf(attestationKey))
+	}
 	for _, o := range leftover {
 		if err := d.evict(c, salt, o.named(), o.handle); err != nil {
 			return err
@@ -62,12 +66,17 @@ func (d *Device) provision(c *conn) error {
 // a chip many seconds.
 func (d *Device) extend(c *conn) { c.deadline = time.Now().Add(d.cfg.CallTimeout) }
 
-// inventory looks at our three handles. All in place is ErrProvisioned. What a
-// broken-off run left is returned; anything else there is refused.
+func (d *Device) handleOf(key int) tpm2.TPMHandle {
+	return tpm2.TPMHandle(d.cfg.PersistentBase) + tpm2.TPMHandle(key)
+}
+
+// inventory looks at our handles. All in place is ErrProvisioned. What a
+// broken-off run left is returned; anything else there is refused. Where the three
+// device keys are complete it remembers storage and signing key.
 func (d *Device) inventory(c *conn) ([]*object, error) {
 	var found []*object
 	for i, k := range d.keyTemplates() {
-		o, err := c.readObject(tpm2.TPMHandle(d.cfg.PersistentBase) + tpm2.TPMHandle(i))
+		o, err := c.readObject(d.handleOf(i))
 		if handleMissing(err) {
 			continue
 		}
@@ -79,8 +88,11 @@ func (d *Device) inventory(c *conn) ([]*object, error) {
 		}
 		found = append(found, o)
 	}
-	if len(found) == 3 {
+	switch {
+	case len(found) == keyCount:
 		return nil, fmt.Errorf("tpm: %w at %#x", ErrProvisioned, d.cfg.PersistentBase)
+	case len(found) == keyCount-1 && found[len(found)-1].handle == d.handleOf(attestationKey-1):
+		d.storage, d.signing = found[0], found[len(found)-1]
 	}
 	return found, nil
 }
@@ -120,18 +132,20 @@ func (d *Device) takeHierarchy(c *conn, salt *object, h tpm2.TPMHandle, value *s
 	}, encryptIn(), tpm2.Auth(auth))
 }
 
-// makeKeys creates the storage key and under it the other two. The signing key
-// is made persistent last: only then does the TPM count as provisioned.
+// makeKeys creates the storage key and under it the others. The signing key is
+// made persistent last: only then does the TPM count as provisioned.
 func (d *Device) makeKeys(c *conn, salt *object) error {
-	base := tpm2.TPMHandle(d.cfg.PersistentBase)
-	storage, err := d.makeStorage(c, salt, base)
+	storage, err := d.makeStorage(c, salt, d.handleOf(0))
 	if err != nil {
 		return err
 	}
-	if err := d.makeChild(c, salt, storage, d.suite.agreement(), base+1); err != nil {
-		return err
+	templates := d.keyTemplates()
+	for _, i := range []int{1, attestationKey, 2} {
+		if err := d.makeChild(c, salt, storage, templates[i].template, d.handleOf(i)); err != nil {
+			return err
+		}
 	}
-	return d.makeChild(c, salt, storage, d.suite.signing(), base+2)
+	return nil
 }
 
 // makeStorage creates the storage key as a primary of the owner hierarchy. The

@@ -3,6 +3,7 @@ package tpm
 import (
 	"bytes"
 	"context"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"net"
@@ -76,6 +77,21 @@ func SetupSoftTPM(ctx context.Context, dir string) error {
 		return fmt.Errorf("tpm: swtpm_setup: %w: %s", err, lastLines(out.Bytes()))
 	}
 	return nil
+}
+
+// SoftTPMRoot returns the certificate, in DER, of the authority that signed the
+// endorsement key certificates of the software TPM in dir: what a maker of real
+// TPMs publishes. Each software TPM has an authority of its own.
+func SoftTPMRoot(dir string) ([]byte, error) {
+	text, err := os.ReadFile(filepath.Join(dir, "ca", "issuercert.pem"))
+	if err != nil {
+		return nil, fmt.Errorf("tpm: software TPM: %w", err)
+	}
+	block, _ := pem.Decode(text)
+	if block == nil || block.Type != "CERTIFICATE" {
+		return nil, errors.New("tpm: software TPM: the authority's certificate is not PEM")
+	}
+	return block.Bytes, nil
 }
 
 func findTools() (setup string, err error) {

@@ -79,6 +79,13 @@ func (s *suite) signing() tpm2.TPMTPublic {
 	})
 }
 
+// attestation may sign what the TPM itself says and nothing else.
+func (s *suite) attestation() tpm2.TPMTPublic {
+	pub := s.signing()
+	pub.ObjectAttributes.Restricted = true
+	return pub
+}
+
 // sealed is a data object: no key, no use but TPM2_Unseal.
 func (s *suite) sealed() tpm2.TPMTPublic {
 	return tpm2.TPMTPublic{

@@ -117,6 +117,17 @@ func (p *TPM) OpenIn(t testing.TB, cfg tpm.Config) *tpm.Device {
 // Dir is the directory of the TPM's state.
 func (p *TPM) Dir() string { return p.state() }
 
+// EndorsementRoot is the DER certificate of the authority that signed the
+// certificates of this TPM's endorsement keys.
+func (p *TPM) EndorsementRoot() []byte {
+	p.t.Helper()
+	der, err := tpm.SoftTPMRoot(p.state())
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return der
+}
+
 // Kill ends the TPM with SIGKILL, as a power cut would, and waits for its end.
 func (p *TPM) Kill() {
 	p.t.Helper()
