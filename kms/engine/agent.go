@@ -258,7 +258,7 @@ func (a *Agent) checkValue(ctx context.Context, st *state.State, p state.Pending
 		return nil, kms.Errorf(kms.Invalid, "version %d of key %s has another public key than its material: node %s committed it so",
 			p.Version, kms.KeyPath(p.Keyring, p.Key), v.Origin)
 	}
-	return m.CheckValue(a.e.node), nil
+	return m.CheckValue(ctx, a.e.node)
 }
 
 // rank says which place this node has among those that may execute a proposal:

@@ -122,7 +122,7 @@ func seal(u *use, it *item, context wire.Context, plaintext []byte) (wire.Encryp
 	if err != nil {
 		return wire.EncryptResponse{}, err
 	}
-	ct, err := m.Encrypt(context, plaintext)
+	ct, err := m.Encrypt(u.ctx, context, plaintext)
 	if err != nil {
 		return wire.EncryptResponse{}, err
 	}
@@ -147,7 +147,7 @@ func open(u *use, it *item, context wire.Context, ciphertext []byte) ([]byte, er
 	if err != nil {
 		return nil, err
 	}
-	return m.Decrypt(context, ciphertext)
+	return m.Decrypt(u.ctx, context, ciphertext)
 }
 
 func decrypt(u *use, it *item, q wire.DecryptRequest) (wire.DecryptResponse, error) {
@@ -201,7 +201,7 @@ func mac(u *use, it *item, q wire.MACRequest) (wire.MACResponse, error) {
 	if err != nil {
 		return wire.MACResponse{}, err
 	}
-	t, err := m.MAC(q.Message)
+	t, err := m.MAC(u.ctx, q.Message)
 	if err != nil {
 		return wire.MACResponse{}, err
 	}
@@ -229,7 +229,7 @@ func verifyMAC(u *use, it *item, q wire.VerifyMACRequest) (wire.VerifyResponse, 
 	if err != nil {
 		return wire.VerifyResponse{}, err
 	}
-	err = m.VerifyMAC(q.Message, q.MAC)
+	err = m.VerifyMAC(u.ctx, q.Message, q.MAC)
 	if err != nil && !errors.Is(err, kms.OpenFailed) {
 		return wire.VerifyResponse{}, err
 	}

@@ -77,7 +77,7 @@ func sign(u *use, it *item, q wire.SignRequest) (wire.SignResponse, error) {
 	if err != nil {
 		return wire.SignResponse{}, err
 	}
-	s, err := m.Sign(q.Message)
+	s, err := m.Sign(u.ctx, q.Message)
 	if err != nil {
 		return wire.SignResponse{}, err
 	}

@@ -19,7 +19,7 @@ func BenchmarkEncrypt(b *testing.B) {
 				b.SetBytes(int64(n))
 				b.ReportAllocs()
 				for b.Loop() {
-					if _, err := m.Encrypt(c, plaintext); err != nil {
+					if _, err := m.Encrypt(bg, c, plaintext); err != nil {
 						b.Fatal(err)
 					}
 				}
@@ -32,11 +32,11 @@ func BenchmarkDecrypt(b *testing.B) {
 	m := newKey(b, kms.AES256GCM, 1)
 	for _, n := range []int{32, 1 << 10, 64 << 10} {
 		b.Run(fmt.Sprintf("bytes=%d", n), func(b *testing.B) {
-			ct := must[[]byte](b)(m.Encrypt(nil, make([]byte, n)))
+			ct := must[[]byte](b)(m.Encrypt(bg, nil, make([]byte, n)))
 			b.SetBytes(int64(n))
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, err := m.Decrypt(nil, ct); err != nil {
+				if _, err := m.Decrypt(bg, nil, ct); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -49,7 +49,7 @@ func BenchmarkMAC(b *testing.B) {
 	message := make([]byte, 256)
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := m.MAC(message); err != nil {
+		if _, err := m.MAC(bg, message); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -60,7 +60,7 @@ func BenchmarkSign(b *testing.B) {
 		b.Run(string(a), func(b *testing.B) {
 			m := newKey(b, a, 1)
 			for b.Loop() {
-				if _, err := m.Sign([]byte("message")); err != nil {
+				if _, err := m.Sign(bg, []byte("message")); err != nil {
 					b.Fatal(err)
 				}
 			}

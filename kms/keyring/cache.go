@@ -12,20 +12,27 @@ import (
 
 // Limits bound a Cache. TTL, MaxKEKs and MaxKeys have no default.
 type Limits struct {
-	TTL     time.Duration // how long a KEK or a key version stays open
-	MaxKEKs int           // KEK versions open at a time
-	MaxKeys int           // key versions open at a time
-	Now     func() time.Time
+	TTL        time.Duration // how long a KEK or a key version stays open
+	MaxKEKs    int           // KEK versions open at a time
+	MaxKeys    int           // key versions of protection software open at a time
+	MaxHandles int           // key versions of protection hardware loaded at a time; default DefaultHandles
+	Now        func() time.Time
 }
 
-// Cache keeps opened KEKs and key versions in locked memory, so that the device
-// is asked once for each KEK version and TTL. Key versions outlive their KEK by
-// their own TTL. A value in use is never wiped, so what is in use may exceed
-// the limits while it is. All methods are safe for concurrent use.
+// DefaultHandles is the default of Limits.MaxHandles.
+const DefaultHandles = 256
+
+// Cache keeps opened KEKs and key versions of protection software in locked
+// memory, so that the device is asked once for each KEK version and TTL. Key
+// versions outlive their KEK by their own TTL. It also keeps key versions of
+// protection hardware loaded in the device. A value in use is never wiped or
+// unloaded, so what is in use may exceed the limits while it is. All methods are
+// safe for concurrent use.
 type Cache struct {
-	root *Root
-	keks *store[KEKBinding, *secret.Bytes]
-	keys []*store[KeyBinding, *Material] // shards by key id, a power of two of them
+	root    *Root
+	keks    *store[KEKBinding, *secret.Bytes]
+	keys    []*store[KeyBinding, *Material] // shards by key id, a power of two of them
+	handles *store[KeyBinding, *Material]   // of protection hardware
 }
 
 const (
@@ -39,6 +46,12 @@ const (
 func NewCache(root *Root, limits Limits) (*Cache, error) {
 	if root == nil {
 		return nil, kms.Errorf(kms.Invalid, "a key cache needs a root")
+	}
+	if limits.MaxHandles == 0 {
+		limits.MaxHandles = DefaultHandles
+	}
+	if limits.MaxHandles < 0 || limits.MaxHandles > maxCachedKeys {
+		return nil, kms.Errorf(kms.Invalid, "key cache: the maximum of loaded keys must be 1 to %d", maxCachedKeys)
 	}
 	if limits.TTL <= 0 || limits.MaxKEKs <= 0 || limits.MaxKeys <= 0 || max(limits.MaxKEKs, limits.MaxKeys) > maxCachedKeys {
 		return nil, kms.Errorf(kms.Invalid, "key cache: the time to live and both maxima must be set, the maxima to at most %d", maxCachedKeys)
@@ -55,6 +68,8 @@ func NewCache(root *Root, limits Limits) (*Cache, error) {
 	for range shards {
 		c.keys = append(c.keys, newStore[KeyBinding](limits.MaxKeys/shards, limits.TTL, now, (*Material).Destroy))
 	}
+	// Unloading waits for the device, which may hang: nobody waits with it.
+	c.handles = newStore[KeyBinding](limits.MaxHandles, limits.TTL, now, func(m *Material) { go m.Destroy() })
 	return c, nil
 }
 
@@ -63,7 +78,7 @@ type KeyRef struct {
 	KeyBinding
 	Node       string         // this node
 	Protection kms.Protection // of the keyring
-	Wrapped    []byte         // WrapMaterial under the KEK version that the binding names
+	Wrapped    []byte         // WrapMaterial under the KEK version that the binding names; protection hardware: empty
 }
 
 // KEK returns the binding of the KEK copy that opens the key.
@@ -89,19 +104,33 @@ func (c *Cache) openKEK(ctx context.Context, b KEKBinding, sealed []byte) (*secr
 	return kek, release, ended(err)
 }
 
-// Key returns an opened key version, opening its KEK from kekSealed on the way
-// if that is not open. The caller calls release exactly once, after which it
-// must not touch the material, and never destroys it. Errors as of KEK.
-func (c *Cache) Key(ctx context.Context, ref KeyRef, kekSealed []byte) (key *Material, release func(), err error) {
-	if key, release, ok := c.shard(ref.KeyID).hit(ref.KeyBinding); ok {
+// Key returns an opened key version. With protection software sealed is this
+// node's copy of its KEK, which is opened on the way if it is not open; with
+// protection hardware it is this node's copy of the key version, which the device
+// loads. The caller calls release exactly once, after which it must not touch the
+// material, and never destroys it. Errors as of KEK and of Root.LoadVersion.
+func (c *Cache) Key(ctx context.Context, ref KeyRef, sealed []byte) (key *Material, release func(), err error) {
+	s := c.shard(&ref)
+	if key, release, ok := s.hit(ref.KeyBinding); ok {
 		return key, release, nil
 	}
-	return c.openKey(ctx, ref, kekSealed)
+	if ref.Protection == kms.Hardware {
+		return c.loadKey(ctx, ref, sealed)
+	}
+	return c.openKey(ctx, ref, sealed)
+}
+
+func (c *Cache) loadKey(ctx context.Context, ref KeyRef, sealed []byte) (*Material, func(), error) {
+	sealed = slices.Clone(sealed) // the loading may outlive this call
+	key, release, err := c.handles.get(ctx, ref.KeyBinding, func(ctx context.Context) (*Material, error) {
+		return c.root.LoadVersion(ctx, ref.KeyBinding, ref.Node, sealed)
+	})
+	return key, release, ended(err)
 }
 
 func (c *Cache) openKey(ctx context.Context, ref KeyRef, kekSealed []byte) (*Material, func(), error) {
 	ref.Wrapped, kekSealed = slices.Clone(ref.Wrapped), slices.Clone(kekSealed) // the opening may outlive this call
-	key, release, err := c.shard(ref.KeyID).get(ctx, ref.KeyBinding, func(ctx context.Context) (*Material, error) {
+	key, release, err := c.shard(&ref).get(ctx, ref.KeyBinding, func(ctx context.Context) (*Material, error) {
 		kek, release, err := c.KEK(ctx, ref.kek(), kekSealed)
 		if err != nil {
 			return nil, err
@@ -128,55 +157,74 @@ func ended(err error) error {
 	return err
 }
 
-func (c *Cache) shard(id kms.KeyID) *store[KeyBinding, *Material] {
+func (c *Cache) shard(ref *KeyRef) *store[KeyBinding, *Material] {
+	if ref.Protection == kms.Hardware {
+		return c.handles
+	}
+	return c.memory(ref.KeyID)
+}
+
+// memory is the shard of a key of protection software.
+func (c *Cache) memory(id kms.KeyID) *store[KeyBinding, *Material] {
 	return c.keys[int(id[0])&(len(c.keys)-1)] // key ids are random
+}
+
+// stores calls f for every store of key versions.
+func (c *Cache) stores(f func(*store[KeyBinding, *Material])) {
+	for _, s := range c.keys {
+		f(s)
+	}
+	f(c.handles)
 }
 
 // Forget drops every KEK and key version of a keyring.
 func (c *Cache) Forget(keyring string) {
 	c.keks.forget(func(b KEKBinding) bool { return b.Keyring == keyring })
-	for _, s := range c.keys {
+	c.stores(func(s *store[KeyBinding, *Material]) {
 		s.forget(func(b KeyBinding) bool { return b.Keyring == keyring })
-	}
+	})
 }
 
 // ForgetKey drops every version of a key: for one that was destroyed.
 func (c *Cache) ForgetKey(id kms.KeyID) {
-	c.shard(id).forget(func(b KeyBinding) bool { return b.KeyID == id })
+	of := func(b KeyBinding) bool { return b.KeyID == id }
+	c.memory(id).forget(of)
+	c.handles.forget(of)
 }
 
 // Purge drops everything.
 func (c *Cache) Purge() {
 	c.keks.forget(func(KEKBinding) bool { return true })
-	for _, s := range c.keys {
-		s.forget(func(KeyBinding) bool { return true })
-	}
+	c.stores(func(s *store[KeyBinding, *Material]) { s.forget(func(KeyBinding) bool { return true }) })
 }
 
 // Sweep drops what has outlived its time. The cache does so by itself with a
 // timer; with an injected clock it is this call that matters.
 func (c *Cache) Sweep() {
 	c.keks.sweep()
-	for _, s := range c.keys {
-		s.sweep()
-	}
+	c.stores((*store[KeyBinding, *Material]).sweep)
 }
 
 // Stats are the counters of a Cache.
 type Stats struct {
-	KEKs, Keys   int    // open now
-	Hits, Misses uint64 // of both since the start
+	KEKs, Keys   int    // open in memory now
+	Handles      int    // loaded in the device now
+	Hits, Misses uint64 // of all since the start
 }
 
 // Stats returns the counters.
 func (c *Cache) Stats() Stats {
 	var out Stats
 	out.KEKs, out.Hits, out.Misses = c.keks.stats()
-	for _, s := range c.keys {
+	c.stores(func(s *store[KeyBinding, *Material]) {
 		size, hits, misses := s.stats()
-		out.Keys += size
+		if s == c.handles {
+			out.Handles = size
+		} else {
+			out.Keys += size
+		}
 		out.Hits += hits
 		out.Misses += misses
-	}
+	})
 	return out
 }

@@ -88,8 +88,8 @@ func (n *node) use(t testing.TB, ref KeyRef) {
 		t.Fatal(err)
 	}
 	defer release()
-	ct := must[[]byte](t)(m.Encrypt(nil, []byte("x")))
-	must[[]byte](t)(m.Decrypt(nil, ct))
+	ct := must[[]byte](t)(m.Encrypt(bg, nil, []byte("x")))
+	must[[]byte](t)(m.Decrypt(bg, nil, ct))
 }
 
 func (n *node) wantStats(t testing.TB, want Stats) {
@@ -211,7 +211,7 @@ func TestCacheNeverWipesWhatIsInUse(t *testing.T) {
 			t.Fatal(err)
 		}
 		drop(n, ref)
-		if _, err := m.Encrypt(nil, nil); err != nil {
+		if _, err := m.Encrypt(bg, nil, nil); err != nil {
 			t.Errorf("%s: a key in use was wiped: %v", what, err)
 		}
 		release1()

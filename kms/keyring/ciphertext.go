@@ -1,6 +1,7 @@
 package keyring
 
 import (
+	"context"
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/rand"
@@ -140,21 +141,26 @@ func appendString(b []byte, s string) []byte {
 var zeroNonce [12]byte
 
 // seal makes a ciphertext of format 1 under the key version behind src.
-func seal(src hmacSource, id kms.KeyID, version uint32, context Context, plaintext []byte) ([]byte, error) {
+func seal(ctx context.Context, src hmacSource, id kms.KeyID, version uint32, pairs Context, plaintext []byte) ([]byte, error) {
+	var nonce [nonceSize]byte
+	rand.Read(nonce[:]) // never fails: crypto/rand stops the process instead
+	return sealNonce(ctx, src, id, version, &nonce, pairs, plaintext)
+}
+
+// sealNonce is seal with a nonce, which no caller but seal and the tests chooses.
+func sealNonce(ctx context.Context, src hmacSource, id kms.KeyID, version uint32, nonce *[nonceSize]byte, pairs Context, plaintext []byte) ([]byte, error) {
 	if len(plaintext) > MaxPlaintext {
 		return nil, kms.Errorf(kms.TooLarge, "plaintext has %d bytes, at most %d are allowed", len(plaintext), MaxPlaintext)
 	}
 	out := make([]byte, headerSize+commitmentSize, Overhead+len(plaintext))
-	header := appendHeader(out[:0], id, version)
-	header = header[:headerSize]
-	rand.Read(header[headerSize-nonceSize:]) // never fails: crypto/rand stops the process instead
-	aad, err := appendContext(header, context)
+	header := append(appendHeader(out[:0], id, version), nonce[:]...)
+	aad, err := appendContext(header, pairs)
 	if err != nil {
 		return nil, err
 	}
 	var keys messageKeys
 	defer keys.wipe()
-	if err := keys.fromSource(src, header, aad); err != nil {
+	if err := keys.fromSource(ctx, src, header, aad); err != nil {
 		return nil, err
 	}
 	copy(out[headerSize:], keys.commitment())
@@ -167,19 +173,19 @@ func seal(src hmacSource, id kms.KeyID, version uint32, context Context, plainte
 
 // open opens a ciphertext of format 1. It returns kms.ErrOpen for whatever is
 // wrong with it, and src's own error when the key could not be reached.
-func open(src hmacSource, id kms.KeyID, version uint32, context Context, ciphertext []byte) ([]byte, error) {
+func open(ctx context.Context, src hmacSource, id kms.KeyID, version uint32, pairs Context, ciphertext []byte) ([]byte, error) {
 	h, err := ParseHeader(ciphertext)
 	if err != nil || h.KeyID != id || h.Version != version {
 		return nil, kms.ErrOpen
 	}
 	header := ciphertext[:headerSize]
-	aad, err := appendContext(header, context)
+	aad, err := appendContext(header, pairs)
 	if err != nil {
 		return nil, kms.ErrOpen
 	}
 	var keys messageKeys
 	defer keys.wipe()
-	if err := keys.fromSource(src, header, aad); err != nil {
+	if err := keys.fromSource(ctx, src, header, aad); err != nil {
 		return nil, err
 	}
 	commitment := ciphertext[headerSize : headerSize+commitmentSize]
@@ -199,9 +205,9 @@ func open(src hmacSource, id kms.KeyID, version uint32, context Context, ciphert
 }
 
 // fromSource asks src for the message secret and derives the keys from it.
-func (k *messageKeys) fromSource(src hmacSource, header, aad []byte) error {
+func (k *messageKeys) fromSource(ctx context.Context, src hmacSource, header, aad []byte) error {
 	var room [32]byte
-	ms, err := src.HMAC(room[:0], messageSecretInput(header))
+	ms, err := src.HMAC(ctx, room[:0], messageSecretInput(header))
 	if err != nil {
 		return err
 	}

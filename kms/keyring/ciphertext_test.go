@@ -22,7 +22,7 @@ func TestFormat1KnownAnswers(t *testing.T) {
 				t.Errorf("message secret input is %x", got)
 			}
 			src := memoryHMAC{v.Key.secret(t)}
-			ms := must[[]byte](t)(src.HMAC(nil, v.MessageSecretInput))
+			ms := must[[]byte](t)(src.HMAC(bg, nil, v.MessageSecretInput))
 			if !bytes.Equal(ms, v.MessageSecret) {
 				t.Error("message secret is another")
 			}
@@ -35,7 +35,7 @@ func TestFormat1KnownAnswers(t *testing.T) {
 			if !bytes.Equal(keys.key(), v.MessageKey) || !bytes.Equal(keys.commitment(), v.Commitment) {
 				t.Error("message key or commitment is another")
 			}
-			got := must[[]byte](t)(open(src, v.KeyID.keyID(t), v.Version, v.Context, v.Ciphertext))
+			got := must[[]byte](t)(open(bg, src, v.KeyID.keyID(t), v.Version, v.Context, v.Ciphertext))
 			if !bytes.Equal(got, v.Plaintext) {
 				t.Error("plaintext is another")
 			}
@@ -52,27 +52,27 @@ func TestRoundTrip(t *testing.T) {
 	for _, n := range []int{0, 1, 15, 16, 17, 1024, 64 << 10, MaxPlaintext} {
 		for _, context := range []Context{nil, {}, {"service": "payroll"}, {"a": "", "b": strings.Repeat("x", 4000)}} {
 			plaintext := bytes.Repeat([]byte{0x5a}, n)
-			ct := must[[]byte](t)(m.Encrypt(context, plaintext))
+			ct := must[[]byte](t)(m.Encrypt(bg, context, plaintext))
 			if len(ct) != n+Overhead || cap(ct) != len(ct) {
 				t.Fatalf("%d bytes became %d (capacity %d), Overhead says %d", n, len(ct), cap(ct), n+Overhead)
 			}
-			if got := must[[]byte](t)(m.Decrypt(context, ct)); got == nil || !bytes.Equal(got, plaintext) {
+			if got := must[[]byte](t)(m.Decrypt(bg, context, ct)); got == nil || !bytes.Equal(got, plaintext) {
 				t.Fatal("decrypted something else")
 			}
 		}
 	}
-	if _, err := m.Encrypt(nil, make([]byte, MaxPlaintext+1)); kms.KindOf(err) != kms.TooLarge {
+	if _, err := m.Encrypt(bg, nil, make([]byte, MaxPlaintext+1)); kms.KindOf(err) != kms.TooLarge {
 		t.Errorf("a plaintext that is too long: %v", err)
 	}
-	ct := must[[]byte](t)(m.Encrypt(nil, []byte("nil and empty are the same")))
-	must[[]byte](t)(m.Decrypt(Context{}, ct))
+	ct := must[[]byte](t)(m.Encrypt(bg, nil, []byte("nil and empty are the same")))
+	must[[]byte](t)(m.Decrypt(bg, Context{}, ct))
 }
 
 func TestNonceIsFresh(t *testing.T) {
 	m := newKey(t, kms.AES256GCM, 1)
 	seen := map[string]bool{}
 	for range 1000 {
-		ct := must[[]byte](t)(m.Encrypt(nil, nil))
+		ct := must[[]byte](t)(m.Encrypt(bg, nil, nil))
 		nonce := string(ct[headerSize-nonceSize : headerSize])
 		if seen[nonce] || nonce == strings.Repeat("\x00", nonceSize) {
 			t.Fatal("a nonce came twice, or is zero")
@@ -85,12 +85,12 @@ func TestNonceIsFresh(t *testing.T) {
 func TestEveryBitFlip(t *testing.T) {
 	m := newKey(t, kms.AES256GCM, 1)
 	context := Context{"service": "payroll"}
-	ct := must[[]byte](t)(m.Encrypt(context, []byte("thirty-one bytes of plain text.")))
+	ct := must[[]byte](t)(m.Encrypt(bg, context, []byte("thirty-one bytes of plain text.")))
 	for i := range ct {
 		for bit := range 8 {
 			b := bytes.Clone(ct)
 			b[i] ^= 1 << bit
-			got, err := m.Decrypt(context, b)
+			got, err := m.Decrypt(bg, context, b)
 			wantErrOpen(t, fmt.Sprintf("byte %d bit %d", i, bit), err)
 			if got != nil {
 				t.Fatal("plaintext came with the error")
@@ -102,24 +102,24 @@ func TestEveryBitFlip(t *testing.T) {
 func TestDecryptRefuses(t *testing.T) {
 	m := newKey(t, kms.AES256GCM, 1)
 	context := Context{"a": "1", "b": "2"}
-	ct := must[[]byte](t)(m.Encrypt(context, []byte("secret")))
+	ct := must[[]byte](t)(m.Encrypt(bg, context, []byte("secret")))
 	for n := range len(ct) {
-		_, err := m.Decrypt(context, ct[:n])
+		_, err := m.Decrypt(bg, context, ct[:n])
 		wantErrOpen(t, fmt.Sprint("cut to ", n), err)
 	}
-	_, err := m.Decrypt(context, append(bytes.Clone(ct), 0))
+	_, err := m.Decrypt(bg, context, append(bytes.Clone(ct), 0))
 	wantErrOpen(t, "extended", err)
-	_, err = m.Decrypt(context, append(bytes.Clone(ct), make([]byte, MaxPlaintext)...))
+	_, err = m.Decrypt(bg, context, append(bytes.Clone(ct), make([]byte, MaxPlaintext)...))
 	wantErrOpen(t, "too long", err)
 	for what, c := range map[string]Context{
 		"no context": nil, "a pair less": {"a": "1"}, "a pair more": {"a": "1", "b": "2", "c": ""}, "another value": {"a": "1", "b": "3"},
 		"another name": {"a": "1", "B": "2"}, "swapped": {"a": "2", "b": "1"}, "shifted": {"a": "1b", "": "2"},
 		"not UTF-8": {"a": "1", "b": "\xff"}, "too long": {"a": strings.Repeat("x", MaxContext)},
 	} {
-		_, err := m.Decrypt(c, ct)
+		_, err := m.Decrypt(bg, c, ct)
 		wantErrOpen(t, what, err)
 	}
-	_, err = newKey(t, kms.AES256GCM, 2).Decrypt(context, ct)
+	_, err = newKey(t, kms.AES256GCM, 2).Decrypt(bg, context, ct)
 	wantErrOpen(t, "another key with the same id", err)
 	for what, change := range map[string]func(*KeyBinding){
 		"another key id":  func(b *KeyBinding) { b.KeyID[3] ^= 1 },
@@ -128,15 +128,15 @@ func TestDecryptRefuses(t *testing.T) {
 		b := bindingOf(kms.AES256GCM)
 		change(&b)
 		other := must[*Material](t)(NewMaterial(b, must[*secret.Bytes](t)(m.Export())))
-		_, err := other.Decrypt(context, ct)
+		_, err := other.Decrypt(bg, context, ct)
 		wantErrOpen(t, what, err)
 		// The header alone is no protection: the key also derives another secret.
 		relabelled := append(appendHeader(nil, b.KeyID, b.Version), ct[headerSize-nonceSize:]...)
-		_, err = other.Decrypt(context, relabelled)
+		_, err = other.Decrypt(bg, context, relabelled)
 		wantErrOpen(t, what+", relabelled", err)
 		other.Destroy()
 	}
-	_, err = newKey(t, kms.HMACSHA256, 1).Decrypt(context, ct)
+	_, err = newKey(t, kms.HMACSHA256, 1).Decrypt(bg, context, ct)
 	wantErrOpen(t, "a key of another purpose", err)
 }
 
@@ -144,15 +144,15 @@ func TestDecryptRefuses(t *testing.T) {
 // through as it is: it says nothing of the ciphertext.
 func TestSourceErrors(t *testing.T) {
 	m := newKey(t, kms.AES256GCM, 1)
-	ct := must[[]byte](t)(m.Encrypt(nil, []byte("x")))
+	ct := must[[]byte](t)(m.Encrypt(bg, nil, []byte("x")))
 	src := failingHMAC{errBroken}
-	if _, err := seal(src, testID, 2, nil, nil); !errors.Is(err, errBroken) {
+	if _, err := seal(bg, src, testID, 2, nil, nil); !errors.Is(err, errBroken) {
 		t.Errorf("seal: %v", err)
 	}
-	if _, err := open(src, testID, 2, nil, ct); !errors.Is(err, errBroken) {
+	if _, err := open(bg, src, testID, 2, nil, ct); !errors.Is(err, errBroken) {
 		t.Errorf("open: %v", err)
 	}
-	_, err := seal(failingHMAC{}, testID, 2, nil, nil)
+	_, err := seal(bg, failingHMAC{}, testID, 2, nil, nil)
 	wantKind(t, "a source that returns nothing", err, kms.Internal)
 }
 

@@ -100,7 +100,7 @@ func TestCommitment(t *testing.T) {
 	aad := must[[]byte](t)(appendContext(header, Context{"n": "v"}))
 	var keys [2]messageKeys
 	for i, m := range []*Material{m1, m2} {
-		if err := keys[i].fromSource(m.source, header, aad); err != nil {
+		if err := keys[i].fromSource(bg, m.source, header, aad); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -117,7 +117,7 @@ func TestCommitment(t *testing.T) {
 	for i := range keys {
 		ct := append(append(bytes.Clone(header), keys[i].commitment()...), sealed...)
 		for j, m := range []*Material{m1, m2} {
-			got, err := m.Decrypt(Context{"n": "v"}, ct)
+			got, err := m.Decrypt(bg, Context{"n": "v"}, ct)
 			if i == j {
 				if err != nil || len(got) != 48 {
 					t.Errorf("key %d does not open what is committed to it: %v", j, err)
@@ -138,7 +138,7 @@ func TestContextIsCommitted(t *testing.T) {
 	for _, c := range []Context{nil, {"a": "1"}, {"a": "2"}, {"b": "1"}} {
 		aad := must[[]byte](t)(appendContext(header, c))
 		var keys messageKeys
-		if err := keys.fromSource(m.source, header, aad); err != nil {
+		if err := keys.fromSource(bg, m.source, header, aad); err != nil {
 			t.Fatal(err)
 		}
 		commitments[string(keys.commitment())] = true

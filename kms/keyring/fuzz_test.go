@@ -33,7 +33,7 @@ func FuzzDecrypt(f *testing.F) {
 	f.Add(good, "service", "")
 	f.Add(appendHeader(nil, testID, 2), "", "")
 	f.Fuzz(func(t *testing.T, b []byte, name, value string) {
-		got, err := open(src, id, v.Version, Context{name: value}, b)
+		got, err := open(bg, src, id, v.Version, Context{name: value}, b)
 		if err != nil {
 			wantErrOpen(t, "refusal", err)
 			return
@@ -50,14 +50,14 @@ func FuzzEncryptDecrypt(f *testing.F) {
 	f.Add([]byte{}, "", "")
 	f.Fuzz(func(t *testing.T, plaintext []byte, name, value string) {
 		context := Context{name: value}
-		ct, err := m.Encrypt(context, plaintext)
+		ct, err := m.Encrypt(bg, context, plaintext)
 		if err != nil {
 			if _, cerr := EncodeContext(context); cerr == nil && len(plaintext) <= MaxPlaintext {
 				t.Errorf("refused without reason: %v", err)
 			}
 			return
 		}
-		if got := must[[]byte](t)(m.Decrypt(context, ct)); !bytes.Equal(got, plaintext) {
+		if got := must[[]byte](t)(m.Decrypt(bg, context, ct)); !bytes.Equal(got, plaintext) {
 			t.Error("decrypted something else")
 		}
 	})
@@ -107,7 +107,7 @@ func FuzzUnwrapMaterial(f *testing.F) {
 func FuzzVerify(f *testing.F) {
 	for i, a := range []kms.Algorithm{kms.ECDSAP256, kms.ECDSAP384, kms.Ed25519} {
 		m := newKey(f, a, 1)
-		f.Add(byte(i), m.PublicKey(), []byte("m"), must[[]byte](f)(m.Sign([]byte("m"))))
+		f.Add(byte(i), m.PublicKey(), []byte("m"), must[[]byte](f)(m.Sign(bg, []byte("m"))))
 	}
 	f.Fuzz(func(t *testing.T, which byte, public, message, sig []byte) {
 		a := []kms.Algorithm{kms.ECDSAP256, kms.ECDSAP384, kms.Ed25519}[which%3]

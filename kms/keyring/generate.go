@@ -35,7 +35,7 @@ func Entropy(ctx context.Context, dev Random) (*secret.Bytes, error) {
 	defer secret.Wipe(own[:])
 	if err := dev.Random(ctx, s.Reveal()); err != nil {
 		s.Destroy()
-		return nil, kms.Wrap(kms.Unavailable, err, "the device of this node gave no random bytes", "check the device and try again")
+		return nil, deviceError(err, "give random bytes")
 	}
 	rand.Read(own[:])
 	subtle.XORBytes(s.Reveal(), s.Reveal(), own[:])

@@ -2,6 +2,7 @@ package keyring
 
 import (
 	"bytes"
+	"context"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -163,6 +164,8 @@ func newKey(t testing.TB, a kms.Algorithm, seed byte) *Material {
 // failingHMAC is a key that cannot be reached.
 type failingHMAC struct{ err error }
 
-func (f failingHMAC) HMAC(dst, _ []byte) ([]byte, error) { return dst, f.err }
+func (f failingHMAC) HMAC(_ context.Context, dst, _ []byte) ([]byte, error) { return dst, f.err }
+
+var bg = context.Background()
 
 var errBroken = errors.New("broken on purpose")

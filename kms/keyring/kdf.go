@@ -1,6 +1,8 @@
 package keyring
 
 import (
+	"bytes"
+	"context"
 	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/sha512"
@@ -18,6 +20,7 @@ const (
 	labelMessageSecret = "conclave/message-secret/1"
 	labelMessageKeys   = "conclave/message-keys/1"
 	labelCheckValue    = "conclave/check-value/1"
+	labelDeviceCheck   = "conclave/check-value/2"
 	labelGenerate      = "conclave/generate/1"
 )
 
@@ -110,13 +113,13 @@ func pad(block, key []byte, b byte) {
 // hmacSource computes HMAC-SHA-256 under a key version, wherever that lives:
 // appended to dst. An error means that the key could not be reached.
 type hmacSource interface {
-	HMAC(dst, input []byte) ([]byte, error)
+	HMAC(ctx context.Context, dst, input []byte) ([]byte, error)
 }
 
 // memoryHMAC is the source of a key version in locked memory.
 type memoryHMAC struct{ key *secret.Bytes }
 
-func (m memoryHMAC) HMAC(dst, input []byte) ([]byte, error) {
+func (m memoryHMAC) HMAC(_ context.Context, dst, input []byte) ([]byte, error) {
 	if m.key.Len() == 0 {
 		return nil, errDestroyed // never under an empty key
 	}
@@ -138,6 +141,25 @@ type checkContext struct {
 	Node    string `cbor:"node"`
 }
 
+func encodeCheck(cluster, keyring string, id kms.KeyID, version uint32, node string) []byte {
+	return canon.Marshal(checkContext{cluster, keyring, id[:], version, node})
+}
+
+// deviceCheckInput returns the input of the one HMAC-SHA-256 that is the check
+// value of a key version of protection hardware. A device does no HMAC-SHA-512
+// for us, so what keeps callers of MAC from asking for a check value is that MAC
+// refuses such messages: see reserved.
+func deviceCheckInput(b KeyBinding, node string) []byte {
+	return kdfInput(labelDeviceCheck, encodeCheck(b.Cluster, b.Keyring, b.KeyID, b.Version, node), 8*sha256.Size)
+}
+
+// reservedPrefix begins every input that the KDF gives to HMAC-SHA-256 under a
+// key version: the counter, and what all labels begin with.
+const reservedPrefix = "\x00\x00\x00\x01conclave/"
+
+// reserved reports whether a message begins as the KDF's inputs do.
+func reserved(message []byte) bool { return bytes.HasPrefix(message, []byte(reservedPrefix)) }
+
 // CheckValue returns the 32-byte key check value of a key version's material,
 // bound to the node that shows it: who has it has opened the version. The zero
 // key id, which no key has, stands for the keyring's KEK of that version. It is
@@ -148,7 +170,7 @@ func CheckValue(material *secret.Bytes, cluster, keyring string, id kms.KeyID, v
 		return nil
 	}
 	out := make([]byte, 32)
-	derive512(material.Reveal(), labelCheckValue, canon.Marshal(checkContext{cluster, keyring, id[:], version, node}), out)
+	derive512(material.Reveal(), labelCheckValue, encodeCheck(cluster, keyring, id, version, node), out)
 	runtime.KeepAlive(material)
 	return out
 }

@@ -85,7 +85,7 @@ func TestCheckValueIsBound(t *testing.T) {
 	}
 	m := newKey(t, kms.ECDSAP384, 1)
 	b := m.Binding()
-	if !bytes.Equal(m.CheckValue("n"), CheckValue(m.bytes, b.Cluster, b.Keyring, b.KeyID, b.Version, "n")) {
+	if !bytes.Equal(must[[]byte](t)(m.CheckValue(bg, "n")), CheckValue(m.bytes, b.Cluster, b.Keyring, b.KeyID, b.Version, "n")) {
 		t.Error("Material.CheckValue is another than CheckValue")
 	}
 }

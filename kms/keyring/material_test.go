@@ -85,9 +85,9 @@ func TestMaterialPurposes(t *testing.T) {
 	for _, a := range algorithms {
 		m, p := newKey(t, a, 1), purposeOf(a)
 		for what, v := range map[kms.Purpose]func() error{
-			kms.Encrypt: func() error { _, err := m.Encrypt(nil, nil); return err },
-			kms.MAC:     func() error { _, err := m.MAC(nil); return err },
-			kms.Sign:    func() error { _, err := m.Sign(nil); return err },
+			kms.Encrypt: func() error { _, err := m.Encrypt(bg, nil, nil); return err },
+			kms.MAC:     func() error { _, err := m.MAC(bg, nil); return err },
+			kms.Sign:    func() error { _, err := m.Sign(bg, nil); return err },
 		} {
 			if want := p == what; (v() == nil) != want {
 				t.Errorf("%s used to %s: %v", a, what, v())
@@ -96,7 +96,7 @@ func TestMaterialPurposes(t *testing.T) {
 			}
 		}
 		if p != kms.MAC {
-			wantErrOpen(t, "VerifyMAC", m.VerifyMAC(nil, make([]byte, 32)))
+			wantErrOpen(t, "VerifyMAC", m.VerifyMAC(bg, nil, make([]byte, 32)))
 		}
 		if (m.PublicKey() != nil) != (p == kms.Sign) {
 			t.Errorf("%s: public key of %d bytes", a, len(m.PublicKey()))
@@ -117,24 +117,24 @@ func TestMAC(t *testing.T) {
 	m := newKey(t, kms.HMACSHA256, 1)
 	for _, n := range []int{0, 1, shortInput, shortInput + 1, 100_000} {
 		message := bytes.Repeat([]byte{7}, n)
-		mac := must[[]byte](t)(m.MAC(message))
+		mac := must[[]byte](t)(m.MAC(bg, message))
 		h := hmac.New(sha256.New, m.bytes.Reveal())
 		h.Write(message)
 		if !bytes.Equal(mac, h.Sum(nil)) {
 			t.Fatal("not the HMAC-SHA-256 of the message")
 		}
-		if err := m.VerifyMAC(message, mac); err != nil {
+		if err := m.VerifyMAC(bg, message, mac); err != nil {
 			t.Fatal(err)
 		}
 		for i := range mac {
 			b := bytes.Clone(mac)
 			b[i] ^= 0x10
-			wantErrOpen(t, "flipped", m.VerifyMAC(message, b))
-			wantErrOpen(t, "truncated", m.VerifyMAC(message, mac[:i]))
+			wantErrOpen(t, "flipped", m.VerifyMAC(bg, message, b))
+			wantErrOpen(t, "truncated", m.VerifyMAC(bg, message, mac[:i]))
 		}
-		wantErrOpen(t, "extended", m.VerifyMAC(message, append(bytes.Clone(mac), 0)))
-		wantErrOpen(t, "another message", m.VerifyMAC(append(message, 0), mac))
-		wantErrOpen(t, "another key", newKey(t, kms.HMACSHA256, 2).VerifyMAC(message, mac))
+		wantErrOpen(t, "extended", m.VerifyMAC(bg, message, append(bytes.Clone(mac), 0)))
+		wantErrOpen(t, "another message", m.VerifyMAC(bg, append(message, 0), mac))
+		wantErrOpen(t, "another key", newKey(t, kms.HMACSHA256, 2).VerifyMAC(bg, message, mac))
 	}
 }
 
@@ -142,7 +142,7 @@ func TestSignVerify(t *testing.T) {
 	message := []byte("it is agreed")
 	for _, a := range []kms.Algorithm{kms.ECDSAP256, kms.ECDSAP384, kms.Ed25519} {
 		m := newKey(t, a, 1)
-		sig := must[[]byte](t)(m.Sign(message))
+		sig := must[[]byte](t)(m.Sign(bg, message))
 		if err := Verify(a, m.PublicKey(), message, sig); err != nil {
 			t.Fatalf("%s: %v", a, err)
 		}
@@ -180,7 +180,7 @@ func TestECDSAIsInterchangeable(t *testing.T) {
 		}
 		m := newKey(t, a, 5)
 		pub := must[*ecdsa.PublicKey](t)(ecdsa.ParseUncompressedPublicKey(curveOf(a), m.PublicKey()))
-		if !ecdsa.VerifyASN1(pub, d, must[[]byte](t)(m.Sign(message))) {
+		if !ecdsa.VerifyASN1(pub, d, must[[]byte](t)(m.Sign(bg, message))) {
 			t.Errorf("%s: the library does not verify ours", a)
 		}
 	}
@@ -200,7 +200,7 @@ func TestEd25519KnownAnswer(t *testing.T) {
 		t.Error("public key is another")
 	}
 	want := unhex("6291d657deec24024827e69c3abe01a30ce548a284743a445e3680d7db5ac3ac18ff9b538d16f290ae67f760984dc6594a7c15e9716ed28dc027beceea1ec40a")
-	if sig := must[[]byte](t)(m.Sign([]byte{0xaf, 0x82})); !bytes.Equal(sig, want) {
+	if sig := must[[]byte](t)(m.Sign(bg, []byte{0xaf, 0x82})); !bytes.Equal(sig, want) {
 		t.Error("signature is another")
 	}
 }
@@ -222,16 +222,16 @@ func TestDestroyWipes(t *testing.T) {
 			t.Errorf("%s: the expanded key survived Destroy", a)
 		}
 		for what, f := range map[string]func() ([]byte, error){
-			"encrypt": func() ([]byte, error) { return m.Encrypt(nil, nil) },
-			"MAC":     func() ([]byte, error) { return m.MAC(nil) },
-			"sign":    func() ([]byte, error) { return m.Sign(nil) },
+			"encrypt": func() ([]byte, error) { return m.Encrypt(bg, nil, nil) },
+			"MAC":     func() ([]byte, error) { return m.MAC(bg, nil) },
+			"sign":    func() ([]byte, error) { return m.Sign(bg, nil) },
 			"export":  func() ([]byte, error) { s, err := m.Export(); return s.Reveal(), err },
 		} {
 			if b, err := f(); err == nil || b != nil {
 				t.Errorf("%s: %s works after Destroy", a, what)
 			}
 		}
-		if m.CheckValue("n") != nil {
+		if kcv, err := m.CheckValue(bg, "n"); err == nil || kcv != nil {
 			t.Errorf("%s: check value after Destroy", a)
 		}
 	}

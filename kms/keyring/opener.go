@@ -45,14 +45,16 @@ func (x exchanger) ECDH(peer *ecdh.PublicKey) ([]byte, error) {
 // joined with the ML-KEM key whose seed the device keeps wrapped. It is safe
 // for concurrent use if the device is.
 type Root struct {
-	dev  Device
-	pub  *ecdh.PublicKey
-	priv *pqc.PrivateKey
+	dev      Device
+	hardware Hardware // dev, nil where it takes no keys
+	pub      *ecdh.PublicKey
+	priv     *pqc.PrivateKey
 }
 
 // NewRoot makes a Root for a KEM suite from the device and the 64-byte ML-KEM
-// seed, which stays the caller's to destroy. kms.Invalid when device, suite and
-// seed do not belong together.
+// seed, which stays the caller's to destroy. A dev that is a Hardware (and a
+// Generator, a Rewrapper) also holds the keys of protection hardware. kms.Invalid
+// when device, suite and seed do not belong together.
 func NewRoot(dev Device, suite pqc.SuiteID, seed *secret.Bytes) (*Root, error) {
 	pub := dev.AgreementKey()
 	if pub == nil {
@@ -62,7 +64,8 @@ func NewRoot(dev Device, suite pqc.SuiteID, seed *secret.Bytes) (*Root, error) {
 	if err != nil {
 		return nil, kms.Wrap(kms.Invalid, err, "the device's agreement key and the ML-KEM seed do not make a key of suite "+suite.String(), "check that the node's configuration names the device that it was initialised with")
 	}
-	return &Root{dev: dev, pub: pub, priv: priv}, nil
+	hw, _ := dev.(Hardware)
+	return &Root{dev: dev, hardware: hw, pub: pub, priv: priv}, nil
 }
 
 // PublicKey returns what KEKs are sealed to.
@@ -82,7 +85,7 @@ func (b KEKBinding) validate() error {
 		return kms.Errorf(kms.Invalid, "KEK binding is incomplete: cluster, keyring, version and node are all needed")
 	}
 	if b.Protection != kms.Software {
-		return kms.Errorf(kms.Invalid, "protection %q is not supported; use %q", string(b.Protection), string(kms.Software))
+		return kms.Errorf(kms.Invalid, "a keyring of protection %q has no KEK", string(b.Protection))
 	}
 	return nil
 }
@@ -116,7 +119,7 @@ func (r *Root) OpenKEK(ctx context.Context, b KEKBinding, sealed []byte) (*secre
 	kek, err := priv.Open(b.encode(sealInfo), b.encode(sealAAD), sealed)
 	switch {
 	case errors.Is(err, pqc.ErrDevice):
-		return nil, kms.Wrap(kms.Unavailable, err, "the device of this node did not open the KEK", "check the device and try again")
+		return nil, deviceError(err, "open the KEK")
 	case err != nil:
 		return nil, kms.ErrOpen
 	}

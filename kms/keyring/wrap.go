@@ -19,11 +19,12 @@ const (
 	wrapDomain  = "conclave/wrapped-key/1"
 )
 
-// KeyBinding is everything that a wrapped key version is bound to.
+// KeyBinding is everything that a wrapped key version is bound to. A sealed copy
+// of one of protection hardware is bound to its node as well.
 type KeyBinding struct {
 	Cluster   string        // cluster id
 	Keyring   string        // name
-	KEK       uint32        // version of the keyring's KEK, from 1
+	KEK       uint32        // version of the keyring's KEK, from 1; 0 with protection hardware, which has none
 	KeyID     kms.KeyID     //
 	Version   uint32        // of the key, from 1
 	Algorithm kms.Algorithm //
@@ -44,13 +45,23 @@ func (b KeyBinding) aad() []byte {
 	}{wrapDomain, b.Cluster, b.Keyring, b.KEK, b.KeyID[:], b.Version, b.Algorithm, b.Purpose})
 }
 
-// validate refuses a binding with something left out.
-func (b KeyBinding) validate() error {
-	if b.Cluster == "" || b.Keyring == "" || b.KEK == 0 || b.Version == 0 || b.KeyID == (kms.KeyID{}) {
-		return kms.Errorf(kms.Invalid, "key binding is incomplete: cluster, keyring, KEK version, key id and key version are all needed")
+// validate refuses a binding with something left out, or one that cannot be of
+// the protection level.
+func (b KeyBinding) validate(p kms.Protection) error {
+	if b.Cluster == "" || b.Keyring == "" || b.Version == 0 || b.KeyID == (kms.KeyID{}) {
+		return kms.Errorf(kms.Invalid, "key binding is incomplete: cluster, keyring, key id and key version are all needed")
+	}
+	if (b.KEK == 0) != (p == kms.Hardware) {
+		return kms.Errorf(kms.Invalid, "key binding: a KEK version is needed with protection %s, and only there", kms.Software)
+	}
+	if p == kms.Hardware && b.Algorithm == kms.Ed25519 {
+		return errNoEd25519
 	}
 	return checkAlgorithm(b.Purpose, b.Algorithm)
 }
+
+var errNoEd25519 error = &kms.Error{Kind: kms.Invalid, Msg: "protection hardware does not offer ed25519: devices cannot import such keys",
+	Fix: "use ecdsa-p256 or ecdsa-p384"}
 
 // WrapMaterial encrypts the material of a key version under a KEK (32 bytes):
 // format byte 1 ‖ random 96-bit nonce ‖ AES-256-GCM ciphertext and tag, the AAD
@@ -58,7 +69,7 @@ func (b KeyBinding) validate() error {
 // (SP 800-38D, section 8.3). Both secrets stay the caller's. A binding, KEK or
 // material of the wrong shape is kms.Invalid.
 func WrapMaterial(kek *secret.Bytes, b KeyBinding, material *secret.Bytes) ([]byte, error) {
-	if err := b.validate(); err != nil {
+	if err := b.validate(kms.Software); err != nil {
 		return nil, err
 	}
 	if kek.Len() != KEKSize {
@@ -85,7 +96,7 @@ func WrapMaterial(kek *secret.Bytes, b KeyBinding, material *secret.Bytes) ([]by
 // kms.Unavailable when no memory can be locked.
 func UnwrapMaterial(kek *secret.Bytes, b KeyBinding, wrapped []byte) (*secret.Bytes, error) {
 	size := materialSize(b.Algorithm)
-	if b.validate() != nil || kek.Len() != KEKSize || len(wrapped) != wrapPrefix+size+tagSize || wrapped[0] != wrapFormat1 {
+	if b.validate(kms.Software) != nil || kek.Len() != KEKSize || len(wrapped) != wrapPrefix+size+tagSize || wrapped[0] != wrapFormat1 {
 		return nil, kms.ErrOpen
 	}
 	aead, err := newGCM(kek.Reveal())

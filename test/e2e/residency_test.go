@@ -103,7 +103,7 @@ func opensOwn(t *testing.T, tpm *hardware, st *state.State, name string, shared 
 		t.Fatal(err)
 	}
 	defer m.Destroy()
-	if got, err := m.Decrypt(nil, shared.Ciphertext); err != nil || string(got) != "for all three" {
+	if got, err := m.Decrypt(t.Context(), nil, shared.Ciphertext); err != nil || string(got) != "for all three" {
 		t.Fatalf("jp cannot decrypt what is its own: %v", err)
 	}
 
