@@ -15,6 +15,7 @@ type callOptions struct {
 	op    string
 	rw    bool // on a read-write session of its own, closed afterwards
 	bare  bool // on a session without the keys
+	own   bool // on a session of its own, closed afterwards with all that was made in it
 	once  bool // never repeated: the call is not idempotent
 	probe bool // goes to an unhealthy device too
 
@@ -162,7 +163,9 @@ func attemptOnce[T any](d *Device, o callOptions, f func(*session) (T, error)) (
 	gen := d.mod.gen
 	s, err := d.take(o)
 	if err == nil {
+		s.hook = nil
 		if hook := d.hook.Load(); hook != nil {
+			s.hook = *hook
 			err = (*hook)(o.op)
 		}
 		if err == nil {

@@ -79,7 +79,7 @@ func (d *Device) LoadSigner(ctx context.Context, c ecdh.Curve, blob []byte) (sig
 	if err != nil {
 		return nil, nil, err
 	}
-	if in.material != m {
+	if in.material.bare() != m {
 		return nil, nil, errImport
 	}
 	if !d.imports.signers {
@@ -116,7 +116,7 @@ func use(ctx context.Context, d *Device, op string, o *object, f func(*session, 
 
 // curve of a signing key.
 func (m material) curve() (curve, error) {
-	switch m {
+	switch m.bare() {
 	case materialP256:
 		return curveOf(ecdh.P256())
 	case materialP384:

@@ -278,6 +278,9 @@ func FuzzParseImport(f *testing.F) {
 		f.Add(blob[:len(blob)-8])
 	}
 	f.Add([]byte{importVersion, byte(materialP256), byte(kdfNull), 0})
+	for _, m := range []material{materialP256Public, materialP384Public, materialP256Padded} {
+		f.Add(imported{m, kdfNull, []byte{importVersion, byte(m), byte(kdfNull), 0}, key.PublicKey().Bytes(), make([]byte, m.wrappedSize())}.bytes())
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		in, err := parseImport(b, crv)
 		if err != nil {
@@ -320,7 +323,7 @@ func TestLoadedAttacksDetect(t *testing.T) {
 		for name := range s.victims {
 			s.victims[name] = loose
 		}
-		if err := s.checkLoaded(materialHMAC, loose, d.imports.dialect); !errors.Is(err, ErrUnsafeToken) {
+		if err := s.checkLoaded(materialHMAC, loose, d.imports.dialect, stays); !errors.Is(err, ErrUnsafeToken) {
 			t.Errorf("attributes of a loose key: %v", err)
 		}
 		n := 0

@@ -22,6 +22,8 @@ type importProfile struct {
 	kdf     kdf  // the one to publish
 	dialect dialect
 	signers bool // EC private keys can be imported
+
+	generates generation // what the token makes and wraps by itself
 }
 
 // roles of the session objects of an import.
@@ -40,16 +42,25 @@ func (m material) role() role {
 
 // sessionFlags are the boolean attributes of an object of an import: those of a
 // device key, but gone with its session.
-func (r role) sessionFlags() []flag {
+func (r role) sessionFlags(leaves exit) []flag {
 	f := r.flags()
 	f[0] = flag{pkcs11.CKA_TOKEN, false}
+	f[3] = flag{pkcs11.CKA_EXTRACTABLE, bool(leaves)}
 	return f
 }
+
+// exit says whether an object may leave the token, wrapped.
+type exit bool
+
+const (
+	stays exit = false
+	wraps exit = true
+)
 
 // sessionTemplate leaves CKA_DESTROYABLE alone: these objects have to go.
 // CKA_MODIFIABLE comes last: SoftHSM applies a template of C_DeriveKey and
 // C_UnwrapKey in order and takes nothing more after it.
-func (r role) sessionTemplate(dl dialect, more ...*pkcs11.Attribute) []*pkcs11.Attribute {
+func (r role) sessionTemplate(dl dialect, leaves exit, more ...*pkcs11.Attribute) []*pkcs11.Attribute {
 	t := append([]*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, r.class),
 		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, r.keyType),
@@ -57,7 +68,7 @@ func (r role) sessionTemplate(dl dialect, more ...*pkcs11.Attribute) []*pkcs11.A
 	if dl.mechanisms {
 		t = append(t, pkcs11.NewAttribute(pkcs11.CKA_ALLOWED_MECHANISMS, r.allowed()))
 	}
-	for _, f := range r.sessionFlags() {
+	for _, f := range r.sessionFlags(leaves) {
 		if f.typ != pkcs11.CKA_MODIFIABLE {
 			t = append(t, pkcs11.NewAttribute(f.typ, f.want))
 		}
@@ -73,13 +84,13 @@ var errUnwrap = errors.New("C_UnwrapKey")
 
 // load makes the session object of a blob: it derives the transport key, unwraps
 // under it and destroys it. The object belongs to this session.
-func (s *session) load(in imported, p importProfile) (pkcs11.ObjectHandle, error) {
+func (s *session) load(in imported, p importProfile, leaves exit) (pkcs11.ObjectHandle, error) {
 	aes, err := s.deriveTransport(in, p)
 	if err != nil {
 		return 0, err
 	}
 	r := in.material.role()
-	h, err := s.p11.UnwrapKey(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(p.mech, nil)}, aes, in.wrapped, r.sessionTemplate(p.dialect))
+	h, err := s.p11.UnwrapKey(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(p.mech, nil)}, aes, in.wrapped, r.sessionTemplate(p.dialect, leaves))
 	if err != nil {
 		err = fmt.Errorf("%w: %w", errUnwrap, err)
 	}
@@ -92,7 +103,7 @@ func (s *session) load(in imported, p importProfile) (pkcs11.ObjectHandle, error
 	if err != nil {
 		return 0, err
 	}
-	if err := s.checkLoaded(in.material, h, p.dialect); err != nil {
+	if err := s.checkLoaded(in.material, h, p.dialect, leaves); err != nil {
 		_ = s.p11.DestroyObject(s.h, h) // at the latest it goes with the session
 		return 0, err
 	}
@@ -109,7 +120,7 @@ func (s *session) deriveTransport(in imported, p importProfile) (pkcs11.ObjectHa
 	r.mech = p.mech
 	h, err := s.p11.DeriveKey(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_ECDH1_DERIVE,
 		pkcs11.NewECDH1DeriveParams(ckd, in.sharedInfo(), in.point))}, s.keys.agreement,
-		r.sessionTemplate(p.dialect, pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, kekSize)))
+		r.sessionTemplate(p.dialect, stays, pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, kekSize)))
 	if err != nil {
 		return 0, fmt.Errorf("C_DeriveKey: %w", err)
 	}
@@ -117,9 +128,9 @@ func (s *session) deriveTransport(in imported, p importProfile) (pkcs11.ObjectHa
 }
 
 // checkLoaded refuses an object that came out looser or other than its template.
-func (s *session) checkLoaded(m material, h pkcs11.ObjectHandle, dl dialect) error {
+func (s *session) checkLoaded(m material, h pkcs11.ObjectHandle, dl dialect, leaves exit) error {
 	r := m.role()
-	must := append(r.sessionFlags(), flag{pkcs11.CKA_COPYABLE, false})
+	must := append(r.sessionFlags(leaves), flag{pkcs11.CKA_COPYABLE, false})
 	if !dl.flags {
 		must = must[:len(must)-1]
 	}

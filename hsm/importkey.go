@@ -16,9 +16,9 @@ const ImportKind = "pkcs11-ecdh-kwp"
 
 // Sizes of imported keys.
 const (
-	HMACKey  = 32   // bytes of an HMAC-SHA-256 key
-	MaxLabel = 64   // bytes of label that WrapHMAC and WrapSigner take
-	MaxMAC   = 1024 // bytes of message that an HMAC closure takes
+	HMACKey  = 32       // bytes of an HMAC-SHA-256 key
+	MaxLabel = 64       // bytes of label that WrapHMAC and WrapSigner take
+	MaxMAC   = 64 << 10 // bytes of message that an HMAC closure takes
 
 	importVersion = 1
 	headerSize    = 4 // version, material, KDF, length of the label
@@ -32,6 +32,10 @@ const (
 	materialHMAC material = 1
 	materialP256 material = 2
 	materialP384 material = 3
+	// The same keys as some tokens write them.
+	materialP256Public material = 4 // PKCS#8 with the public key
+	materialP384Public material = 5
+	materialP256Padded material = 6 // PKCS#8 and zeros up to a multiple of 8 bytes: SoftHSM
 )
 
 // kdf says how the transport key comes from the shared secret Z.
@@ -51,6 +55,14 @@ var (
 		0x06, 0x05, 0x2b, 0x81, 0x04, 0x00, 0x22, 0x04, 0x37, 0x30, 0x35, 0x02, 0x01, 0x01, 0x04, 0x30}
 )
 
+// Lengths of the same with the public key as [1] BIT STRING of an uncompressed point,
+// and with zeros after it.
+const (
+	pkcs8P256Public = 138
+	pkcs8P384Public = 185
+	pkcs8P256Padded = 72
+)
+
 // size is the length of the plain material, 0 for one that is not known.
 func (m material) size() int {
 	switch m {
@@ -60,8 +72,36 @@ func (m material) size() int {
 		return len(pkcs8P256) + 32
 	case materialP384:
 		return len(pkcs8P384) + 48
+	case materialP256Public:
+		return pkcs8P256Public
+	case materialP384Public:
+		return pkcs8P384Public
+	case materialP256Padded:
+		return pkcs8P256Padded
 	}
 	return 0
+}
+
+// bare is the material of the same kind of key as WrapHMAC and WrapSigner write it.
+func (m material) bare() material {
+	switch m {
+	case materialP256Public, materialP256Padded:
+		return materialP256
+	case materialP384Public:
+		return materialP384
+	}
+	return m
+}
+
+// forms are the ways to write a key of the same kind.
+func (m material) forms() []material {
+	switch m.bare() {
+	case materialP256:
+		return []material{materialP256, materialP256Padded, materialP256Public}
+	case materialP384:
+		return []material{materialP384, materialP384Public}
+	}
+	return []material{m}
 }
 
 // wrappedSize is the length of the material under KWP (RFC 5649 section 3).

@@ -139,7 +139,7 @@ func (d *Device) loadInto(s *session, k *keeper, o *object) (lease, error) {
 		k.s = owner
 		b.mu.Unlock()
 	}
-	h, err := owner.load(o.blob, *d.imports)
+	h, err := owner.load(o.blob, *d.imports, stays)
 	if err != nil {
 		return lease{}, d.importError(err)
 	}

@@ -316,7 +316,9 @@ func (s *session) random(n int) ([]byte, error) {
 func (d *Device) Check(ctx context.Context) error { return d.probe(ctx, true) }
 
 func (d *Device) probeOnce(ctx context.Context) error {
-	_, err := call(ctx, d, callOptions{op: "check", probe: true}, func(s *session) (struct{}, error) {
+	// On a session of its own: those of the pool may work on when no new one can
+	// be opened (SoftHSM, whose token directory went away and came back).
+	_, err := call(ctx, d, callOptions{op: "check", probe: true, own: true}, func(s *session) (struct{}, error) {
 		if _, err := s.random(16); err != nil {
 			return struct{}{}, err
 		}

@@ -68,7 +68,7 @@ func (d *Device) end(late bool) {
 // take returns a session: an idle one of the present generation, or a new one.
 // It runs inside the gate.
 func (d *Device) take(o callOptions) (*session, error) {
-	if !o.rw && !o.bare {
+	if !o.rw && !o.bare && !o.own {
 		for s := d.popIdle(); s != nil; s = d.popIdle() {
 			if d.current(s) {
 				return s, nil
@@ -126,7 +126,7 @@ func (d *Device) drop(s *session) {
 // still be active in it. It runs inside the gate.
 func (d *Device) give(s *session, o callOptions, err error) {
 	d.mu.Lock()
-	keep := err == nil && !o.rw && !o.bare && !d.closed && s.epoch == d.epoch &&
+	keep := err == nil && !o.rw && !o.bare && !o.own && !d.closed && s.epoch == d.epoch &&
 		len(d.idle) < d.set.maxSessions
 	if keep {
 		d.idle = append(d.idle, s)

@@ -47,7 +47,10 @@ func (d *Device) testImport(ctx context.Context) error {
 		return err
 	}
 	d.imports = p
-	return d.testLoaded(ctx)
+	if err := d.testLoaded(ctx); err != nil {
+		return err
+	}
+	return d.testGenerated(ctx)
 }
 
 // probeImport tries the ways to import a key, best first.
@@ -74,6 +77,9 @@ func (s *session) probeImport() (*importProfile, error) {
 				err := s.tryImport(recipient{k, key}, p)
 				if err == nil {
 					p.signers = s.trySigner(recipient{k, key}, p) == nil
+					if p.generates, err = s.probeGenerate(p); err != nil {
+						return nil, err
+					}
 					return &p, nil
 				}
 				if isLost(err) || errors.Is(err, ErrUnsafeToken) {
@@ -152,7 +158,7 @@ func (s *session) loadPlain(to recipient, p importProfile, m material, plain []b
 	if err != nil {
 		return 0, err
 	}
-	return s.load(in, p)
+	return s.load(in, p, stays)
 }
 
 // testLoaded goes the way of a user: known MACs, signatures verified in Go, an

@@ -21,6 +21,7 @@ type session struct {
 	keys  handles
 	curve curve
 
+	hook    func(op string) error          // tests: runs inside some calls; may be nil
 	victims map[string]pkcs11.ObjectHandle // loaded keys for the attacks to try
 }
 

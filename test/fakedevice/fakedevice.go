@@ -68,6 +68,7 @@ type Device struct {
 	calls   map[string]int
 
 	sha256KDF atomic.Bool
+	barren    atomic.Bool
 	lost      atomic.Uint64 // how often LoseKeys was called
 }
 

@@ -30,7 +30,7 @@ const (
 	importVersion = 1
 	kdfNull       = 1
 	kdfSHA256     = 2
-	maxMessage    = 1024
+	maxMessage    = 64 << 10
 )
 
 // UseSHA256KDF makes ImportKey ask for CKD_SHA256_KDF, which SoftHSM has not.
@@ -157,16 +157,21 @@ func (d *Device) LoadHMAC(ctx context.Context, blob []byte) (mac func(ctx contex
 
 // LoadSigner is that of package hsm.
 func (d *Device) LoadSigner(ctx context.Context, c ecdh.Curve, blob []byte) (sign func(ctx context.Context, digest []byte) ([]byte, error), unload func(), err error) {
-	kind, n, ec := byte(2), 32, elliptic.P256()
-	switch c {
-	case ecdh.P256():
-	case ecdh.P384():
-		kind, n, ec = 3, 48, elliptic.P384()
-	default:
-		return nil, nil, fmt.Errorf("%w: curve is neither P-256 nor P-384", ErrInvalid)
+	kind, n, ec, err := signerKind(c)
+	if err != nil {
+		return nil, nil, err
+	}
+	if len(blob) > 1 && (blob[1] == kind+2 || blob[1] == 6 && kind == 2) {
+		kind = blob[1] // as a token wrote it
 	}
 	var key *ecdsa.PrivateKey
 	k, err := d.load(ctx, blob, kind, func(m []byte) error {
+		if kind == 6 { // zeros after it
+			if len(m) != 72 || !bytes.Equal(m[67:], make([]byte, 5)) {
+				return errBlob
+			}
+			m = m[:67]
+		}
 		parsed, err := x509.ParsePKCS8PrivateKey(m)
 		if err != nil {
 			return errBlob
@@ -197,4 +202,16 @@ func (d *Device) LoadSigner(ctx context.Context, c ecdh.Curve, blob []byte) (sig
 		return d.end(OpLoadedSign, sig), nil
 	}
 	return sign, func() { k.unloaded.Store(true) }, nil
+}
+
+// signerKind returns the number of a curve's private keys in a blob, without the
+// public key, and the length of a coordinate.
+func signerKind(c ecdh.Curve) (kind byte, size int, ec elliptic.Curve, err error) {
+	switch c {
+	case ecdh.P256():
+		return 2, 32, elliptic.P256(), nil
+	case ecdh.P384():
+		return 3, 48, elliptic.P384(), nil
+	}
+	return 0, 0, nil, fmt.Errorf("%w: curve is neither P-256 nor P-384", ErrInvalid)
 }
