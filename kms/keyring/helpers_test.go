@@ -105,6 +105,16 @@ type vectors struct {
 		KCV      hexBytes
 		Hash     hexBytes
 	}
+	DeviceChecks []struct {
+		Material hexBytes
+		Cluster  string
+		Keyring  string
+		KeyID    hexBytes `json:"key_id"`
+		Version  uint32
+		Node     string
+		KCV      hexBytes
+		Hash     hexBytes
+	} `json:"device_checks"`
 	Generated []struct {
 		Algorithm kms.Algorithm
 		Entropy   hexBytes
@@ -125,7 +135,7 @@ func loadVectors(t testing.TB) vectors {
 	if err := dec.Decode(&v); err != nil {
 		t.Fatal(err)
 	}
-	if len(v.Messages) == 0 || len(v.Wrapped) == 0 || len(v.Checks) == 0 || len(v.Generated) == 0 {
+	if len(v.Messages) == 0 || len(v.Wrapped) == 0 || len(v.Checks) == 0 || len(v.DeviceChecks) == 0 || len(v.Generated) == 0 {
 		t.Fatal("a list of known answers is empty")
 	}
 	return v

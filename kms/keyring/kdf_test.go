@@ -91,12 +91,15 @@ func TestCheckValueIsBound(t *testing.T) {
 }
 
 func TestLabelsArePrefixFree(t *testing.T) {
-	labels := []string{labelMessageSecret, labelMessageKeys, labelCheckValue, labelGenerate}
+	labels := []string{labelMessageSecret, labelMessageKeys, labelCheckValue, labelDeviceCheck, labelGenerate}
 	for i, a := range labels {
 		for j, b := range labels {
 			if i != j && strings.HasPrefix(a, b) {
 				t.Errorf("%q starts with %q", a, b)
 			}
+		}
+		if !reserved(kdfInput(a, nil, 256)) {
+			t.Errorf("an input with the label %q is not reserved", a)
 		}
 	}
 }

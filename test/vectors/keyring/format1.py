@@ -96,6 +96,14 @@ def check(key_id, node):
             "version": 7, "node": node, "kcv": kcv.hex(), "hash": hashlib.sha256(kcv).hexdigest()}
 
 
+def device_check(key_id, node):
+    material = fixed("device checked material", 32)
+    context = cbor({"cluster": "0123456789abcdef", "keyring": "coalition", "key-id": key_id, "version": 7, "node": node})
+    kcv = kdf("sha256", material, "conclave/check-value/2", context, 32)
+    return {"material": material.hex(), "cluster": "0123456789abcdef", "keyring": "coalition", "key_id": key_id.hex(),
+            "version": 7, "node": node, "kcv": kcv.hex(), "hash": hashlib.sha256(kcv).hexdigest()}
+
+
 def generated(algorithm):
     entropy, size = fixed(algorithm + " entropy", 64), SIZES.get(algorithm, 32)
     material = kdf("sha512", entropy, "conclave/generate/1", algorithm.encode() + struct.pack(">I", 0), size)
@@ -121,5 +129,6 @@ print(json.dumps({
     "wrapped": [wrapped("aes256-gcm", "encrypt"), wrapped("hmac-sha256", "mac"), wrapped("ecdsa-p256", "sign"),
                 wrapped("ecdsa-p384", "sign"), wrapped("ed25519", "sign")],
     "checks": [check(fixed("checked id", 16), "fr-1"), check(fixed("checked id", 16), "de-1"), check(bytes(16), "fr-1")],
+    "device_checks": [device_check(fixed("checked id", 16), "fr-1"), device_check(fixed("checked id", 16), "de-1")],
     "generated": [generated(a) for a in list(SIZES) + ["kek"]],
 }, indent=1, ensure_ascii=True))
