@@ -38,6 +38,7 @@ type Cluster struct {
 	devLog  string
 	mu      sync.Mutex
 	clients map[string]*client.Client
+	after   []func() error // what to end when the nodes have ended
 }
 
 // Start runs `conclaved dev` in dir, which is made if missing, and returns when
@@ -184,6 +185,10 @@ func (c *Cluster) Stop() error {
 		}
 		c.dev = nil
 	}
+	for _, end := range c.after {
+		errs = append(errs, end())
+	}
+	c.after = nil
 	for _, n := range c.Nodes {
 		if n.Running() {
 			errs = append(errs, fmt.Errorf("conclaved dev left %s behind (process %d)", n.ID, n.pid))

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/conclave-kms/conclave/kms/client"
 )
@@ -51,17 +52,36 @@ func (c *Cluster) shared(nodes []string, site, role string) (*client.Client, err
 	return cl, nil
 }
 
+// ClientOnce returns a client that makes one try of at most the timeout, for
+// errors to be looked at. The caller closes it.
+func (c *Cluster) ClientOnce(site, role string, timeout time.Duration) (*client.Client, error) {
+	cfg, err := c.config([]string{site}, site, role)
+	if err != nil {
+		return nil, err
+	}
+	cfg.Attempts, cfg.Timeout = 1, timeout
+	return client.New(cfg)
+}
+
 func (c *Cluster) newClient(nodes []string, site, role string) (*client.Client, error) {
+	cfg, err := c.config(nodes, site, role)
+	if err != nil {
+		return nil, err
+	}
+	return client.New(cfg)
+}
+
+func (c *Cluster) config(nodes []string, site, role string) (client.Config, error) {
 	cert, key := c.Certificate(site, role)
 	tlsConfig, err := client.LoadTLS(c.Vars["CONCLAVE_CACERT"], cert, key)
 	if err != nil {
-		return nil, err
+		return client.Config{}, err
 	}
 	cfg := client.Config{TLS: tlsConfig}
 	for _, n := range nodes {
 		cfg.Addresses = append(cfg.Addresses, c.API(n))
 	}
-	return client.New(cfg)
+	return cfg, nil
 }
 
 // API returns the https URL of a site's node.

@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/conclave-kms/conclave/kms/wire"
@@ -36,11 +35,11 @@ type Node struct {
 // PID returns the process id of the node.
 func (n *Node) PID() int { return n.pid }
 
+// Process returns the node's process.
+func (n *Node) Process() Process { return Process{n.ID, n.pid} }
+
 // Running reports whether the node's process exists.
-func (n *Node) Running() bool {
-	g, err := gone(n.pid)
-	return err == nil && !g
-}
+func (n *Node) Running() bool { return n.Process().Running() }
 
 // serving reports whether the node's process exists and is not frozen.
 func (n *Node) serving() bool {
@@ -49,40 +48,29 @@ func (n *Node) serving() bool {
 }
 
 // Kill ends the node with SIGKILL, as a power cut would, and waits for its end.
-func (n *Node) Kill(ctx context.Context) error {
-	if err := syscall.Kill(n.pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
-		return fmt.Errorf("kill %s (process %d): %w", n.ID, n.pid, err)
-	}
-	return Within(ctx, 10*time.Second, n.ID+" ends after SIGKILL", func(context.Context) error {
-		g, err := gone(n.pid)
-		if err == nil && !g {
-			err = errors.New("the process is still there")
-		}
-		return err
-	})
-}
+func (n *Node) Kill(ctx context.Context) error { return n.Process().Kill(ctx) }
 
 // Pause freezes the node with SIGSTOP and returns when it stands still.
-func (n *Node) Pause(ctx context.Context) error {
-	if err := syscall.Kill(n.pid, syscall.SIGSTOP); err != nil {
-		return fmt.Errorf("stop %s (process %d): %w", n.ID, n.pid, err)
-	}
-	return Within(ctx, 5*time.Second, n.ID+" stands still", func(context.Context) error {
-		s, err := processState(n.pid)
-		if err == nil && s != 'T' {
-			err = fmt.Errorf("its state is %q", s)
-		}
-		return err
-	})
-}
+func (n *Node) Pause(ctx context.Context) error { return n.Process().Pause(ctx) }
 
 // Resume lets a frozen node go on.
-func (n *Node) Resume() error {
-	if err := syscall.Kill(n.pid, syscall.SIGCONT); err != nil {
-		return fmt.Errorf("continue %s (process %d): %w", n.ID, n.pid, err)
-	}
-	return nil
+func (n *Node) Resume() error { return n.Process().Resume() }
+
+// Children lists the processes that the node has started.
+func (n *Node) Children() ([]Process, error) {
+	return Processes("a child of "+n.ID, func(parent int, _ string) bool { return parent == n.pid })
 }
+
+// Restart kills the node if it runs, starts it again and waits until it is ready.
+func (n *Node) Restart(ctx context.Context) error {
+	if err := n.Kill(ctx); err != nil {
+		return err
+	}
+	return n.Start(ctx)
+}
+
+// Says returns the last lines of the node's log.
+func (n *Node) Says(lines int) string { return lastLines(n.Log, lines) }
 
 // Start starts a node that was killed and returns when it is ready to serve.
 func (n *Node) Start(ctx context.Context) error {

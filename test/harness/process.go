@@ -2,6 +2,7 @@ package harness
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -60,6 +61,99 @@ func (p *process) end(sig syscall.Signal, grace time.Duration) bool {
 	_ = syscall.Kill(-p.pid, syscall.SIGKILL)
 	<-p.done
 	return false
+}
+
+// Process is a process that need not have been started by this one.
+type Process struct {
+	Name string // for people
+	PID  int
+}
+
+// Running reports whether the process exists.
+func (p Process) Running() bool {
+	g, err := gone(p.PID)
+	return err == nil && !g
+}
+
+// Kill ends the process with SIGKILL, as a power cut would, and waits for its end.
+func (p Process) Kill(ctx context.Context) error {
+	if err := syscall.Kill(p.PID, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+		return fmt.Errorf("kill %s (process %d): %w", p.Name, p.PID, err)
+	}
+	return p.Ended(ctx)
+}
+
+// Ended waits until the process has ended, by itself or after a signal.
+func (p Process) Ended(ctx context.Context) error {
+	return Within(ctx, 20*time.Second, p.Name+" ends", func(context.Context) error {
+		g, err := gone(p.PID)
+		if err == nil && !g {
+			err = errors.New("the process is still there")
+		}
+		return err
+	})
+}
+
+// Pause freezes the process with SIGSTOP and returns when it stands still.
+func (p Process) Pause(ctx context.Context) error {
+	if err := syscall.Kill(p.PID, syscall.SIGSTOP); err != nil {
+		return fmt.Errorf("stop %s (process %d): %w", p.Name, p.PID, err)
+	}
+	return Within(ctx, 5*time.Second, p.Name+" stands still", func(context.Context) error {
+		s, err := processState(p.PID)
+		if err == nil && s != 'T' {
+			err = fmt.Errorf("its state is %q", s)
+		}
+		return err
+	})
+}
+
+// Resume lets a frozen process go on.
+func (p Process) Resume() error {
+	if err := syscall.Kill(p.PID, syscall.SIGCONT); err != nil {
+		return fmt.Errorf("continue %s (process %d): %w", p.Name, p.PID, err)
+	}
+	return nil
+}
+
+// Processes lists the processes whose command line, its words joined by spaces,
+// match accepts.
+func Processes(name string, match func(parent int, command string) bool) ([]Process, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	var out []Process
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		// A process that ends meanwhile has no files any more.
+		words, err := os.ReadFile("/proc/" + e.Name() + "/cmdline")
+		if err != nil || len(words) == 0 {
+			continue
+		}
+		parent, ok := parentOf(pid)
+		if ok && match(parent, strings.TrimRight(strings.ReplaceAll(string(words), "\x00", " "), " ")) {
+			out = append(out, Process{name, pid})
+		}
+	}
+	return out, nil
+}
+
+func parentOf(pid int) (int, bool) {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	i := bytes.LastIndexByte(b, ')')
+	if err != nil || i < 0 {
+		return 0, false
+	}
+	fields := strings.Fields(string(b[i+1:]))
+	if len(fields) < 2 {
+		return 0, false
+	}
+	parent, err := strconv.Atoi(fields[1])
+	return parent, err == nil
 }
 
 // processState returns the state letter of a process as in proc(5), 0 when there

@@ -20,6 +20,7 @@ const minPattern = 8
 // case, and in base64 of either alphabet wherever in a longer text they begin.
 type Scanner struct {
 	byStart map[uint64][]pattern
+	first   [1 << 16]bool // the first two bytes of the patterns: most places are passed over by these
 	secrets int
 }
 
@@ -78,6 +79,7 @@ func (s *Scanner) put(name string, b []byte) {
 		}
 	}
 	s.byStart[start] = append(s.byStart[start], pattern{name, b})
+	s.first[binary.LittleEndian.Uint16(b)] = true
 }
 
 // Secrets returns how many secrets were added.
@@ -87,6 +89,9 @@ func (s *Scanner) Secrets() int { return s.secrets }
 func (s *Scanner) Bytes(file string, b []byte) []Finding {
 	var found []Finding
 	for i := 0; i+minPattern <= len(b); i++ {
+		if !s.first[uint16(b[i])|uint16(b[i+1])<<8] {
+			continue
+		}
 		for _, p := range s.byStart[binary.LittleEndian.Uint64(b[i:])] {
 			if bytes.HasPrefix(b[i:], p.b) {
 				found = append(found, Finding{file, i, p.name})

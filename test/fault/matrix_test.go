@@ -1,0 +1,97 @@
+package fault
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/conclave-kms/conclave/kms/wire"
+)
+
+// fault is what happens to the device of one node while all three run.
+type fault struct {
+	name   string
+	victim string // site
+	strike func(w *world)
+	repair func(w *world)
+	// One of these words must be in what readiness, clients and the log of the node say.
+	ready, api, log []string
+}
+
+// TestFaults breaks one device after the other under the running cluster.
+func TestFaults(t *testing.T) {
+	for _, f := range faults {
+		t.Run(f.name, func(t *testing.T) { f.run(cluster(t)) })
+	}
+}
+
+func (f fault) run(w *world) {
+	stocks := w.stocks(f.victim)
+	mark := w.mark(f.victim)
+	f.strike(w)
+	repaired := false
+	w.t.Cleanup(func() {
+		if !repaired {
+			f.repair(w)
+		}
+	})
+	w.unready(f.victim, f.ready)
+	for _, s := range stocks {
+		s.rotate()
+		s.refuses(f.api)
+	}
+	for _, s := range stocks {
+		s.othersServe()
+		s.halfWay()
+	}
+	mustName(w.t, "the log of "+f.victim, w.since(f.victim, mark), f.log)
+	f.repair(w)
+	repaired = true
+	w.recovered(f.victim, stocks)
+}
+
+// unready waits until the node says that it is not ready, and why.
+func (w *world) unready(site string, words []string) {
+	w.t.Helper()
+	var said []string
+	w.eventually(15*time.Second, "readiness of "+site+" tells of the fault", func(ctx context.Context) error {
+		r, err := w.ready(ctx, site)
+		if said = r.Reasons; len(said) > 0 {
+			return nil
+		}
+		return errors.Join(errors.New("it gives no reason"), err)
+	})
+	mustName(w.t, "readiness of "+site, strings.Join(said, "; "), words)
+}
+
+func (w *world) ready(ctx context.Context, site string) (wire.Ready, error) {
+	cl, err := w.c.Client(site, "operator")
+	if err != nil {
+		return wire.Ready{}, err
+	}
+	return cl.Ready(ctx)
+}
+
+// recovered wants the node back to work within the time promised, in the same
+// process, with nothing lost.
+func (w *world) recovered(site string, stocks []*stock) {
+	w.t.Helper()
+	end := time.Now().Add(recovery)
+	w.eventually(time.Until(end), site+" is ready again", func(ctx context.Context) error {
+		r, err := w.ready(ctx, site)
+		if err == nil && !r.Ready {
+			err = errors.New(strings.Join(r.Reasons, "; "))
+		}
+		return err
+	})
+	for _, s := range stocks {
+		w.eventually(time.Until(end), site+" opens keys with its device again", func(ctx context.Context) error {
+			return errors.Join(s.tryDecrypt(ctx, site, s.cold, "data", s.before[s.cold]), s.trySign(ctx, site, s.cold))
+		})
+		s.whole(time.Until(end))
+		s.intact()
+	}
+	w.t.Logf("%s recovered within %v", site, time.Until(end.Add(-recovery)).Abs().Round(100*time.Millisecond))
+}
