@@ -251,7 +251,7 @@ func (s *soft) document() TPM {
 		if err != nil {
 			s.t.Fatal(err)
 		}
-		a := tpm2.TPMSAttest{Magic: tpm2.TPMGeneratedValue, Type: tpm2.TPMSTAttestCertify,
+		a := tpm2.TPMSAttest{Magic: tpm2.TPMGeneratedValue, Type: tpm2.TPMSTAttestCertify, ExtraData: tpm2.TPM2BData{Buffer: Qualifying(s.subject)},
 			Attested: tpm2.NewTPMUAttest(tpm2.TPMSTAttestCertify, &tpm2.TPMSCertifyInfo{Name: *name})}
 		if s.certify != nil {
 			s.certify(i, &a)

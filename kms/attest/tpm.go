@@ -26,7 +26,7 @@ func (t *TPM) verify(s Subject, c Context, r *Report) error {
 	if err != nil {
 		return err
 	}
-	keys, err := t.deviceKeys(ak)
+	keys, err := t.deviceKeys(ak, Qualifying(s))
 	if err != nil {
 		return err
 	}
@@ -82,8 +82,8 @@ func (t *TPM) report(r *Report, ek endorsement, keys deviceKeys, witness *Subjec
 type deviceKeys struct{ storage, agreement, signing key }
 
 // deviceKeys checks that the keys are what they are for and that the attestation
-// key has certified them.
-func (t *TPM) deviceKeys(ak key) (k deviceKeys, err error) {
+// key has certified them, for the node that qualifying names.
+func (t *TPM) deviceKeys(ak key, qualifying []byte) (k deviceKeys, err error) {
 	for _, x := range []struct {
 		what string
 		from Certified
@@ -100,7 +100,7 @@ func (t *TPM) deviceKeys(ak key) (k deviceKeys, err error) {
 		if !x.ok(x.to.public.ObjectAttributes) {
 			return k, invalid("the %s key may be used for something else than that", x.what)
 		}
-		if err := x.from.verify(x.what, ak, x.to.name); err != nil {
+		if err := x.from.verify(x.what, ak, x.to.name, qualifying); err != nil {
 			return k, err
 		}
 	}
@@ -108,7 +108,7 @@ func (t *TPM) deviceKeys(ak key) (k deviceKeys, err error) {
 }
 
 // verify checks the certification of a key with the given name.
-func (c Certified) verify(what string, ak key, name []byte) error {
+func (c Certified) verify(what string, ak key, name, qualifying []byte) error {
 	a, err := ak.statement("certification of the "+what+" key", c.Attest, c.Signature)
 	if err != nil {
 		return err
@@ -119,6 +119,9 @@ func (c Certified) verify(what string, ak key, name []byte) error {
 	}
 	if !bytes.Equal(info.Name.Buffer, name) {
 		return invalid("the certification of the %s key is of another key", what)
+	}
+	if !bytes.Equal(a.ExtraData.Buffer, qualifying) {
+		return invalid("the certification of the %s key was made for another node or for other keys", what)
 	}
 	return nil
 }

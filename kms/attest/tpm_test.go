@@ -144,6 +144,13 @@ func TestRefused(t *testing.T) {
 		"chain garbled":              {alter: func(_ *soft, d *TPM) { d.EKChain = [][]byte{{0x30}} }, says: "certificate 1 of the endorsement key's chain"},
 		"chain alone":                {alter: func(_ *soft, d *TPM) { d.EKCertificate = nil }, says: "no endorsement key certificate"},
 		"certification not by a TPM": {change: func(s *soft, _ *Context) { s.certify = func(_ int, a *tpm2.TPMSAttest) { a.Magic = 0x12345678 } }, says: "not a TPMS_ATTEST"},
+		"certification for another": {change: func(s *soft, _ *Context) {
+			s.certify = func(i int, a *tpm2.TPMSAttest) {
+				if i == 1 {
+					a.ExtraData.Buffer[3] ^= 1
+				}
+			}
+		}, says: "agreement key was made for another node"},
 		"certification of another key": {alter: func(_ *soft, d *TPM) {
 			d.Signing.Attest, d.Signing.Signature = d.Agreement.Attest, d.Agreement.Signature
 		}, says: "certification of the signing key is of another key"},
