@@ -8,13 +8,10 @@ import (
 	"sync/atomic"
 
 	"github.com/google/go-tpm/tpm2"
-
-	"github.com/conclave-kms/conclave/kms/secret"
 )
 
-// MaxMessage is the longest message that a loaded HMAC key takes: one
-// TPM2B_MAX_BUFFER.
-const MaxMessage = 1024
+// MaxMessage is the longest message that a loaded HMAC key takes, in bytes.
+const MaxMessage = 64 << 10
 
 var (
 	// errImport is the one answer to every key blob that does not open.
@@ -45,7 +42,7 @@ func (d *Device) ImportKey() (kind string, public []byte) {
 }
 
 // LoadHMAC imports a key that WrapHMAC wrapped for this TPM. mac returns the
-// HMAC-SHA-256, 32 bytes, of a message of at most 1024 bytes. It loads the key
+// HMAC-SHA-256, 32 bytes, of a message of at most MaxMessage bytes. It loads the key
 // again by itself when the TPM lost it, for instance in a restart. unload lets
 // go of the key and may be called more than once; mac is refused with ErrInvalid
 // from then on. A blob that was altered, or made for another TPM or use, is
@@ -165,7 +162,7 @@ func (d *Device) use(c *conn, k *importedKey, crypt tpm2.AuthOption, fn func(*ob
 	before := d.kept.Load()
 	err := with()
 	var refused tpm2.TPMRC
-	if before != nil && before.key == k && c.err == nil && errors.As(err, &refused) {
+	if before != nil && before.key == k && c.err == nil && errors.As(err, &refused) && !distrusts(err) {
 		err = with()
 	}
 	if k.unloaded.Load() { // while this call ran
@@ -227,34 +224,6 @@ func (d *Device) unload(k *importedKey) {
 		}
 		return nil
 	})
-}
-
-func (d *Device) mac(ctx context.Context, k *importedKey, message []byte) ([]byte, error) {
-	if len(message) > MaxMessage {
-		return nil, invalid("the message has %d bytes, the TPM takes %d", len(message), MaxMessage)
-	}
-	if k.unloaded.Load() {
-		return nil, errUnloaded
-	}
-	msg := bytes.Clone(message)
-	wipe := func() { secret.Wipe(msg) }
-	return do(ctx, d, call[[]byte]{op: "HMAC", drop: secret.Wipe, after: wipe, fn: func(c *conn) (mac []byte, err error) {
-		err = d.use(c, k, encryptInOut(), func(o *object, s tpm2.Session) error {
-			rsp, err := (tpm2.Hmac{
-				Handle: o.auth(s), Buffer: tpm2.TPM2BMaxBuffer{Buffer: msg}, HashAlg: tpm2.TPMAlgSHA256,
-			}).Execute(c)
-			if err != nil {
-				return err
-			}
-			if len(rsp.OutHMAC.Buffer) != 32 {
-				return unavailable("HMAC: the TPM returned %d bytes", len(rsp.OutHMAC.Buffer))
-			}
-			mac = bytes.Clone(rsp.OutHMAC.Buffer)
-			secret.Wipe(rsp.OutHMAC.Buffer)
-			return nil
-		})
-		return mac, err
-	}})
 }
 
 func (d *Device) signWith(ctx context.Context, k *importedKey, on *suite, digest []byte) ([]byte, error) {

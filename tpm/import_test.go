@@ -131,7 +131,7 @@ func checkSignature(t testing.TB, sign keyFunc, pub *ecdsa.PublicKey) {
 func TestImported(t *testing.T) {
 	onBothCurves(t, func(t *testing.T, d *tpm.Device) {
 		key, mac, unload := loadHMAC(t, d)
-		for _, n := range []int{0, 1, 63, 64, 65, 1023, tpm.MaxMessage} {
+		for _, n := range []int{0, 1, 63, 64, 65, 1023, 1024, 1025, 2048, 2049, 5000, tpm.MaxMessage} {
 			checkHMAC(t, mac, key, bytes.Repeat([]byte{byte(n)}, n))
 		}
 		if _, err := mac(t.Context(), make([]byte, tpm.MaxMessage+1)); !errors.Is(err, tpm.ErrInvalid) {

@@ -25,6 +25,7 @@ type wire struct {
 	mu     sync.Mutex
 	seen   bytes.Buffer
 	tamper func(rsp []byte) []byte
+	refuse func(cmd []byte) []byte // an answer in place of the TPM's, or nil
 }
 
 // tap returns a wire and the configuration that goes through it.
@@ -67,6 +68,18 @@ func (w *wire) serve(near net.Conn, target string) {
 		if err != nil {
 			return
 		}
+		w.mu.Lock()
+		var refusal []byte
+		if w.refuse != nil {
+			refusal = w.refuse(cmd)
+		}
+		w.mu.Unlock()
+		if refusal != nil {
+			if _, err := near.Write(refusal); err != nil {
+				return
+			}
+			continue
+		}
 		if _, err := far.Write(cmd); err != nil {
 			return
 		}
@@ -103,6 +116,12 @@ func (w *wire) setTamper(f func([]byte) []byte) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.tamper = f
+}
+
+func (w *wire) setRefuse(f func([]byte) []byte) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.refuse = f
 }
 
 func (w *wire) shows(b []byte) bool {
