@@ -185,7 +185,6 @@ func (q Quoted) verify(ak key, qualifying []byte) (string, error) {
 		return "", invalid("the quote was made for another node or for other keys")
 	}
 	var bits [maxPCR/8 + 1]byte
-	var names []string
 	scheme, err := ak.public.Parameters.ECCDetail()
 	if err != nil {
 		return "", invalid("the attestation key is not an elliptic curve key")
@@ -198,17 +197,34 @@ func (q Quoted) verify(ak key, qualifying []byte) (string, error) {
 	all := sha256.New()
 	for _, p := range q.PCRs {
 		bits[p.Index/8] |= 1 << (p.Index % 8)
-		names = append(names, fmt.Sprint(p.Index))
 		_, _ = h.Write(p.Value)
 		_, _ = all.Write(p.Value)
 	}
 	if !selects(info.PCRSelect, bits[:]) || !bytes.Equal(info.PCRDigest.Buffer, h.Sum(nil)) {
 		return "", invalid("the quote is of other registers or values than the document lists")
 	}
-	if len(names) == 0 {
+	if len(q.PCRs) == 0 {
 		return "no platform register was quoted", nil
 	}
-	return fmt.Sprintf("the platform registers (PCR %s, SHA-256 bank) had values whose SHA-256 is %x", strings.Join(names, ", "), all.Sum(nil)), nil
+	return fmt.Sprintf("the platform registers (PCR %s; SHA-256 bank) had values whose SHA-256 is %x", ranges(q.PCRs), all.Sum(nil)), nil
+}
+
+// ranges writes the registers as "0-7, 14".
+func ranges(pcrs []PCR) string {
+	var out []string
+	for i := 0; i < len(pcrs); {
+		j := i
+		for j+1 < len(pcrs) && pcrs[j+1].Index == pcrs[j].Index+1 {
+			j++
+		}
+		word := fmt.Sprint(pcrs[i].Index)
+		if j > i {
+			word = fmt.Sprintf("%d-%d", pcrs[i].Index, pcrs[j].Index)
+		}
+		out = append(out, word)
+		i = j + 1
+	}
+	return strings.Join(out, ", ")
 }
 
 // selects reports whether l is the selection bits of the SHA-256 bank and no other.
