@@ -88,6 +88,8 @@ var allowed = map[string][]string{
 	"pqc":                 {"kms/secret"},
 	"hsm":                 {"kms/secret"},
 	"hsm/hsmtest":         {"kms/secret", "hsm"},
+	"hsm/child":           {"kms/secret", "hsm"},
+	"hsm/child/shimtest":  {},
 	"tpm":                 {"kms/secret"},
 	"tpm/tpmtest":         {"kms/secret", "tpm"},
 	"cluster":             {"kms", "kms/canon", "kms/state", "pqc"},
