@@ -5,6 +5,8 @@ import (
 	"encoding/hex"
 	"fmt"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 )
 
 // MaxName is the longest name of a site, node, keyring, key, custodian or policy.
@@ -24,6 +26,24 @@ func CheckName(what, s string) error {
 		alnum := r >= 'a' && r <= 'z' || r >= '0' && r <= '9'
 		if !alnum && (r != '-' || i == 0 || i == len(s)-1) {
 			return Errorf(Invalid, "%s %q: use a-z, 0-9 and inner '-'", what, s)
+		}
+	}
+	return nil
+}
+
+// MaxText is the longest short text for people, in bytes: a cluster's name, a
+// description of a device, an address.
+const MaxText = 255
+
+// CheckText checks a short text for people: at most MaxText bytes of UTF-8 that
+// show on one line. It may be empty. what is the field's name for the message.
+func CheckText(what, s string) error {
+	if len(s) > MaxText || !utf8.ValidString(s) {
+		return Errorf(Invalid, "%s is longer than %d bytes or not UTF-8", what, MaxText)
+	}
+	for _, r := range s {
+		if !unicode.IsGraphic(r) {
+			return Errorf(Invalid, "%s contains %U, which does not show as text", what, r)
 		}
 	}
 	return nil

@@ -120,6 +120,8 @@ func (p Proposal) validateAction(bad func(string, ...any) error) error {
 		want = TargetPolicy
 	case kms.ActionCustodian:
 		want = TargetCustodian
+	case kms.ActionNode:
+		want = TargetNode
 	default:
 		return bad("action %q cannot be proposed", p.Action)
 	}
@@ -140,7 +142,7 @@ func (p Proposal) validateAction(bad func(string, ...any) error) error {
 		if err != nil {
 			return bad("%v", err)
 		}
-		if err := (Policy{Name: name, Rules: pp.Rules}).Validate(); err != nil {
+		if err := (Policy{Name: name, Rules: pp.Rules, Attested: pp.Attested}).Validate(); err != nil {
 			return bad("%v", err)
 		}
 	case kms.ActionCustodian:
@@ -155,6 +157,10 @@ func (p Proposal) validateAction(bad func(string, ...any) error) error {
 			return bad("the custodian's revision must be 0 in the parameters")
 		}
 		if err := cp.Custodian.Validate(); err != nil {
+			return bad("%v", err)
+		}
+	case kms.ActionNode:
+		if err := p.validateNode(); err != nil {
 			return bad("%v", err)
 		}
 	default:
@@ -174,6 +180,9 @@ func (p Proposal) PolicyParams() (PolicyParams, error) { return params[PolicyPar
 // CustodianParams decodes the parameters of the action custodian.
 func (p Proposal) CustodianParams() (CustodianParams, error) { return params[CustodianParams](p) }
 
+// NodeParams decodes the parameters of the action node.
+func (p Proposal) NodeParams() (NodeParams, error) { return params[NodeParams](p) }
+
 func params[T any](p Proposal) (v T, err error) {
 	if err := canon.Unmarshal(p.Parameters, &v); err != nil {
 		return v, kms.Wrap(kms.Invalid, err, fmt.Sprintf("the parameters are not those of the action %q", p.Action), "")
@@ -186,23 +195,27 @@ const (
 	TargetKey       = "key"
 	TargetPolicy    = "policy"
 	TargetCustodian = "custodian"
+	TargetNode      = "node"
 )
 
 // KeyTarget returns the target of a proposal about a key.
 func KeyTarget(keyring, key string) string { return TargetKey + "/" + kms.KeyPath(keyring, key) }
 
-// ParseTarget splits a target "key/KEYRING/KEY", "policy/NAME" or
-// "custodian/ID" into its kind and the name ("KEYRING/KEY" for a key), and
+// NodeTarget returns the target of a proposal about a node.
+func NodeTarget(node string) string { return TargetNode + "/" + node }
+
+// ParseTarget splits a target "key/KEYRING/KEY", "policy/NAME",
+// "custodian/ID" or "node/ID" into its kind and the name ("KEYRING/KEY" for a key), and
 // checks the names. Errors: kms.Invalid.
 func ParseTarget(s string) (kind, name string, err error) {
 	kind, name, _ = strings.Cut(s, "/")
 	switch kind {
 	case TargetKey:
 		_, _, err = kms.SplitKeyPath(name)
-	case TargetPolicy, TargetCustodian:
+	case TargetPolicy, TargetCustodian, TargetNode:
 		err = kms.CheckName(kind, name)
 	default:
-		err = kms.Errorf(kms.Invalid, "target %q is none of key/KEYRING/KEY, policy/NAME, custodian/ID", s)
+		err = kms.Errorf(kms.Invalid, "target %q is none of key/KEYRING/KEY, policy/NAME, custodian/ID, node/ID", s)
 	}
 	if err != nil {
 		return "", "", err

@@ -62,6 +62,11 @@ func (w *replay) node(id string) (state.Node, bool) {
 	return w.genesis.Nodes[i], true
 }
 
+func (w *replay) siteOf(node string) (string, bool) {
+	n, ok := w.node(node)
+	return n.Site, ok
+}
+
 // residents returns the nodes at the given sites, sorted.
 func (w *replay) residents(sites []string) (nodes []state.Node) {
 	for _, n := range w.genesis.Nodes {
@@ -149,7 +154,7 @@ func (w *replay) decide(d Decision) (decided, error) {
 	if err := w.checkOpen(out.id, p, d); err != nil {
 		return out, err
 	}
-	if out.rule, err = state.RuleFor(w.sortedPolicies(), p); err != nil {
+	if out.rule, err = state.RuleFor(w.sortedPolicies(), w.siteOf, p); err != nil {
 		return out, err
 	}
 	if err := w.checkRevision(p); err != nil {

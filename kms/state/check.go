@@ -4,11 +4,8 @@ import (
 	"crypto/ecdh"
 	"crypto/ed25519"
 	"strconv"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/conclave-kms/conclave/kms"
-	"github.com/conclave-kms/conclave/pqc"
 )
 
 // sortedIDs checks that a list has 1 to limit entries whose names are well formed,
@@ -36,30 +33,12 @@ func checkText(what, s string, required bool) error {
 	if s == "" && required {
 		return kms.Errorf(kms.Invalid, "%s is missing", what)
 	}
-	if len(s) > MaxText || !utf8.ValidString(s) {
-		return kms.Errorf(kms.Invalid, "%s is longer than %d bytes or not UTF-8", what, MaxText)
-	}
-	for _, r := range s {
-		if !unicode.IsGraphic(r) {
-			return kms.Errorf(kms.Invalid, "%s contains %U, which does not show as text", what, r)
-		}
-	}
-	return nil
-}
-
-func signingCurve(suite uint16) ecdh.Curve {
-	switch pqc.SuiteID(suite) {
-	case pqc.ECDSAP256SHA256:
-		return ecdh.P256()
-	case pqc.ECDSAP384SHA384:
-		return ecdh.P384()
-	}
-	return nil
+	return kms.CheckText(what, s)
 }
 
 // pointOK reports whether b is an uncompressed point on the curve.
 func pointOK(c ecdh.Curve, b []byte) bool {
-	if c == nil || len(b) > MaxPublicKey {
+	if len(b) > MaxPublicKey {
 		return false
 	}
 	_, err := c.NewPublicKey(b)
@@ -113,6 +92,9 @@ func validateCopies(copies []SealedCopy) error {
 		return err
 	}
 	for _, c := range copies {
+		if c.Root == 0 {
+			return kms.Errorf(kms.Invalid, "the sealed copy for node %s does not say for which of its roots it is", c.Node)
+		}
 		if len(c.Sealed) == 0 || len(c.Sealed) > MaxSealed {
 			return kms.Errorf(kms.Invalid, "the sealed copy for node %s has %d bytes; it must have 1 to %d", c.Node, len(c.Sealed), MaxSealed)
 		}

@@ -18,8 +18,10 @@ import (
 // small quorum could make the custodians that a large one lacks. To revoke one
 // takes the rule alone. Errors: kms.NotFound, kms.Conflict when the policy has
 // another revision than the proposal names or the change cannot be made in one
-// step, kms.Invalid.
-func RuleFor(policies []approval.Policy, p approval.Proposal) (approval.Rule, error) {
+// step, kms.Invalid. site returns the site of a node: to replace a node's hardware
+// root takes, besides the rule, an approval of its own site, whose keys the new
+// root will open.
+func RuleFor(policies []approval.Policy, site func(node string) (string, bool), p approval.Proposal) (approval.Rule, error) {
 	policy := func(name string) (approval.Policy, bool) {
 		return search(policies, func(x approval.Policy) bool { return x.Name == name })
 	}
@@ -42,8 +44,23 @@ func RuleFor(policies []approval.Policy, p approval.Proposal) (approval.Rule, er
 		return rulePolicyChange(policy, rule, p)
 	case kms.ActionCustodian:
 		return ruleCustodianChange(policies, rule, p)
+	case kms.ActionNode:
+		return ruleNodeChange(rule, site, p)
 	}
 	return rule, nil
+}
+
+// ruleNodeChange adds the node's own site to the sites that must approve.
+func ruleNodeChange(rule approval.Rule, site func(node string) (string, bool), p approval.Proposal) (approval.Rule, error) {
+	_, node, err := approval.ParseTarget(p.Target)
+	if err != nil {
+		return rule, err
+	}
+	own, ok := site(node)
+	if !ok {
+		return rule, kms.Errorf(kms.NotFound, "there is no node %s", node)
+	}
+	return atLeast(rule, approval.Rule{Approvals: 1, Sites: 1, Required: []string{own}, ProposerMayApprove: true}), nil
 }
 
 // ruleCustodianChange makes the rule for a custodian at least as strict as any
@@ -81,10 +98,11 @@ func rulePolicyChange(policy func(string) (approval.Policy, bool), rule approval
 	}
 	old, exists := policy(name)
 	if exists {
+		same := old.Attested == params.Attested // what is asked of hardware bears on every action
 		for _, a := range slices.Concat(kms.KeyActions, kms.GovernanceActions) {
 			before, had := old.Rule(a)
 			after, has := next.Rule(a)
-			if had && has && bytes.Equal(canon.Marshal(before), canon.Marshal(after)) {
+			if same && had && has && bytes.Equal(canon.Marshal(before), canon.Marshal(after)) {
 				continue
 			}
 			rule = atLeast(atLeast(rule, before), after)
@@ -128,7 +146,7 @@ func (r reader) rule(p approval.Proposal) (approval.Rule, error) {
 			return approval.Rule{}, kms.Errorf(kms.Conflict, "keyring %s is under policy %s, not %s", ring, k.Policy, p.Policy)
 		}
 	}
-	return RuleFor(r.policies(), p)
+	return RuleFor(r.policies(), r.genesis.siteOf, p)
 }
 
 // decide counts approvals; a direct rule is met when the proposer has the role.
@@ -247,5 +265,7 @@ func (t *tx) voidTarget(target string) {
 		}
 	}
 }
+
+func nodeTarget(n Node) string { return approval.NodeTarget(n.ID) }
 
 func keyTarget(k Key) string { return approval.KeyTarget(k.Keyring, k.Name) }

@@ -164,6 +164,10 @@ func parseCommand(e Envelope) (operation, error) {
 		op, err = decode[CommitRotation](e)
 	case TypeReceipt:
 		op, err = decode[GiveReceipt](e)
+	case TypeReseal:
+		op, err = decode[Reseal](e)
+	case TypeAdoptRoot:
+		op, err = decode[AdoptRoot](e)
 	default:
 		return nil, fmt.Errorf("%w: type %d version %d", ErrUnknownCommand, e.Type, e.Version)
 	}

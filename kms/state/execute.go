@@ -15,7 +15,14 @@ func (c Execute) validate(e Envelope) error {
 	return checkProposalID(c.Proposal)
 }
 
-func (Execute) verify(*tx) error { return nil }
+// verify checks the proof of possession of a node's new root once more.
+func (c Execute) verify(t *tx) error {
+	p, ok := t.reader().proposal(c.Proposal)
+	if !ok || !p.live() {
+		return nil // for apply to say
+	}
+	return t.verifyRoot(p.Content)
+}
 
 func (c Execute) apply(t *tx) error {
 	p, err := t.executable(c.Proposal)
@@ -79,6 +86,8 @@ func (t *tx) effect(p approval.Proposal) error {
 		return t.changePolicy(name, p)
 	case kms.ActionCustodian:
 		return t.changeCustodian(p)
+	case kms.ActionNode:
+		return t.replaceRoot(name, p)
 	}
 	keyring, key, err := kms.SplitKeyPath(name)
 	if err != nil {
@@ -218,7 +227,10 @@ func (t *tx) erase(k *Key, v *Version) {
 		sum := sha256.Sum256(v.Statement)
 		v.Erased = sum[:]
 	}
-	v.Wrapped, v.Statement = nil, nil
+	v.Wrapped, v.Copies, v.Statement = nil, nil, nil
+	for _, s := range list[resealed](t.Txn, tableResealed, byID, resealedKey(v.Keyring, v.Key, v.Version)) {
+		mustDB(t.Delete(tableResealed, &s))
+	}
 	if v.Version == 1 {
 		k.Statement = nil
 	}
@@ -240,7 +252,7 @@ func (t *tx) changePolicy(name string, p approval.Proposal) error {
 	if !exists && len(r.policies()) >= MaxPolicies {
 		return kms.Errorf(kms.TooLarge, "there are %d policies, which is the limit", MaxPolicies)
 	}
-	next := approval.Policy{Name: name, Revision: old.Revision + 1, Rules: params.Rules}
+	next := approval.Policy{Name: name, Revision: old.Revision + 1, Rules: params.Rules, Attested: params.Attested}
 	if err := checkPolicy(next, r.custodians(), t.before.genesis.Sites); err != nil {
 		return err
 	}

@@ -31,3 +31,8 @@ func (s *State) Nonces() int { return len(list[nonce](s.db.Txn(false), tableNonc
 func (s *State) Outcomes() int {
 	return len(list[Outcome](s.db.Txn(false), tableOutcome, byID, []byte{}))
 }
+
+// Resealed counts the statements behind a node's copies.
+func (s *State) Resealed(node string) int {
+	return len(list[resealed](s.db.Txn(false), tableResealed, byNode, prefixKey(node)))
+}

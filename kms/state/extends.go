@@ -31,12 +31,20 @@ func (s *State) Extends(old *State) error {
 		extended(tableCustodian, custodianID, func(was, is *approval.Custodian) bool { return revised(was, is, was.Revision, is.Revision) }),
 		extended(tablePolicy, policyID, func(was, is *approval.Policy) bool { return revised(was, is, was.Revision, is.Revision) }),
 		extended(tableKeyring, keyringID, func(was, is *Keyring) bool { return revised(was, is, was.Revision, is.Revision) }),
-		extended(tableKEK, kekID, (*KEK).extendedBy),
+		extended(tableKEK, kekID, s.extendsKEK),
 		extended(tableKey, keyID, func(was, is *Key) bool {
 			return is.Latest >= was.Latest && revised(was, is, was.Revision, is.Revision)
 		}),
-		extended(tableVersion, versionID, (*Version).extendedBy),
+		extended(tableVersion, versionID, s.extendsVersion),
 		extended(tableProposal, proposalID, (*Proposal).extendedBy),
+		extended(tableNode, nodeID, func(was, is *Node) bool {
+			return is.Root >= was.Root && revised(was, is, was.Revision, is.Revision)
+		}),
+		extended(tableFormer, formerID, func(was, is *FormerRoot) bool { return revised(was, is, 0, 0) }),
+		kept(tableNext, nextID, func(r *Replacement) bool {
+			n, _ := s.Node(r.Node)
+			return n.Root < r.Root
+		}),
 		kept(tableNonce, nonceID, func(n *nonce) bool { return n.Time >= s.clock-Window }),
 		kept(tableOutcome, outcomeID, func(o *Outcome) bool { return o.Time >= s.clock-OutcomeRetention }),
 	} {
@@ -76,13 +84,27 @@ func revised[T any](was, is *T, before, after uint64) bool {
 	return after > before || after == before && bytes.Equal(canon.Marshal(was), canon.Marshal(is))
 }
 
-func (k *KEK) extendedBy(is *KEK) bool {
-	return bytes.Equal(canon.Marshal(k.Copies), canon.Marshal(is.Copies)) && receiptsKept(k.Receipts, is.Receipts)
+func (s *State) extendsKEK(was, is *KEK) bool {
+	return s.copiesKept(was.Copies, is.Copies) && receiptsKept(was.Receipts, is.Receipts)
 }
 
-func (v *Version) extendedBy(is *Version) bool {
-	same := v.Index == is.Index && v.KEK == is.KEK && (is.State.Gone() || bytes.Equal(v.Wrapped, is.Wrapped))
-	return same && becomes(v.State, is.State) && receiptsKept(v.Receipts, is.Receipts)
+func (s *State) extendsVersion(was, is *Version) bool {
+	same := was.Index == is.Index && was.KEK == is.KEK && was.Generated == is.Generated
+	material := is.State.Gone() || bytes.Equal(was.Wrapped, is.Wrapped) && s.copiesKept(was.Copies, is.Copies)
+	return same && material && becomes(was.State, is.State) && receiptsKept(was.Receipts, is.Receipts)
+}
+
+// copiesKept reports whether every copy is still there that is for a root which its
+// node has in s, or is to have next.
+func (s *State) copiesKept(was, is []SealedCopy) bool {
+	return !slices.ContainsFunc(was, func(c SealedCopy) bool {
+		n, _ := s.Node(c.Node)
+		next, _ := s.Replacement(c.Node)
+		wanted := c.Root == n.Root || c.Root == next.Root
+		return wanted && !slices.ContainsFunc(is, func(x SealedCopy) bool {
+			return x.Node == c.Node && x.Root == c.Root && bytes.Equal(x.Sealed, c.Sealed)
+		})
+	})
 }
 
 // becomes reports whether a state leads to another, in any number of steps.

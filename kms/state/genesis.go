@@ -96,15 +96,16 @@ func (s SignedGenesis) Verify() (Genesis, error) {
 		if sig.Node != n.ID {
 			return Genesis{}, kms.Errorf(kms.BadSignature, "the signature of node %s is missing or not in order", n.ID)
 		}
-		if err := n.verify(s.Genesis, GenesisContext, sig.Signature); err != nil {
+		if err := verifyBy(n.SigningSuite, n.Signing, s.Genesis, GenesisContext, sig.Signature); err != nil {
 			return Genesis{}, kms.Wrap(kms.BadSignature, err, "the genesis signature of node "+n.ID+" does not verify", "")
 		}
 	}
 	return g, nil
 }
 
-func (n Node) verify(message []byte, context string, sig []byte) error {
-	return pqc.Verify(pqc.SuiteID(n.SigningSuite), n.Signing, message, []byte(context), sig)
+// verifyBy checks a signature by the signing key of a node's root.
+func verifyBy(suite uint16, signing, message []byte, context string, sig []byte) error {
+	return pqc.Verify(pqc.SuiteID(suite), signing, message, []byte(context), sig)
 }
 
 // Validate checks the document's shape and that what it says fits together: the
@@ -179,6 +180,9 @@ func (g Genesis) validateNodes() error {
 		if err := n.validate(); err != nil {
 			return err
 		}
+		if n.Root != 1 || n.Revision != 1 {
+			return kms.Errorf(kms.Invalid, "node %s: in a genesis the number of its root and its revision are 1", n.ID)
+		}
 		if signing[string(n.Signing)] {
 			return kms.Errorf(kms.Invalid, "node %s has the signing key of another node", n.ID)
 		}
@@ -203,23 +207,14 @@ func (n Node) validate() error {
 	if a, err := url.Parse("//" + n.Address); err != nil || a.Host != n.Address || a.Hostname() == "" || a.Port() == "" || len(n.Address) > MaxText {
 		return kms.Errorf(kms.Invalid, "node %s: address %q is not host:port", n.ID, n.Address)
 	}
-	if err := checkText("node "+n.ID+": device", n.Device, false); err != nil {
-		return err
-	}
 	if n.API != "" {
 		u, err := url.Parse(n.API)
 		if err != nil || u.Scheme != "https" || u.Host == "" || len(n.API) > MaxText {
 			return kms.Errorf(kms.Invalid, "node %s: API address %q is not an https URL", n.ID, n.API)
 		}
 	}
-	if len(n.Agreement) > MaxPublicKey {
-		return kms.Errorf(kms.Invalid, "node %s: the agreement key is longer than %d bytes", n.ID, MaxPublicKey)
-	}
-	if _, err := pqc.ParsePublicKey(pqc.SuiteID(n.Suite), n.Agreement); err != nil {
-		return kms.Wrap(kms.Invalid, err, fmt.Sprintf("node %s: the agreement key is not one of suite %v", n.ID, pqc.SuiteID(n.Suite)), "")
-	}
-	if !pointOK(signingCurve(n.SigningSuite), n.Signing) {
-		return kms.Errorf(kms.Invalid, "node %s: the signing key is not an uncompressed point of suite %v", n.ID, pqc.SuiteID(n.SigningSuite))
+	if err := n.root().Validate(); err != nil {
+		return kms.Wrap(kms.Invalid, err, "node "+n.ID+": "+err.Error(), "")
 	}
 	return nil
 }
@@ -260,15 +255,18 @@ func (g Genesis) validatePolicies() error {
 	return nil
 }
 
+// quorumOnly are the actions that no rule may leave to one person.
+var quorumOnly = []kms.Action{kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode}
+
 // checkPolicy validates a policy and checks that the custodians can meet it, that
-// its required sites exist, and that nobody may change policies or custodians
-// alone.
+// its required sites exist, and that nobody may change policies, custodians or the
+// hardware of a node alone.
 func checkPolicy(p approval.Policy, custodians []approval.Custodian, sites []Site) error {
 	if err := p.Validate(); err != nil {
 		return err
 	}
 	for _, r := range p.Rules {
-		if (r.Action == kms.ActionPolicy || r.Action == kms.ActionCustodian) && !r.Quorum() {
+		if slices.Contains(quorumOnly, r.Action) && !r.Quorum() {
 			return kms.Errorf(kms.Invalid, "policy %s: the rule for %q must be a quorum", p.Name, r.Action)
 		}
 		for _, req := range r.Required {

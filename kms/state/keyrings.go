@@ -29,13 +29,25 @@ func (c CreateKeyring) validate(e Envelope) error {
 	case c.Policy == kms.Governance:
 		return kms.Errorf(kms.Invalid, "the policy %q decides about no keys; name another one", c.Policy)
 	}
-	if err := validateCopies(c.Copies); err != nil {
-		return err
-	}
-	if err := validateChecks(c.Checks); err != nil {
+	if err := c.validateKEK(); err != nil {
 		return err
 	}
 	return noExpect(e)
+}
+
+// validateKEK checks the sealed copies of the KEK, which keyrings of protection
+// hardware do not have.
+func (c CreateKeyring) validateKEK() error {
+	if c.Protection == kms.Hardware {
+		if len(c.Copies) != 0 || len(c.Checks) != 0 {
+			return kms.Errorf(kms.Invalid, "a keyring of protection %s has no KEK; it comes without copies and checks", kms.Hardware)
+		}
+		return nil
+	}
+	if err := validateCopies(c.Copies); err != nil {
+		return err
+	}
+	return validateChecks(c.Checks)
 }
 
 func (CreateKeyring) verify(*tx) error { return nil }
@@ -61,21 +73,40 @@ func (c CreateKeyring) apply(t *tx) error {
 	if err := t.residentOrigin(c.Name, c.Residency); err != nil {
 		return err
 	}
-	nodes := r.residents(c.Residency)
-	if err := exactly("sealed copy", nodes, func(i int) string { return c.Copies[i].Node }, len(c.Copies)); err != nil {
-		return err
+	kek := uint32(1)
+	if c.Protection == kms.Hardware {
+		kek = 0
 	}
-	if err := exactly("check", nodes, func(i int) string { return c.Checks[i].Node }, len(c.Checks)); err != nil {
+	if err := c.checkNodes(r.residents(c.Residency)); err != nil {
 		return err
 	}
 	insert(t.Txn, tableKeyring, Keyring{
 		Name: c.Name, Residency: c.Residency, Protection: c.Protection, Policy: c.Policy, Receipts: c.Receipts,
-		MaxStaleness: c.MaxStaleness, Survive: c.Survive, KEK: 1, Created: t.clock, Creator: t.env.Principal,
+		MaxStaleness: c.MaxStaleness, Survive: c.Survive, KEK: kek, Created: t.clock, Creator: t.env.Principal,
 		Revision: 1, Index: t.index, Statement: t.raw,
 	})
-	insert(t.Txn, tableKEK, KEK{Keyring: c.Name, Version: 1, Copies: c.Copies, Checks: c.Checks, Created: t.clock})
-	t.event(Event{Type: EventKeyringCreated, Keyring: c.Name, Version: 1})
+	if kek != 0 {
+		insert(t.Txn, tableKEK, KEK{Keyring: c.Name, Version: kek, Copies: c.Copies, Checks: c.Checks, Created: t.clock})
+	}
+	t.event(Event{Type: EventKeyringCreated, Keyring: c.Name, Version: kek})
 	return nil
+}
+
+// checkNodes holds the copies and checks against the resident nodes; for
+// protection hardware, whether their devices take keys from others.
+func (c CreateKeyring) checkNodes(nodes []Node) error {
+	if c.Protection == kms.Hardware {
+		for _, n := range nodes {
+			if n.ImportKind == "" {
+				return kms.Errorf(kms.Conflict, "the device of node %s takes no keys from others, so keyring %s cannot have protection %s", n.ID, c.Name, kms.Hardware)
+			}
+		}
+		return nil
+	}
+	if err := checkCopies(nodes, c.Copies); err != nil {
+		return err
+	}
+	return exactly("check", nodes, func(i int) string { return c.Checks[i].Node }, len(c.Checks))
 }
 
 // keyRule returns the rule of a keyring's policy for an action.
@@ -100,16 +131,14 @@ func (c GiveReceipt) validate(e Envelope) error {
 			return err
 		}
 	}
-	if c.Version == 0 || len(c.KCV) != HashSize {
-		return kms.Errorf(kms.Invalid, "receipt: it needs a version and a key check value of %d bytes", HashSize)
+	if c.Version == 0 || len(c.KCV) == 0 || len(c.KCV) > MaxSignature {
+		return kms.Errorf(kms.Invalid, "receipt: it needs a version and a key check value of %d bytes or a signature", HashSize)
 	}
 	if e.Principal != "" {
 		return kms.Errorf(kms.Invalid, "receipt: a node gives it on nobody's behalf")
 	}
 	return noExpect(e)
 }
-
-func (GiveReceipt) verify(*tx) error { return nil }
 
 func (c GiveReceipt) apply(t *tx) error {
 	k, err := t.keyringFor(c.Keyring)
@@ -124,7 +153,10 @@ func (c GiveReceipt) apply(t *tx) error {
 		return kms.Errorf(kms.NotFound, "keyring %s has no KEK version %d", c.Keyring, c.Version)
 	}
 	before := t.reader().proven(k, kek.Receipts)
-	if kek.Receipts, err = t.receive(c, kek.Checks, kek.Receipts); err != nil {
+	if err := t.checkValue(c, kek.Checks); err != nil {
+		return err
+	}
+	if kek.Receipts, err = t.receive(c, kek.Receipts); err != nil {
 		return err
 	}
 	insert(t.Txn, tableKEK, kek)
@@ -135,13 +167,22 @@ func (c GiveReceipt) apply(t *tx) error {
 	return nil
 }
 
-// receive checks the origin's receipt against its check and adds it.
-func (t *tx) receive(c GiveReceipt, checks []Check, receipts []Receipt) ([]Receipt, error) {
-	node := t.env.Origin
-	check, ok := search(checks, func(x Check) bool { return x.Node == node })
+// checkValue holds the key check value in the origin's receipt against its check.
+func (t *tx) checkValue(c GiveReceipt, checks []Check) error {
+	check, ok := search(checks, func(x Check) bool { return x.Node == t.env.Origin })
 	if !ok {
-		return nil, kms.Errorf(kms.NotFound, "no receipt is asked of node %s for this version", node)
+		return kms.Errorf(kms.NotFound, "no receipt is asked of node %s for this version", t.env.Origin)
 	}
+	sum := sha256.Sum256(c.KCV)
+	if len(c.KCV) != HashSize || subtle.ConstantTimeCompare(sum[:], check.Hash) != 1 {
+		return kms.Errorf(kms.Invalid, "the key check value of node %s is not that of this version", t.env.Origin)
+	}
+	return nil
+}
+
+// receive adds the origin's receipt, whose value has been checked.
+func (t *tx) receive(c GiveReceipt, receipts []Receipt) ([]Receipt, error) {
+	node := t.env.Origin
 	at, exists := slices.BinarySearchFunc(receipts, node, func(r Receipt, n string) int {
 		switch {
 		case r.Node < n:
@@ -153,10 +194,6 @@ func (t *tx) receive(c GiveReceipt, checks []Check, receipts []Receipt) ([]Recei
 	})
 	if exists {
 		return nil, kms.Errorf(kms.Exists, "node %s has given its receipt", node)
-	}
-	sum := sha256.Sum256(c.KCV)
-	if subtle.ConstantTimeCompare(sum[:], check.Hash) != 1 {
-		return nil, kms.Errorf(kms.Invalid, "the key check value of node %s is not that of this version", node)
 	}
 	r := Receipt{Node: node, KCV: c.KCV, Time: t.clock, Index: t.index, Statement: t.raw}
 	return slices.Insert(slices.Clone(receipts), at, r), nil

@@ -20,10 +20,8 @@ func (c CreateKey) validate(e Envelope) error {
 		return kms.Errorf(kms.Invalid, "algorithm %q is not for purpose %q", c.Algorithm, c.Purpose)
 	case c.RotationPeriod < 0 || c.RotationPeriod > MaxRotationPeriod:
 		return kms.Errorf(kms.Invalid, "the rotation period is %d ms; it must be from 0 (on request only) to ten years", c.RotationPeriod)
-	case c.KEK == 0:
-		return kms.Errorf(kms.Invalid, "the KEK version is missing")
 	}
-	if err := checkWrapped(c.Wrapped); err != nil {
+	if err := c.material().validate(); err != nil {
 		return err
 	}
 	if err := checkPublicKey(c.Algorithm, c.PublicKey); err != nil {
@@ -32,9 +30,9 @@ func (c CreateKey) validate(e Envelope) error {
 	return noExpect(e)
 }
 
-// validateErased is validate for a command without its wrapped material.
+// validateErased is validate for a command without its material.
 func (c CreateKey) validateErased() error {
-	c.Wrapped = []byte{0}
+	c.Wrapped, c.Copies = placeholder(c.Generated)
 	return c.validate(Envelope{})
 }
 
@@ -59,8 +57,8 @@ func (c CreateKey) apply(t *tx) error {
 	if _, exists := find[Key](t.Txn, tableKey, byKeyID, c.ID); exists {
 		return kms.Errorf(kms.Exists, "another key has this key id; choose one at random")
 	}
-	if c.KEK != k.KEK {
-		return kms.Errorf(kms.Conflict, "the key is wrapped under KEK version %d; keyring %s now uses %d", c.KEK, k.Name, k.KEK)
+	if err := t.checkMaterial(k, c.Algorithm, c.material()); err != nil {
+		return err
 	}
 	t.putKey(c)
 	t.event(Event{Type: EventKeyCreated, Keyring: c.Keyring, Key: c.Name, Version: 1})
@@ -75,7 +73,7 @@ func (t *tx) putKey(c CreateKey) {
 	})
 	insert(t.Txn, tableVersion, Version{
 		Keyring: c.Keyring, Key: c.Name, Version: 1, State: kms.Active, KEK: c.KEK, Wrapped: c.Wrapped,
-		PublicKey: c.PublicKey, Created: t.clock, Activated: t.clock, Index: t.index, Statement: t.raw,
+		Copies: c.Copies, Generated: c.Generated, PublicKey: c.PublicKey, Created: t.clock, Activated: t.clock, Index: t.index, Statement: t.raw,
 		Origin: t.env.Origin, Erased: t.claimed,
 	})
 }

@@ -37,7 +37,14 @@ func (c OpenProposal) validate(e Envelope) error {
 	return noExpect(e)
 }
 
-func (OpenProposal) verify(*tx) error { return nil }
+// verify checks the proof of possession of a node's new root.
+func (c OpenProposal) verify(t *tx) error {
+	content, err := approval.ParseProposal(c.Proposal)
+	if err != nil {
+		return err
+	}
+	return t.verifyRoot(content)
+}
 
 func (c OpenProposal) apply(t *tx) error {
 	content, err := approval.ParseProposal(c.Proposal)
@@ -156,6 +163,12 @@ func (r reader) revision(target string) (uint64, error) {
 	case approval.TargetCustodian:
 		c, _ := r.custodian(name)
 		return c.Revision, nil
+	case approval.TargetNode:
+		n, ok := r.node(name)
+		if !ok {
+			return 0, kms.Errorf(kms.NotFound, "there is no node %s", name)
+		}
+		return n.Revision, nil
 	}
 	return 0, kms.Errorf(kms.Invalid, "target %q is of no known kind", target)
 }
@@ -240,6 +253,8 @@ func (t *tx) proposalEvent(kind string, p Proposal) Event {
 		e.Keyring, e.Key, _ = kms.SplitKeyPath(name)
 	case approval.TargetCustodian:
 		e.Custodian = name
+	case approval.TargetNode:
+		e.Node = name
 	}
 	return e
 }

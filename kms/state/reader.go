@@ -62,13 +62,21 @@ func (r reader) live() []Proposal {
 
 // residents returns the nodes at the given sites, sorted.
 func (r reader) residents(sites []string) []Node {
-	var l []Node
-	for _, n := range r.genesis.Nodes {
-		if slices.Contains(sites, n.Site) {
-			l = append(l, n)
-		}
-	}
-	return l
+	return slices.DeleteFunc(r.nodes(), func(n Node) bool { return !slices.Contains(sites, n.Site) })
+}
+
+func (r reader) nodes() []Node { return list[Node](r.x, tableNode, byID, []byte{}) }
+
+func (r reader) node(id string) (Node, bool) {
+	return find[Node](r.x, tableNode, byID, nameKey(id))
+}
+
+func (r reader) replacement(node string) (Replacement, bool) {
+	return find[Replacement](r.x, tableNext, byID, nameKey(node))
+}
+
+func (r reader) formers(node string) []FormerRoot {
+	return list[FormerRoot](r.x, tableFormer, byID, prefixKey(node))
 }
 
 // keyringFor returns the keyring that the origin node of a command must be
@@ -127,6 +135,12 @@ func (g Genesis) mayAct(principal string, rule approval.Rule) error {
 		return kms.Errorf(kms.Denied, "the role %s may not do %q by the policy", id.Role, rule.Action)
 	}
 	return nil
+}
+
+// siteOf returns the site of a node, which never changes.
+func (g Genesis) siteOf(node string) (string, bool) {
+	n, ok := search(g.Nodes, func(n Node) bool { return n.ID == node })
+	return n.Site, ok
 }
 
 // identity parses a SPIFFE ID of a trust domain of one of the sites.

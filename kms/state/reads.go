@@ -39,13 +39,26 @@ func (s *State) Site(id string) (Site, bool) {
 	return search(s.genesis.Sites, func(x Site) bool { return x.ID == id })
 }
 
-// Nodes returns the nodes, sorted.
-func (s *State) Nodes() []Node { return slices.Clone(s.genesis.Nodes) }
+// Nodes returns the nodes with their present hardware roots, sorted.
+func (s *State) Nodes() []Node { return s.reader().nodes() }
 
-// Node returns a node.
-func (s *State) Node(id string) (Node, bool) {
-	return search(s.genesis.Nodes, func(x Node) bool { return x.ID == id })
+// Node returns a node with its present hardware root.
+func (s *State) Node(id string) (Node, bool) { return s.reader().node(id) }
+
+// Replacement returns the root that a node is to have next, if there is one.
+func (s *State) Replacement(node string) (Replacement, bool) { return s.reader().replacement(node) }
+
+// Replacements returns the roots that nodes are to have next, sorted by node.
+func (s *State) Replacements() []Replacement {
+	return list[Replacement](s.read(), tableNext, byID, []byte{})
 }
+
+// NextRoot returns the number that the next proposal for a node's root is about,
+// 0 for an unknown node.
+func (s *State) NextRoot(node string) uint32 { return s.reader().nextRoot(node) }
+
+// FormerRoots returns the hardware roots that a node had before, the first one first.
+func (s *State) FormerRoots(node string) []FormerRoot { return s.reader().formers(node) }
 
 // NodesOf returns a site's nodes, sorted.
 func (s *State) NodesOf(site string) []Node {
@@ -157,7 +170,10 @@ func (s *State) ResidentNodes(keyring string) []Node {
 
 // Resident reports whether the node may open the keyring.
 func (s *State) Resident(keyring, node string) bool {
-	return slices.ContainsFunc(s.ResidentNodes(keyring), func(n Node) bool { return n.ID == node })
+	r := s.reader()
+	k, ok := r.keyring(keyring)
+	n, known := r.node(node)
+	return ok && known && slices.Contains(k.Residency, n.Site)
 }
 
 // Outcome returns what became of the command with an idempotency key, while it is

@@ -32,17 +32,32 @@ type Node struct {
 	Import       []byte `cbor:"import"`        // what they need for it
 	Attestation  []byte `cbor:"attestation"`   // document of package attest; empty: none
 	Voter        bool   `cbor:"voter"`
+	Revision     uint64 `cbor:"revision"` // 1 in the genesis
 }
 
 // Replacement is the hardware root that a node is to have next, approved by the
 // custodians. It becomes the node's own with AdoptRoot.
 type Replacement struct {
 	Node     string            `cbor:"node"`
-	Root     uint32            `cbor:"root"` // its number: the present one plus 1
+	Root     uint32            `cbor:"root"` // its number: one more than the present root's, or than that of the replacement that this one took the place of
 	New      approval.NodeRoot `cbor:"new"`
+	Leave    bool              `cbor:"leave"` // approval.NodeParams.Leave
 	Proposal string            `cbor:"proposal"`
 	Time     int64             `cbor:"time"`  // cluster clock when it was approved
 	Index    uint64            `cbor:"index"` // of the execution in the log
+}
+
+// FormerRoot is a hardware root that a node had before: what it signed until then
+// still verifies.
+type FormerRoot struct {
+	Node         string `cbor:"node"`
+	Root         uint32 `cbor:"root"`
+	SigningSuite uint16 `cbor:"signing-suite"`
+	Signing      []byte `cbor:"signing"`
+	Proposal     string `cbor:"proposal"`  // that approved the root after it
+	Time         int64  `cbor:"time"`      // cluster clock when the root after it was adopted
+	Until        uint64 `cbor:"until"`     // index of Statement in the log: from there on it signs nothing
+	Statement    []byte `cbor:"statement"` // the AdoptRoot that ended it
 }
 
 // NodeStatus is the latest time that a node has signed in a Tick, Unix
@@ -202,12 +217,25 @@ func (o Outcome) Result() Result {
 	return r
 }
 
-// Pending is a version whose receipt by a node is missing: of a key, or of the
-// keyring's KEK where Key is empty.
+// Pending is a version whose receipt by a node, or copy for a node's next root, is
+// missing: of a key, or of the keyring's KEK where Key is empty.
 type Pending struct {
 	Keyring string
 	Key     string
 	Version uint32
+}
+
+// resealed is the statement behind a copy that came with a Reseal. It goes with the
+// copy: when the root that opens it is replaced, or the version is destroyed.
+type resealed struct {
+	Node      string `cbor:"node"`
+	Root      uint32 `cbor:"root"`
+	Keyring   string `cbor:"keyring"`
+	Key       string `cbor:"key"` // empty for the KEK
+	Version   uint32 `cbor:"version"`
+	Time      int64  `cbor:"time"`  // cluster clock
+	Index     uint64 `cbor:"index"` // of Statement in the log
+	Statement []byte `cbor:"statement"`
 }
 
 // nonce is a nonce seen in a verified command.

@@ -66,7 +66,7 @@ func (s *State) replay(st statement) (*State, error) {
 		}
 	}
 	t := s.begin(st.index, e, st.raw)
-	t.clock, t.claimed = st.clock, st.hash
+	t.clock, t.claimed, t.replay = st.clock, st.hash, true
 	if err := run(t, op); err != nil {
 		t.Abort()
 		return nil, err
@@ -79,6 +79,10 @@ func (s *State) replay(st statement) (*State, error) {
 
 // openStatement parses and verifies a stored command.
 func (s *State) openStatement(raw []byte) (Envelope, operation, error) {
+	return openSigned(raw, s.verifyEnvelope)
+}
+
+func openSigned(raw []byte, verify func(e Envelope, envelope, signature []byte) error) (Envelope, operation, error) {
 	envelope, signature, err := Split(raw)
 	if err != nil {
 		return Envelope{}, nil, err
@@ -87,7 +91,7 @@ func (s *State) openStatement(raw []byte) (Envelope, operation, error) {
 	if err != nil {
 		return e, nil, err
 	}
-	if err := s.verifyEnvelope(e, envelope, signature); err != nil {
+	if err := verify(e, envelope, signature); err != nil {
 		return e, nil, err
 	}
 	op, err := parseCommand(e)
@@ -95,6 +99,24 @@ func (s *State) openStatement(raw []byte) (Envelope, operation, error) {
 		err = kms.Wrap(kms.Invalid, err, "its type or version is not known here", "use a newer version of the program")
 	}
 	return e, op, err
+}
+
+// openTick is openStatement for a node's last tick, which may be from the time of
+// one of its former roots: a tick tells where the clock stood, and no root that
+// signed one can move it by itself.
+func (s *State) openTick(raw []byte) (Envelope, operation, error) {
+	return openSigned(raw, func(e Envelope, envelope, signature []byte) error {
+		err := s.verifyEnvelope(e, envelope, signature)
+		for _, f := range s.FormerRoots(e.Origin) {
+			if kms.KindOf(err) != kms.BadSignature {
+				break
+			}
+			if verifyBy(f.SigningSuite, f.Signing, envelope, CommandContext, signature) == nil {
+				err = nil
+			}
+		}
+		return err
+	})
 }
 
 // verifyClock checks the ticks behind the clock.
@@ -111,7 +133,7 @@ func (s *State) verifyClock() error {
 			}
 			continue
 		}
-		e, op, err := s.openStatement(st.Statement)
+		e, op, err := s.openTick(st.Statement)
 		if err != nil {
 			return err
 		}
@@ -172,6 +194,8 @@ func (s *State) statements() ([]statement, error) {
 	if err != nil {
 		return nil, err
 	}
+	_ = each(x, tableResealed, func(r *resealed) error { add(r.Index, r.Time, r.Statement); return nil })
+	_ = each(x, tableFormer, func(f *FormerRoot) error { add(f.Until, f.Time, f.Statement); return nil })
 	_ = each(x, tableProposal, func(p *Proposal) error {
 		add(p.Index, p.Opened, p.Statement)
 		for _, v := range p.Votes {
@@ -207,7 +231,7 @@ func (s *State) origin(v *Version) (statement, error) {
 		st.env = Envelope{Origin: v.Origin, Principal: k.Creator}
 		st.op = CreateKey{
 			Keyring: v.Keyring, Name: v.Key, ID: k.ID, Purpose: k.Purpose, Algorithm: k.Algorithm,
-			RotationPeriod: k.RotationPeriod, KEK: v.KEK, PublicKey: v.PublicKey,
+			RotationPeriod: k.RotationPeriod, KEK: v.KEK, Generated: v.Generated, PublicKey: v.PublicKey,
 		}
 		return st, st.op.(CreateKey).validateErased()
 	}
@@ -218,7 +242,7 @@ func (s *State) origin(v *Version) (statement, error) {
 	st.env = Envelope{Origin: v.Origin, Expect: p.Content.Revision}
 	st.op = CommitRotation{
 		Proposal: v.Proposal, Keyring: v.Keyring, Key: v.Key, Version: v.Version, KEK: v.KEK,
-		PublicKey: v.PublicKey, Checks: v.Checks,
+		Generated: v.Generated, PublicKey: v.PublicKey, Checks: v.Checks,
 	}
 	return st, st.op.(CommitRotation).validateErased()
 }

@@ -17,17 +17,19 @@ func (c CommitRotation) validate(e Envelope) error {
 	if err := checkProposalID(c.Proposal); err != nil {
 		return err
 	}
-	if c.Version < 2 || c.KEK == 0 {
-		return kms.Errorf(kms.Invalid, "rotation: it needs a version of at least 2 and a KEK version")
+	if c.Version < 2 {
+		return kms.Errorf(kms.Invalid, "rotation: it needs a version of at least 2")
 	}
 	if len(c.PublicKey) > MaxPublicKey {
 		return kms.Errorf(kms.Invalid, "rotation: the public key is longer than %d bytes", MaxPublicKey)
 	}
-	if err := checkWrapped(c.Wrapped); err != nil {
+	if err := c.material().validate(); err != nil {
 		return err
 	}
-	if err := validateChecks(c.Checks); err != nil {
-		return err
+	if len(c.Checks) > 0 || !c.material().hardware() {
+		if err := validateChecks(c.Checks); err != nil {
+			return err
+		}
 	}
 	if e.Principal != "" {
 		return kms.Errorf(kms.Invalid, "rotation: a node commits it on nobody's behalf")
@@ -35,9 +37,9 @@ func (c CommitRotation) validate(e Envelope) error {
 	return nil
 }
 
-// validateErased is validate for a command without its wrapped material.
+// validateErased is validate for a command without its material.
 func (c CommitRotation) validateErased() error {
-	c.Wrapped = []byte{0}
+	c.Wrapped, c.Copies = placeholder(c.Generated)
 	return c.validate(Envelope{})
 }
 
@@ -59,17 +61,16 @@ func (c CommitRotation) apply(t *tx) error {
 	if err != nil {
 		return err
 	}
-	switch {
-	case c.Version != key.Latest+1:
+	if c.Version != key.Latest+1 {
 		return kms.Errorf(kms.Conflict, "the next version of %s is %d, not %d", kms.KeyPath(c.Keyring, c.Key), key.Latest+1, c.Version)
-	case c.KEK != k.KEK:
-		return kms.Errorf(kms.Conflict, "the version is wrapped under KEK version %d; keyring %s now uses %d", c.KEK, k.Name, k.KEK)
+	}
+	if err := t.checkMaterial(k, key.Algorithm, c.material()); err != nil {
+		return err
 	}
 	if err := checkPublicKey(key.Algorithm, c.PublicKey); err != nil {
 		return err
 	}
-	nodes := t.reader().residents(k.Residency)
-	if err := exactly("check", nodes, func(i int) string { return c.Checks[i].Node }, len(c.Checks)); err != nil {
+	if err := c.checkChecks(t.reader().residents(k.Residency), key); err != nil {
 		return err
 	}
 	t.execute(p)
@@ -77,11 +78,23 @@ func (c CommitRotation) apply(t *tx) error {
 	return nil
 }
 
+// checkChecks checks that there is a check for every resident node; none for a
+// sign key of protection hardware, whose receipts are signatures.
+func (c CommitRotation) checkChecks(nodes []Node, key Key) error {
+	if c.material().hardware() && key.Purpose == kms.Sign {
+		if len(c.Checks) != 0 {
+			return kms.Errorf(kms.Invalid, "a sign key of protection %s has no checks; its receipts are signatures by the new version", kms.Hardware)
+		}
+		return nil
+	}
+	return exactly("check", nodes, func(i int) string { return c.Checks[i].Node }, len(c.Checks))
+}
+
 // putVersion adds the new, pre-active version.
 func (t *tx) putVersion(c CommitRotation, key Key) {
 	insert(t.Txn, tableVersion, Version{
 		Keyring: c.Keyring, Key: c.Key, Version: c.Version, State: kms.PreActive, KEK: c.KEK, Wrapped: c.Wrapped,
-		PublicKey: c.PublicKey, Checks: c.Checks, Proposal: c.Proposal, Created: t.clock, Index: t.index, Statement: t.raw,
+		Copies: c.Copies, Generated: c.Generated, PublicKey: c.PublicKey, Checks: c.Checks, Proposal: c.Proposal, Created: t.clock, Index: t.index, Statement: t.raw,
 		Origin: t.env.Origin, Erased: t.claimed,
 	})
 	key.Latest = c.Version
@@ -117,7 +130,15 @@ func (c GiveReceipt) applyVersion(t *tx, k Keyring) error {
 		return kms.Errorf(kms.Conflict, "version %d of key %s is destroyed", c.Version, kms.KeyPath(c.Keyring, c.Key))
 	}
 	var err error
-	if v.Receipts, err = t.receive(c, v.Checks, v.Receipts); err != nil {
+	if v.signsReceipts() {
+		err = t.checkAsked(v) // its signature is verified
+	} else {
+		err = t.checkValue(c, v.Checks)
+	}
+	if err != nil {
+		return err
+	}
+	if v.Receipts, err = t.receive(c, v.Receipts); err != nil {
 		return err
 	}
 	insert(t.Txn, tableVersion, v)
@@ -129,6 +150,14 @@ func (c GiveReceipt) applyVersion(t *tx, k Keyring) error {
 		key.Primary, key.Rotated = v.Version, t.clock
 		t.bump(key)
 		t.event(Event{Type: EventVersionActivated, Keyring: c.Keyring, Key: c.Key, Version: c.Version, Proposal: v.Proposal})
+	}
+	return nil
+}
+
+// checkAsked refuses a receipt of a node that has no copy of the version.
+func (t *tx) checkAsked(v Version) error {
+	if !t.replay && !slices.ContainsFunc(v.Copies, func(c SealedCopy) bool { return c.Node == t.env.Origin }) {
+		return kms.Errorf(kms.NotFound, "no receipt is asked of node %s for this version", t.env.Origin)
 	}
 	return nil
 }

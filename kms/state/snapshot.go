@@ -21,7 +21,7 @@ const (
 	recordHeader uint8 = 0
 	recordEnd    uint8 = 255
 
-	snapshotFormat uint8 = 1
+	snapshotFormat uint8 = 2
 )
 
 // snapshotTables are the tables of a snapshot; the record number is the place in
@@ -39,12 +39,16 @@ var snapshotTables = []struct {
 	{tableKey, writeTable[Key](tableKey), insertInto(tableKey, keyID)},
 	{tableVersion, writeTable[Version](tableVersion), insertInto(tableVersion, versionID)},
 	{tableProposal, writeTable[Proposal](tableProposal), insertInto(tableProposal, proposalID)},
+	{tableNode, writeTable[Node](tableNode), insertInto(tableNode, nodeID)},
+	{tableNext, writeTable[Replacement](tableNext), insertInto(tableNext, nextID)},
+	{tableFormer, writeTable[FormerRoot](tableFormer), insertInto(tableFormer, formerID)},
+	{tableResealed, writeTable[resealed](tableResealed), insertInto(tableResealed, resealedID)},
 	{tableNonce, writeTable[nonce](tableNonce), insertInto(tableNonce, nonceID)},
 	{tableOutcome, writeTable[Outcome](tableOutcome), insertInto(tableOutcome, outcomeID)},
 }
 
 // verifiedTables is how many of snapshotTables follow from signed statements.
-const verifiedTables = 8
+const verifiedTables = 12
 
 func writeTable[T any](table string) func(*memdb.Txn, func([]byte) error) error {
 	return func(x *memdb.Txn, f func([]byte) error) error {

@@ -80,6 +80,7 @@ func founded(signed SignedGenesis, g Genesis) *State {
 	s := &State{db: newDB(), signed: signed, genesis: g, cluster: kms.ClusterID(signed.Genesis), clock: g.Created}
 	x := s.db.Txn(true)
 	for _, n := range g.Nodes {
+		insert(x, tableNode, n)
 		insert(x, tableStatus, NodeStatus{Node: n.ID, Time: g.Created})
 	}
 	for _, c := range g.Custodians {
@@ -135,6 +136,9 @@ const (
 	EventPolicyChanged       = "policy-changed"
 	EventCustodianChanged    = "custodian-changed"
 	EventKEKReceiptsComplete = "kek-receipts-complete"
+	EventNodeReplacing       = "node-replacing" // the next root is approved
+	EventResealed            = "resealed"       // Node has a copy for its next root
+	EventNodeReplaced        = "node-replaced"
 )
 
 // Result is what became of a command.
@@ -189,6 +193,7 @@ type tx struct {
 	raw    []byte
 	events []Event
 
+	replay  bool   // of a stored statement, see replay
 	claimed []byte // replay of an erased command: its hash
 }
 
@@ -317,7 +322,14 @@ func (s *State) verifyEnvelope(e Envelope, envelope, signature []byte) error {
 	if !ok {
 		return kms.Errorf(kms.Denied, "the command's origin %q is no node of the cluster", e.Origin)
 	}
-	if err := n.verify(envelope, CommandContext, signature); err != nil {
+	suite, signing := n.SigningSuite, n.Signing
+	if e.Type == TypeAdoptRoot {
+		// The next root speaks for itself; when it has been adopted it is the node's.
+		if next, pending := s.Replacement(n.ID); pending {
+			suite, signing = next.New.SigningSuite, next.New.Signing
+		}
+	}
+	if err := verifyBy(suite, signing, envelope, CommandContext, signature); err != nil {
 		return kms.Wrap(kms.BadSignature, err, "the command's signature by node "+n.ID+" does not verify", "")
 	}
 	return nil

@@ -21,6 +21,10 @@ const (
 	tableKey       = "key"
 	tableVersion   = "version"
 	tableProposal  = "proposal"
+	tableNode      = "node"
+	tableNext      = "next" // replacements
+	tableFormer    = "former"
+	tableResealed  = "resealed"
 	tableNonce     = "nonce"
 	tableOutcome   = "outcome"
 )
@@ -31,6 +35,8 @@ const (
 const (
 	byID      = "id"
 	byKeyID   = "key-id"  // keys
+	byCopy    = "copy"    // versions and KEKs, by node and root that a copy is for
+	byNode    = "node"    // statements behind copies
 	byPending = "pending" // versions and KEKs, by node whose receipt is missing
 	byTarget  = "target"  // proposals
 	byLive    = "live"    // open and authorised proposals
@@ -89,8 +95,31 @@ func kekID(r *KEK) []byte                      { return numberKey(uint64(r.Versi
 func keyID(r *Key) []byte                      { return nameKey(r.Keyring, r.Name) }
 func versionID(r *Version) []byte              { return numberKey(uint64(r.Version), r.Keyring, r.Key) }
 func proposalID(r *Proposal) []byte            { return nameKey(r.ID) }
+func nodeID(r *Node) []byte                    { return nameKey(r.ID) }
+func nextID(r *Replacement) []byte             { return nameKey(r.Node) }
+func formerID(r *FormerRoot) []byte            { return numberKey(uint64(r.Root), r.Node) }
 func nonceID(r *nonce) []byte                  { return append(prefixKey(r.Origin), r.Nonce...) }
 func outcomeID(r *Outcome) []byte              { return r.Key }
+
+// resealedID begins with resealedKey.
+func resealedID(r *resealed) []byte {
+	return append(resealedKey(r.Keyring, r.Key, r.Version), numberKey(uint64(r.Root), r.Node)...)
+}
+
+func resealedKey(keyring, key string, version uint32) []byte {
+	return numberKey(uint64(version), keyring, key)
+}
+
+// copyKey is a value of byCopy.
+func copyKey(node string, root uint32) []byte { return numberKey(uint64(root), node) }
+
+func copyKeys(copies []SealedCopy) [][]byte {
+	var keys [][]byte
+	for _, c := range copies {
+		keys = append(keys, copyKey(c.Node, c.Root))
+	}
+	return keys
+}
 
 func table(name string, indexes ...*memdb.IndexSchema) *memdb.TableSchema {
 	t := &memdb.TableSchema{Name: name, Indexes: make(map[string]*memdb.IndexSchema)}
@@ -119,13 +148,17 @@ func newDB() *memdb.MemDB {
 		table(tableCustodian, unique(byID, custodianID)),
 		table(tablePolicy, unique(byID, policyID)),
 		table(tableKeyring, unique(byID, keyringID)),
-		table(tableKEK, unique(byID, kekID), many(byPending, pendingKEK)),
+		table(tableKEK, unique(byID, kekID), many(byPending, pendingKEK), many(byCopy, func(r *KEK) [][]byte { return copyKeys(r.Copies) })),
 		table(tableKey, unique(byID, keyID), unique(byKeyID, func(r *Key) []byte { return r.ID })),
-		table(tableVersion, unique(byID, versionID), many(byPending, pendingVersion)),
+		table(tableVersion, unique(byID, versionID), many(byPending, pendingVersion), many(byCopy, func(r *Version) [][]byte { return copyKeys(r.Copies) })),
 		table(tableProposal, unique(byID, proposalID),
 			some(byTarget, func(r *Proposal) []byte { return prefixKey(r.Content.Target) }),
 			some(byLive, liveProposal),
 			some(bySeq, func(r *Proposal) []byte { return numberKey(^r.Index) })),
+		table(tableNode, unique(byID, nodeID)),
+		table(tableNext, unique(byID, nextID)),
+		table(tableFormer, unique(byID, formerID)),
+		table(tableResealed, unique(byID, resealedID), some(byNode, func(r *resealed) []byte { return prefixKey(r.Node) })),
 		table(tableNonce, unique(byID, nonceID), some(byTime, func(r *nonce) []byte { return timeKey(r.Time) })),
 		table(tableOutcome, unique(byID, outcomeID), some(byTime, func(r *Outcome) []byte { return timeKey(r.Time) })),
 	}
@@ -153,17 +186,24 @@ func pendingVersion(r *Version) [][]byte {
 	if r.State.Gone() {
 		return nil
 	}
-	return missing(r.Checks, r.Receipts)
+	if r.signsReceipts() {
+		return missing(r.Copies, func(c SealedCopy) string { return c.Node }, r.Receipts)
+	}
+	return missing(r.Checks, checkNode, r.Receipts)
 }
 
-func pendingKEK(r *KEK) [][]byte { return missing(r.Checks, r.Receipts) }
+func checkNode(c Check) string { return c.Node }
 
-// missing lists the nodes that owe a receipt, as values of byPending.
-func missing(checks []Check, receipts []Receipt) [][]byte {
+func pendingKEK(r *KEK) [][]byte { return missing(r.Checks, checkNode, r.Receipts) }
+
+// missing lists those of the nodes asked, sorted, that owe a receipt, as values of
+// byPending. A node with copies for two roots is asked once.
+func missing[T any](asked []T, node func(T) string, receipts []Receipt) [][]byte {
 	var nodes [][]byte
-	for _, c := range checks {
-		if !slices.ContainsFunc(receipts, func(r Receipt) bool { return r.Node == c.Node }) {
-			nodes = append(nodes, prefixKey(c.Node))
+	for i, a := range asked {
+		repeated := i > 0 && node(asked[i-1]) == node(a)
+		if !repeated && !slices.ContainsFunc(receipts, func(r Receipt) bool { return r.Node == node(a) }) {
+			nodes = append(nodes, prefixKey(node(a)))
 		}
 	}
 	return nodes

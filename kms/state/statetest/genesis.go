@@ -34,6 +34,7 @@ type Options struct {
 	Access            []byte                   // Cedar policies
 	Address           func(node string) string // host:port between nodes
 	API               func(node string) string // https URL
+	Amend             func(*state.Node)        // changes the record of a node or of its next root before it is signed
 	Hooks             Hooks
 }
 
@@ -172,7 +173,7 @@ func (w *World) found() {
 		g.Sites = append(g.Sites, state.Site{ID: site, TrustDomain: TrustDomain(site), CAs: [][]byte{ca.Certificate.Raw}})
 		for i := range o.NodesPerSite {
 			n := w.newNode(fmt.Sprintf("node-%s-%d", site, i+1), site)
-			w.nodes[n.Record.ID] = n
+			w.nodes[n.Record.ID] = []*Node{n}
 			g.Nodes = append(g.Nodes, n.Record)
 		}
 		for i := range o.CustodiansPerSite {
@@ -253,6 +254,10 @@ func (w *World) newNode(id, site string) *Node {
 		ID: id, Site: site, Address: w.opts.Address(id), API: w.opts.API(id),
 		Suite: uint16(kem), Agreement: n.Private.PublicKey().Bytes(),
 		SigningSuite: uint16(sign), Signing: point.Bytes(), Device: "software, for tests", Voter: true,
+		Root: 1, Revision: 1, ImportKind: ImportKind, Import: n.Agreement.PublicKey().Bytes(),
+	}
+	if w.opts.Amend != nil {
+		w.opts.Amend(&n.Record)
 	}
 	return n
 }

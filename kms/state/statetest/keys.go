@@ -22,7 +22,7 @@ func (h *Hooks) defaults() {
 	if h.Keyring == nil {
 		h.Keyring = func(keyring string, nodes []state.Node) (copies []state.SealedCopy, _ []state.Check) {
 			for _, n := range nodes {
-				copies = append(copies, state.SealedCopy{Node: n.ID, Sealed: hash("sealed", keyring, n.ID)})
+				copies = append(copies, state.SealedCopy{Node: n.ID, Root: n.Root, Sealed: hash("sealed", keyring, n.ID)})
 			}
 			return copies, h.checks(keyring, "", 1, nodes)
 		}
@@ -61,9 +61,7 @@ func PublicKey(alg kms.Algorithm) []byte {
 	default:
 		return nil
 	}
-	scalar := make([]byte, size)
-	scalar[size-1] = 5
-	k, err := curve.NewPrivateKey(scalar)
+	k, err := curve.NewPrivateKey(keyScalar(size))
 	if err != nil {
 		panic(err) // constant
 	}
@@ -76,7 +74,7 @@ func (w *World) KeyringCommand(name string, sites ...string) state.CreateKeyring
 	sites = slices.Clone(sites)
 	slices.Sort(sites)
 	var nodes []state.Node
-	for _, n := range w.genesis.Nodes {
+	for _, n := range w.State().Nodes() {
 		if slices.Contains(sites, n.Site) {
 			nodes = append(nodes, n)
 		}
@@ -92,7 +90,9 @@ func (w *World) KeyCommand(keyring, name string, purpose kms.Purpose) state.Crea
 	id := kms.KeyID(hash("key-id", keyring, name)[:16])
 	alg := purpose.Algorithms()[0]
 	wrapped, public, _ := w.opts.Hooks.PerKey(keyring, name, id, 1, alg, w.State().ResidentNodes(keyring))
-	return state.CreateKey{Keyring: keyring, Name: name, ID: id[:], Purpose: purpose, Algorithm: alg, KEK: 1, Wrapped: wrapped, PublicKey: public}
+	c := state.CreateKey{Keyring: keyring, Name: name, ID: id[:], Purpose: purpose, Algorithm: alg, PublicKey: public}
+	c.KEK, c.Wrapped, c.Copies, c.Generated, _ = w.material(keyring, name, 1, purpose, wrapped, nil)
+	return c
 }
 
 // CreateKeyring makes a keyring resident at the sites.
@@ -137,6 +137,9 @@ func (w *World) Proposal(action kms.Action, target string, params any) approval.
 	case approval.TargetCustodian:
 		c, _ := s.Custodian(name)
 		p.Revision = c.Revision
+	case approval.TargetNode:
+		n, _ := s.Node(name)
+		p.Revision = n.Revision
 	}
 	pol, _ := s.Policy(p.Policy)
 	p.PolicyRevision = pol.Revision
@@ -235,9 +238,9 @@ func (w *World) CommitCommand(id string) state.CommitRotation {
 		w.t.Fatalf("there is no key %s", name)
 	}
 	wrapped, public, checks := w.opts.Hooks.PerKey(ring, key, kms.KeyID(k.ID), k.Latest+1, k.Algorithm, s.ResidentNodes(ring))
-	return state.CommitRotation{
-		Proposal: id, Keyring: ring, Key: key, Version: k.Latest + 1, KEK: 1, Wrapped: wrapped, PublicKey: public, Checks: checks,
-	}
+	c := state.CommitRotation{Proposal: id, Keyring: ring, Key: key, Version: k.Latest + 1, PublicKey: public}
+	c.KEK, c.Wrapped, c.Copies, c.Generated, c.Checks = w.material(ring, key, c.Version, k.Purpose, wrapped, checks)
+	return c
 }
 
 // Commit commits the rotation of an authorised proposal by the first resident node.
@@ -251,6 +254,13 @@ func (w *World) Commit(id string) state.CommitRotation {
 
 // ReceiptCommand returns a node's receipt.
 func (w *World) ReceiptCommand(node, keyring, key string, version uint32) state.GiveReceipt {
+	w.t.Helper()
+	s := w.State()
+	k, _ := s.Key(keyring, key)
+	if v, _ := s.Version(keyring, key, version); v.Generated != "" && k.Purpose == kms.Sign {
+		message := kms.ReceiptMessage(s.Cluster(), keyring, kms.KeyID(k.ID), version, node)
+		return state.GiveReceipt{Keyring: keyring, Key: key, Version: version, KCV: w.signReceipt(k.Algorithm, message)}
+	}
 	return state.GiveReceipt{Keyring: keyring, Key: key, Version: version, KCV: w.opts.Hooks.KCV(node, keyring, key, version)}
 }
 

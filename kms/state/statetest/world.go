@@ -24,7 +24,7 @@ type World struct {
 	opts       Options
 	genesis    state.Genesis
 	signed     state.SignedGenesis
-	nodes      map[string]*Node
+	nodes      map[string][]*Node // every root that a node had, has or may have
 	cas        map[string]*CA
 	custodians map[string]*pqc.HybridKey
 
@@ -40,7 +40,7 @@ func New(t testing.TB, opts Options) *World {
 	opts.defaults()
 	w := &World{
 		t: t, opts: opts, now: opts.Created,
-		nodes: make(map[string]*Node), cas: make(map[string]*CA), custodians: make(map[string]*pqc.HybridKey),
+		nodes: make(map[string][]*Node), cas: make(map[string]*CA), custodians: make(map[string]*pqc.HybridKey),
 	}
 	w.found()
 	s, err := state.New(w.signed)
@@ -55,14 +55,21 @@ func New(t testing.TB, opts Options) *World {
 func (w *World) Genesis() state.Genesis      { return w.genesis }
 func (w *World) Signed() state.SignedGenesis { return w.signed }
 
-// Node returns a node with its keys; nodes are called node-SITE-1 and so on.
+// Node returns a node with the keys of its present root; nodes are called
+// node-SITE-1 and so on.
 func (w *World) Node(id string) *Node {
 	w.t.Helper()
-	n, ok := w.nodes[id]
-	if !ok {
+	w.mu.Lock()
+	s, roots := w.state, w.nodes[id]
+	w.mu.Unlock()
+	if len(roots) == 0 {
 		w.t.Fatalf("there is no node %q", id)
 	}
-	return n
+	if s == nil {
+		return roots[0]
+	}
+	n, _ := s.Node(id)
+	return w.RootWith(id, n.Signing)
 }
 
 // NodeIDs returns the names of all nodes, sorted.
@@ -173,9 +180,13 @@ func (w *World) Envelope(node string, cmd state.Command, opts ...Option) state.E
 	return e
 }
 
-// Sign signs an envelope with the key of its origin.
+// Sign signs an envelope with the key of its origin; to adopt a root, with that of
+// the next one.
 func (w *World) Sign(e state.Envelope) []byte {
 	w.t.Helper()
+	if next, pending := w.State().Replacement(e.Origin); pending && e.Type == state.TypeAdoptRoot {
+		return w.RootWith(e.Origin, next.New.Signing).SignCommand(w.t, e.Marshal())
+	}
 	return w.Node(e.Origin).SignCommand(w.t, e.Marshal())
 }
 

@@ -1,0 +1,139 @@
+package state
+
+import (
+	"bytes"
+	"slices"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
+)
+
+// root returns the node's present hardware root.
+func (n Node) root() approval.NodeRoot {
+	return approval.NodeRoot{
+		Suite: n.Suite, Agreement: n.Agreement, SigningSuite: n.SigningSuite, Signing: n.Signing,
+		Device: n.Device, ImportKind: n.ImportKind, Import: n.Import, Attestation: n.Attestation,
+	}
+}
+
+// with returns the node with another root.
+func (n Node) with(number uint32, r approval.NodeRoot) Node {
+	n.Suite, n.Agreement, n.SigningSuite, n.Signing = r.Suite, r.Agreement, r.SigningSuite, r.Signing
+	n.Device, n.ImportKind, n.Import, n.Attestation = r.Device, r.ImportKind, r.Import, r.Attestation
+	n.Root = number
+	n.Revision++
+	return n
+}
+
+// nextRoot returns the number for the root that is proposed next. A pending
+// replacement keeps its number to itself, also when another takes its place, so
+// that no copy sealed for the one is ever taken for the other.
+func (r reader) nextRoot(node string) uint32 {
+	if next, pending := r.replacement(node); pending {
+		return next.Root + 1
+	}
+	if n, ok := r.node(node); ok {
+		return n.Root + 1
+	}
+	return 0
+}
+
+// verifyRoot checks, for a proposal to replace a node's root, that the holder of
+// the new signing key agrees.
+func (t *tx) verifyRoot(p approval.Proposal) error {
+	if p.Action != kms.ActionNode {
+		return nil
+	}
+	_, node, err := approval.ParseTarget(p.Target)
+	if err != nil {
+		return err
+	}
+	params, err := p.NodeParams()
+	if err != nil {
+		return err
+	}
+	number := t.reader().nextRoot(node)
+	if number == 0 {
+		return kms.Errorf(kms.NotFound, "there is no node %s", node)
+	}
+	return params.VerifyPossession(t.before.cluster, node, number)
+}
+
+// replaceRoot records the root that a node is to have next. One that was pending
+// is given up, with the copies sealed to it.
+func (t *tx) replaceRoot(id string, p approval.Proposal) error {
+	params, err := p.NodeParams()
+	if err != nil {
+		return err
+	}
+	r := t.reader()
+	n, ok := r.node(id)
+	if !ok {
+		return kms.Errorf(kms.NotFound, "there is no node %s", id)
+	}
+	if err := r.unusedKeys(id, params.Root); err != nil {
+		return err
+	}
+	if err := r.fitForKeyrings(n, params.Root); err != nil {
+		return err
+	}
+	number := r.nextRoot(id)
+	if old, pending := r.replacement(id); pending {
+		t.dropCopies(id, old.Root)
+	}
+	insert(t.Txn, tableNext, Replacement{
+		Node: id, Root: number, New: params.Root, Leave: params.Leave,
+		Proposal: approval.ProposalID(p.Marshal()), Time: t.clock, Index: t.index,
+	})
+	n.Revision++
+	insert(t.Txn, tableNode, n)
+	t.voidTarget(p.Target)
+	t.event(Event{Type: EventNodeReplacing, Node: id, Proposal: approval.ProposalID(p.Marshal())})
+	return nil
+}
+
+// unusedKeys refuses keys that are another node's, and a signing key that a root
+// of any node had before.
+func (r reader) unusedKeys(id string, root approval.NodeRoot) error {
+	taken := func(node string, other approval.NodeRoot) error {
+		if bytes.Equal(other.Signing, root.Signing) || bytes.Equal(other.Agreement, root.Agreement) {
+			return kms.Errorf(kms.Conflict, "the new root has a key of node %s; a device serves one node", node)
+		}
+		return nil
+	}
+	for _, n := range r.nodes() {
+		if n.ID == id && bytes.Equal(n.Signing, root.Signing) {
+			return kms.Errorf(kms.Conflict, "node %s has this signing key already; a new root has a new one", id)
+		}
+		if n.ID != id {
+			if err := taken(n.ID, n.root()); err != nil {
+				return err
+			}
+		}
+		if next, pending := r.replacement(n.ID); pending && n.ID != id {
+			if err := taken(n.ID, next.New); err != nil {
+				return err
+			}
+		}
+		for _, f := range r.formers(n.ID) {
+			if bytes.Equal(f.Signing, root.Signing) {
+				return kms.Errorf(kms.Conflict, "the signing key was that of node %s before, root number %d; it does not come back", f.Node, f.Root)
+			}
+		}
+	}
+	return nil
+}
+
+// fitForKeyrings refuses a root that could not serve a keyring for which the node
+// is resident.
+func (r reader) fitForKeyrings(n Node, root approval.NodeRoot) error {
+	for _, k := range list[Keyring](r.x, tableKeyring, byID, []byte{}) {
+		if !slices.Contains(k.Residency, n.Site) {
+			continue
+		}
+		if k.Protection == kms.Hardware && root.ImportKind == "" {
+			return kms.Errorf(kms.Conflict, "node %s is resident for keyring %s of protection %s; the new device takes no keys from others", n.ID, k.Name, kms.Hardware)
+		}
+	}
+	return nil
+}
