@@ -256,6 +256,9 @@ func (t *tx) changePolicy(name string, p approval.Proposal) error {
 	if err := checkPolicy(next, r.custodians(), t.before.genesis.Sites); err != nil {
 		return err
 	}
+	if err := t.checkAttested(next); err != nil {
+		return err
+	}
 	insert(t.Txn, tablePolicy, next)
 	t.voidTarget(p.Target)
 	for _, o := range r.live() {

@@ -31,7 +31,8 @@ type Genesis struct {
 	Nodes      []Node               `cbor:"nodes"`
 	Custodians []approval.Custodian `cbor:"custodians"`
 	Policies   []approval.Policy    `cbor:"policies"`
-	Access     []byte               `cbor:"access"` // Cedar policy set, text
+	Access     []byte               `cbor:"access"`  // Cedar policy set, text
+	Vendors    [][]byte             `cbor:"vendors"` // DER certificates to which those of attested devices must lead
 }
 
 // NodeSignature is a node's signature over the genesis bytes.
@@ -125,7 +126,7 @@ func (g Genesis) Validate() error {
 	if err := checkText("genesis: name", g.Name, true); err != nil {
 		return err
 	}
-	for _, check := range []func() error{g.validateSites, g.validateNodes, g.validateCustodians, g.validatePolicies} {
+	for _, check := range []func() error{g.validateSites, g.validateNodes, g.validateCustodians, g.validatePolicies, g.validateAttestations} {
 		if err := check(); err != nil {
 			return err
 		}

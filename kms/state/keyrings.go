@@ -62,7 +62,8 @@ func (c CreateKeyring) apply(t *tx) error {
 	if _, exists := r.keyring(c.Name); exists {
 		return kms.Errorf(kms.Exists, "keyring %s exists", c.Name)
 	}
-	if _, ok := r.policy(c.Policy); !ok {
+	policy, ok := r.policy(c.Policy)
+	if !ok {
 		return kms.Errorf(kms.NotFound, "there is no policy %s", c.Policy)
 	}
 	for _, site := range c.Residency {
@@ -77,8 +78,14 @@ func (c CreateKeyring) apply(t *tx) error {
 	if c.Protection == kms.Hardware {
 		kek = 0
 	}
-	if err := c.checkNodes(r.residents(c.Residency)); err != nil {
+	nodes := r.residents(c.Residency)
+	if err := c.checkNodes(nodes); err != nil {
 		return err
+	}
+	if policy.Attested {
+		if err := t.before.attested("policy "+policy.Name, nodes); err != nil {
+			return err
+		}
 	}
 	insert(t.Txn, tableKeyring, Keyring{
 		Name: c.Name, Residency: c.Residency, Protection: c.Protection, Policy: c.Policy, Receipts: c.Receipts,

@@ -2,7 +2,6 @@ package state
 
 import (
 	"bytes"
-	"slices"
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/approval"
@@ -74,7 +73,11 @@ func (t *tx) replaceRoot(id string, p approval.Proposal) error {
 	if err := r.unusedKeys(id, params.Root); err != nil {
 		return err
 	}
-	if err := r.fitForKeyrings(n, params.Root); err != nil {
+	report, err := r.attestNext(n, params.Root, t.clock, t.index)
+	if err != nil {
+		return err
+	}
+	if err := r.fitForKeyrings(n, params.Root, report); err != nil {
 		return err
 	}
 	number := r.nextRoot(id)
@@ -119,20 +122,6 @@ func (r reader) unusedKeys(id string, root approval.NodeRoot) error {
 			if bytes.Equal(f.Signing, root.Signing) {
 				return kms.Errorf(kms.Conflict, "the signing key was that of node %s before, root number %d; it does not come back", f.Node, f.Root)
 			}
-		}
-	}
-	return nil
-}
-
-// fitForKeyrings refuses a root that could not serve a keyring for which the node
-// is resident.
-func (r reader) fitForKeyrings(n Node, root approval.NodeRoot) error {
-	for _, k := range list[Keyring](r.x, tableKeyring, byID, []byte{}) {
-		if !slices.Contains(k.Residency, n.Site) {
-			continue
-		}
-		if k.Protection == kms.Hardware && root.ImportKind == "" {
-			return kms.Errorf(kms.Conflict, "node %s is resident for keyring %s of protection %s; the new device takes no keys from others", n.ID, k.Name, kms.Hardware)
 		}
 	}
 	return nil

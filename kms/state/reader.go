@@ -39,6 +39,10 @@ func (r reader) keyring(name string) (Keyring, bool) {
 	return find[Keyring](r.x, tableKeyring, byID, nameKey(name))
 }
 
+func (r reader) keyrings() []Keyring {
+	return list[Keyring](r.x, tableKeyring, byID, []byte{})
+}
+
 func (r reader) key(keyring, name string) (Key, bool) {
 	return find[Key](r.x, tableKey, byID, nameKey(keyring, name))
 }

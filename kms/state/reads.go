@@ -91,9 +91,7 @@ func (s *State) Policies() []approval.Policy { return s.reader().policies() }
 func (s *State) Policy(name string) (approval.Policy, bool) { return s.reader().policy(name) }
 
 // Keyrings returns the keyrings, sorted by name.
-func (s *State) Keyrings() []Keyring {
-	return list[Keyring](s.read(), tableKeyring, byID, []byte{})
-}
+func (s *State) Keyrings() []Keyring { return s.reader().keyrings() }
 
 // Keyring returns a keyring.
 func (s *State) Keyring(name string) (Keyring, bool) { return s.reader().keyring(name) }

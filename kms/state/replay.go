@@ -71,10 +71,7 @@ func (s *State) replay(st statement) (*State, error) {
 		t.Abort()
 		return nil, err
 	}
-	t.Commit()
-	next := *s
-	next.db, next.view, next.index, next.clock = t.store, nil, st.index, st.clock
-	return &next, nil
+	return t.done(), nil
 }
 
 // openStatement parses and verifies a stored command.

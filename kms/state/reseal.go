@@ -169,6 +169,14 @@ func (c AdoptRoot) apply(t *tx) error {
 	if lacks := r.unsealed(n, next); !t.replay && blocked(lacks, next.Leave) {
 		return kms.Errorf(kms.Conflict, "node %s has no copy for its next root of %s; resident nodes reseal them", n.ID, pendingText(lacks))
 	}
+	// A keyring may have come since the root was approved that it cannot serve.
+	report, err := r.attestNext(n, next.New, next.Time, next.Index)
+	if err != nil {
+		return err
+	}
+	if err := r.fitForKeyrings(n, next.New, report); err != nil {
+		return err
+	}
 	t.dropCopies(n.ID, n.Root)
 	insert(t.Txn, tableFormer, FormerRoot{
 		Node: n.ID, Root: n.Root, SigningSuite: n.SigningSuite, Signing: n.Signing,
@@ -178,6 +186,7 @@ func (c AdoptRoot) apply(t *tx) error {
 	n = n.with(next.Root, next.New)
 	insert(t.Txn, tableNode, n)
 	t.voidTarget(nodeTarget(n))
+	t.attested = &attestedRoot{n.ID, report}
 	t.event(Event{Type: EventNodeReplaced, Node: n.ID, Proposal: next.Proposal})
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -12,6 +13,7 @@ import (
 	"github.com/transparency-dev/merkle/rfc6962"
 
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/attest"
 	"github.com/conclave-kms/conclave/kms/canon"
 )
 
@@ -27,6 +29,7 @@ type State struct {
 	index   uint64
 	clock   int64 // Unix milliseconds
 	log     logRange
+	reports map[string]attest.Report // on the nodes' hardware, by node; follows from the rest
 }
 
 // logRange is the compact range of the cluster log: what RFC 6962 hashing needs to
@@ -90,6 +93,7 @@ func founded(signed SignedGenesis, g Genesis) *State {
 		insert(x, tablePolicy, p)
 	}
 	x.Commit()
+	s.reports = s.reader().reports()
 	return s
 }
 
@@ -195,6 +199,14 @@ type tx struct {
 
 	replay  bool   // of a stored statement, see replay
 	claimed []byte // replay of an erased command: its hash
+
+	attested *attestedRoot // what the command did to State.reports
+}
+
+// attestedRoot is what is known of the hardware of a root just adopted.
+type attestedRoot struct {
+	node   string
+	report attest.Report
 }
 
 // reader gives tx the read methods of State on the transaction's own view.
@@ -241,12 +253,23 @@ func (s *State) Apply(index uint64, raw []byte) (*State, Result) {
 	if o.fresh {
 		t.remember(r, o.dup)
 	}
-	t.Commit()
-	next := *s
-	next.db, next.view, next.index, next.clock = t.store, t.store.Txn(false), index, t.clock
+	next := t.done()
+	next.view = next.db.Txn(false)
 	r.Leaf = leaf(o, index, raw, r)
 	next.log = s.log.add(r.Leaf)
-	return &next, r
+	return next, r
+}
+
+// done commits the change and returns the state after it, but for its log and view.
+func (t *tx) done() *State {
+	t.Commit()
+	next := *t.before
+	next.db, next.view, next.index, next.clock = t.store, nil, t.index, t.clock
+	if a := t.attested; a != nil {
+		next.reports = maps.Clone(next.reports)
+		next.reports[a.node] = a.report
+	}
+	return &next
 }
 
 // Check reports whether Apply would apply the command next, without changing
