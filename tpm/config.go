@@ -12,10 +12,13 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/google/go-tpm/tpm2"
 
 	"github.com/conclave-kms/conclave/kms/secret"
 )
@@ -56,6 +59,14 @@ type Config struct {
 	// PersistentBase is the first of four consecutive persistent handles in
 	// the owner's range. 0 means DefaultPersistentBase.
 	PersistentBase uint32
+	// OwnerFile holds the secret of the owner and lockout authorization, in the
+	// form of AuthFile, where that is to be kept apart from the node. Only
+	// Provision and UpdatePCRPolicy read it. Empty means AuthFile.
+	OwnerFile string
+	// PCRs, when not empty, makes the agreement and the signing key usable only
+	// while these platform configuration registers (0 to 23, SHA-256 bank) hold
+	// approved values: those that Provision met, later those of UpdatePCRPolicy.
+	PCRs []int
 }
 
 // withDefaults fills in defaults and checks the rest.
@@ -69,6 +80,7 @@ func (c Config) withDefaults() (Config, error) {
 	if c.PersistentBase == 0 {
 		c.PersistentBase = DefaultPersistentBase
 	}
+	c.PCRs = slices.Compact(slices.Sorted(slices.Values(c.PCRs)))
 	switch {
 	case c.Path == "":
 		return c, invalid("Path is empty: name a device such as /dev/tpmrm0 or unix:/path/of/socket")
@@ -80,11 +92,16 @@ func (c Config) withDefaults() (Config, error) {
 		return c, invalid("CallTimeout is negative")
 	case c.PersistentBase < ownerHandleMin || c.PersistentBase > ownerHandleMax-(keyCount-1):
 		return c, invalid("PersistentBase %#x leaves the owner's range %#x to %#x", c.PersistentBase, ownerHandleMin, ownerHandleMax)
+	case len(c.PCRs) > 0 && (c.PCRs[0] < 0 || c.PCRs[len(c.PCRs)-1] >= pcrCount):
+		return c, invalid("PCRs must be 0 to %d, not %s", pcrCount-1, listPCRs(c.PCRs))
+	case len(c.PCRs) > 0 && nvOwnerMin+tpm2.TPMHandle(c.PersistentBase&handleMask) >= nvOwnerMax:
+		return c, invalid("PersistentBase %#x with PCRs must be below %#x", c.PersistentBase, ownerHandleMin+uint32(nvOwnerMax-nvOwnerMin))
 	}
 	return c, nil
 }
 
-// auths are the authorization values in use.
+// auths are the authorization values in use. Owner and lockout are nil unless the
+// owner is at work.
 type auths struct {
 	owner, lockout, key *secret.Bytes
 }
@@ -95,26 +112,31 @@ func (a *auths) destroy() {
 	a.key.Destroy()
 }
 
-// loadAuths reads the authorization secret and derives the three values.
-func loadAuths(from string) (*auths, error) {
-	root, err := readAuth(from)
+// loadAuths reads the authorization secrets and derives the values.
+func loadAuths(cfg Config, asOwner bool) (a *auths, err error) {
+	root, err := readAuth("AuthFile", cfg.AuthFile)
 	if err != nil {
 		return nil, err
 	}
 	defer root.Destroy()
-	a := &auths{}
-	for _, v := range []struct {
-		to   **secret.Bytes
-		info string
-	}{
-		{&a.owner, "conclave tpm v1 owner auth"},
-		{&a.lockout, "conclave tpm v1 lockout auth"},
-		{&a.key, "conclave tpm v1 key auth"},
-	} {
-		if *v.to, err = deriveAuth(root, v.info); err != nil {
-			a.destroy()
+	owner := root
+	if asOwner && cfg.OwnerFile != "" {
+		if owner, err = readAuth("OwnerFile", cfg.OwnerFile); err != nil {
 			return nil, err
 		}
+		defer owner.Destroy()
+	}
+	a = &auths{}
+	a.key, err = deriveAuth(root, "conclave tpm v1 key auth")
+	if err == nil && asOwner {
+		a.owner, err = deriveAuth(owner, "conclave tpm v1 owner auth")
+	}
+	if err == nil && asOwner {
+		a.lockout, err = deriveAuth(owner, "conclave tpm v1 lockout auth")
+	}
+	if err != nil {
+		a.destroy()
+		return nil, err
 	}
 	return a, nil
 }
@@ -134,8 +156,9 @@ func deriveAuth(root *secret.Bytes, info string) (*secret.Bytes, error) {
 	return secret.Move(text)
 }
 
-func readAuth(from string) (*secret.Bytes, error) {
-	f, err := openAuth(from)
+// readAuth reads a secret; name is that of the configuration value, for errors.
+func readAuth(name, from string) (*secret.Bytes, error) {
+	f, err := openAuth(name, from)
 	if err != nil {
 		return nil, err
 	}
@@ -144,47 +167,47 @@ func readAuth(from string) (*secret.Bytes, error) {
 	defer secret.Wipe(buf)
 	n, err := io.ReadFull(f, buf)
 	if err != nil && err != io.ErrUnexpectedEOF && err != io.EOF {
-		return nil, invalid("reading AuthFile: %v", err)
+		return nil, invalid("reading %s: %v", name, err)
 	}
 	b := bytes.TrimSuffix(buf[:n], []byte("\n"))
 	if len(b) < authMinLen || len(b) > authMaxLen {
-		return nil, invalid("AuthFile must hold %d to %d bytes", authMinLen, authMaxLen)
+		return nil, invalid("%s must hold %d to %d bytes", name, authMinLen, authMaxLen)
 	}
 	return secret.Copy(b)
 }
 
-func openAuth(from string) (*os.File, error) {
+func openAuth(name, from string) (*os.File, error) {
 	if num, ok := strings.CutPrefix(from, "fd:"); ok {
 		fd, err := strconv.ParseUint(num, 10, 16)
 		if err != nil {
-			return nil, invalid("AuthFile: %q is not fd:N", from)
+			return nil, invalid("%s: %q is not fd:N", name, from)
 		}
 		return os.NewFile(uintptr(fd), "auth descriptor"), nil
 	}
 	f, err := os.Open(from)
 	if err != nil {
-		return nil, invalid("AuthFile: %v", err)
+		return nil, invalid("%s: %v", name, err)
 	}
-	if err := checkAuthFile(f); err != nil {
+	if err := checkAuthFile(name, f); err != nil {
 		f.Close()
 		return nil, err
 	}
 	return f, nil
 }
 
-func checkAuthFile(f *os.File) error {
+func checkAuthFile(name string, f *os.File) error {
 	fi, err := f.Stat()
 	if err != nil {
-		return invalid("AuthFile: %v", err)
+		return invalid("%s: %v", name, err)
 	}
 	if !fi.Mode().IsRegular() {
-		return invalid("AuthFile %s is not a regular file", f.Name())
+		return invalid("%s %s is not a regular file", name, f.Name())
 	}
 	if fi.Mode().Perm()&0o077 != 0 {
-		return invalid("AuthFile %s has mode %#o: others may read it; chmod 600", f.Name(), fi.Mode().Perm())
+		return invalid("%s %s has mode %#o: others may read it; chmod 600", name, f.Name(), fi.Mode().Perm())
 	}
 	if st, ok := fi.Sys().(*syscall.Stat_t); ok && st.Uid != 0 && int(st.Uid) != os.Geteuid() {
-		return invalid("AuthFile %s belongs to another user (uid %d)", f.Name(), st.Uid)
+		return invalid("%s %s belongs to another user (uid %d)", name, f.Name(), st.Uid)
 	}
 	return nil
 }

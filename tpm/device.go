@@ -29,6 +29,7 @@ type Device struct {
 	description                 string
 
 	importPub []byte
+	approved  *approved // as last read; belongs to whoever holds the turn
 
 	// kept is written by whoever holds the turn.
 	kept atomic.Pointer[keptKey]
@@ -48,7 +49,7 @@ type Device struct {
 // every operation. Errors: ErrUnavailable, ErrAuth, ErrNotProvisioned,
 // ErrUnsafe, ErrInvalid.
 func Open(ctx context.Context, cfg Config) (*Device, error) {
-	d, err := newDevice(cfg)
+	d, err := newDevice(cfg, false)
 	if err != nil {
 		return nil, err
 	}
@@ -63,8 +64,9 @@ func Open(ctx context.Context, cfg Config) (*Device, error) {
 	return d, nil
 }
 
-// newDevice reads the configuration and connects nothing.
-func newDevice(cfg Config) (*Device, error) {
+// newDevice reads the configuration and connects nothing. Only who provisions or
+// changes the policy knows the owner's authorization values.
+func newDevice(cfg Config, asOwner bool) (*Device, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
 		return nil, err
@@ -73,7 +75,7 @@ func newDevice(cfg Config) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	a, err := loadAuths(cfg.AuthFile)
+	a, err := loadAuths(cfg, asOwner)
 	if err != nil {
 		return nil, err
 	}
@@ -99,7 +101,7 @@ func (d *Device) discover(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			if err := d.suite.checkKey(k.what, o, k.template); err != nil {
+			if err := d.checkKey(k.what, o, k.template); err != nil {
 				return err
 			}
 			keys[i] = o
@@ -139,12 +141,16 @@ const (
 
 // keyTemplates lists the keys in the order of their persistent handles.
 func (d *Device) keyTemplates() [keyCount]keyTemplate {
-	return [keyCount]keyTemplate{
+	t := [keyCount]keyTemplate{
 		{"storage key", d.suite.storage()},
 		{"agreement key", d.suite.agreement()},
 		{"signing key", d.suite.signing()},
 		{"attestation key", d.suite.attestation()},
 	}
+	if len(d.cfg.PCRs) > 0 {
+		t[1].template, t[2].template = d.bound(t[1].template), d.bound(t[2].template)
+	}
+	return t
 }
 
 // Bits of TPMA_PERMANENT (TPM 2.0 Part 2, 8.6).
@@ -212,14 +218,18 @@ func (d *Device) SigningKey() *ecdsa.PublicKey {
 func (d *Device) Describe() string { return d.description }
 
 // Check reports whether the TPM answers, is still the one that was opened and is
-// still protected by owner and lockout authorization. A TPM whose own self-test
+// still protected by owner and lockout authorization, and whether the registers of
+// Config.PCRs hold approved values. A TPM whose own self-test
 // failed answers nothing of this.
 func (d *Device) Check(ctx context.Context) error {
 	return d.run(ctx, "check", func(c *conn) error {
 		if err := d.sameKeys(c); err != nil {
 			return err
 		}
-		return d.checkHierarchies(c)
+		if err := d.checkHierarchies(c); err != nil || len(d.cfg.PCRs) == 0 {
+			return err
+		}
+		return d.withPolicy(c, encryptIn(), func(tpm2.Session) error { return nil })
 	})
 }
 

@@ -34,6 +34,9 @@ var (
 	// ErrUnsafe: the TPM or a key in it is configured more loosely than
 	// required, or is not the one that was opened.
 	ErrUnsafe = errors.New("TPM configured unsafely")
+	// ErrPCRs: the platform configuration registers of Config.PCRs do not hold
+	// approved values; see UpdatePCRPolicy.
+	ErrPCRs = errors.New("platform configuration not approved")
 	// ErrInvalid: an argument, a configuration value or a wrapped key is wrong.
 	ErrInvalid = errors.New("invalid input")
 )
@@ -71,7 +74,7 @@ func classify(op string, err error) error {
 }
 
 func isKind(err error) bool {
-	for _, kind := range []error{ErrUnavailable, ErrAuth, ErrNotProvisioned, ErrProvisioned, ErrUnsafe, ErrInvalid} {
+	for _, kind := range []error{ErrUnavailable, ErrAuth, ErrNotProvisioned, ErrProvisioned, ErrUnsafe, ErrPCRs, ErrInvalid} {
 		if errors.Is(err, kind) {
 			return true
 		}

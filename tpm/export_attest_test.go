@@ -32,3 +32,53 @@ func UndefinePlatform(at tpm2.TPMHandle) Fault {
 		return err
 	}
 }
+
+// UndefineOwner removes an index by the owner authorization.
+func UndefineOwner(at tpm2.TPMHandle) Fault {
+	return func(d *Device, c *conn) error {
+		x, err := c.readNVPublic(at)
+		if err != nil {
+			return err
+		}
+		return d.asOwner(c, func(s tpm2.Session) error {
+			_, err := (tpm2.NVUndefineSpace{AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: s}, NVIndex: x.named()}).Execute(c)
+			return err
+		})
+	}
+}
+
+// DefineOwner defines an index that is not ours.
+func DefineOwner(at tpm2.TPMHandle, size uint16) Fault {
+	return func(d *Device, c *conn) error {
+		return d.asOwner(c, func(s tpm2.Session) error {
+			_, err := (tpm2.NVDefineSpace{
+				AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: s}, PublicInfo: tpm2.New2B(d.suite.ownerIndex(at, size, false)),
+			}).Execute(c)
+			return err
+		})
+	}
+}
+
+// WriteOwner writes an index by the owner authorization.
+func WriteOwner(at tpm2.TPMHandle, data []byte) Fault {
+	return func(d *Device, c *conn) error {
+		x, err := c.readNVPublic(at)
+		if err != nil {
+			return err
+		}
+		return d.asOwner(c, func(s tpm2.Session) error {
+			_, err := (tpm2.NVWrite{
+				AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: s}, NVIndex: x.named(), Data: tpm2.TPM2BMaxNVBuffer{Buffer: data},
+			}).Execute(c)
+			return err
+		})
+	}
+}
+
+func (d *Device) asOwner(c *conn, fn func(tpm2.Session) error) error {
+	salt, err := c.readObject(tpm2.TPMHandle(d.cfg.PersistentBase))
+	if err != nil {
+		return err
+	}
+	return c.withSession(salt, fn, tpm2.Auth(d.auth.owner.Reveal()))
+}

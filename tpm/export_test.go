@@ -13,7 +13,7 @@ type Fault func(d *Device, c *conn) error
 
 // Apply runs steps on a TPM that may or may not be provisioned.
 func Apply(ctx context.Context, cfg Config, faults ...Fault) error {
-	d, err := newDevice(cfg)
+	d, err := newDevice(cfg, true)
 	if err != nil {
 		return err
 	}
@@ -102,6 +102,11 @@ func SealForeign(ctx context.Context, d *Device, auth, data []byte) ([]byte, err
 
 // AuthValues returns copies of the owner, lockout and key authorization values.
 func AuthValues(d *Device) (owner, lockout, key *secret.Bytes) {
+	all, err := loadAuths(d.cfg, true)
+	if err != nil {
+		panic(err)
+	}
+	defer all.destroy()
 	dup := func(s *secret.Bytes) *secret.Bytes {
 		c, err := secret.Copy(s.Reveal())
 		if err != nil {
@@ -109,7 +114,7 @@ func AuthValues(d *Device) (owner, lockout, key *secret.Bytes) {
 		}
 		return c
 	}
-	return dup(d.auth.owner), dup(d.auth.lockout), dup(d.auth.key)
+	return dup(all.owner), dup(all.lockout), dup(all.key)
 }
 
 // DuplicateImported tries to take an imported key out of the TPM again and

@@ -26,7 +26,7 @@ func (d *Device) ECDH(ctx context.Context, peer *ecdh.PublicKey) ([]byte, error)
 		Y: tpm2.TPM2BECCParameter{Buffer: raw[n:]},
 	})
 	return do(ctx, d, call[[]byte]{op: "ECDH", drop: secret.Wipe, fn: func(c *conn) (z []byte, err error) {
-		err = d.withKeyAuth(c, encryptInOut(), func(s tpm2.Session) error {
+		err = d.withDeviceKey(c, encryptInOut(), func(s tpm2.Session) error {
 			rsp, err := (tpm2.ECDHZGen{KeyHandle: d.agreement.auth(s), InPoint: point}).Execute(c)
 			if err != nil {
 				return err
@@ -56,7 +56,7 @@ func (d *Device) Sign(ctx context.Context, digest []byte) ([]byte, error) {
 	}
 	in := append([]byte(nil), digest...)
 	return do(ctx, d, call[[]byte]{op: "sign", fn: func(c *conn) (sig []byte, err error) {
-		err = d.withKeyAuth(c, encryptIn(), func(s tpm2.Session) error {
+		err = d.withDeviceKey(c, encryptIn(), func(s tpm2.Session) error {
 			sig, err = d.suite.ecdsa(c, d.signing.auth(s), in)
 			return err
 		})

@@ -20,7 +20,7 @@ import (
 // with ErrInvalid when a foreign object occupies a handle. A run that was cut
 // short is taken up by running it again.
 func Provision(ctx context.Context, cfg Config) error {
-	d, err := newDevice(cfg)
+	d, err := newDevice(cfg, true)
 	if err != nil {
 		return err
 	}
@@ -138,6 +138,11 @@ func (d *Device) makeKeys(c *conn, salt *object) error {
 	storage, err := d.makeStorage(c, salt, d.handleOf(0))
 	if err != nil {
 		return err
+	}
+	if len(d.cfg.PCRs) > 0 {
+		if err := d.approve(c, salt, nil); err != nil {
+			return err
+		}
 	}
 	templates := d.keyTemplates()
 	for _, i := range []int{1, attestationKey, 2} {

@@ -108,6 +108,19 @@ func sameTemplate(pub, want tpm2.TPMTPublic) bool {
 	return bytes.Equal(tpm2.Marshal(pub), tpm2.Marshal(want))
 }
 
+// checkKey refuses a key that is not exactly the template, and says so where only
+// the configured PCRs are the reason.
+func (d *Device) checkKey(what string, o *object, want tpm2.TPMTPublic) error {
+	s := d.suite
+	if len(d.cfg.PCRs) > 0 && (sameTemplate(o.public, s.agreement()) || sameTemplate(o.public, s.signing())) {
+		return unsafe("%s at %#x was made without PCRs: remove them from the configuration, or replace the node's root by one made with them", what, uint32(o.handle))
+	}
+	if len(d.cfg.PCRs) == 0 && (sameTemplate(o.public, d.bound(s.agreement())) || sameTemplate(o.public, d.bound(s.signing()))) {
+		return unsafe("%s at %#x was made with PCRs: name them in the configuration", what, uint32(o.handle))
+	}
+	return s.checkKey(what, o, want)
+}
+
 // checkKey refuses a key that is not exactly the template, saying what differs.
 func (s *suite) checkKey(what string, o *object, want tpm2.TPMTPublic) error {
 	if sameTemplate(o.public, want) {
