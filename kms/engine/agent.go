@@ -32,8 +32,9 @@ type AgentConfig struct {
 	After     Timer         // default: the system's timer
 }
 
-// MaxBackoff is the longest time between two attempts at a task.
-const MaxBackoff = time.Minute
+// MaxBackoff is the longest time between two attempts at a task, so that what
+// waits for a device goes on soon after its return.
+const MaxBackoff = 15 * time.Second
 
 const (
 	taskTimeout = 20 * time.Second // of one task
@@ -50,6 +51,8 @@ type Agent struct {
 	pass  uint64
 
 	scheduled time.Time // when keys were last looked through for due rotations
+
+	cannot map[string]bool // replacements to which this device cannot move keys
 }
 
 // task is what the agent remembers of something to do.
@@ -75,12 +78,14 @@ func NewAgent(e *Engine, cfg AgentConfig) (*Agent, error) {
 		cfg.Backoff = time.Second
 	}
 	if cfg.After == nil {
-		cfg.After = func(d time.Duration) (<-chan time.Time, func()) {
-			t := time.NewTimer(d)
-			return t.C, func() { t.Stop() }
-		}
+		cfg.After = systemTimer
 	}
-	return &Agent{e: e, cfg: cfg, tasks: map[string]*task{}}, nil
+	return &Agent{e: e, cfg: cfg, tasks: map[string]*task{}, cannot: map[string]bool{}}, nil
+}
+
+func systemTimer(d time.Duration) (<-chan time.Time, func()) {
+	t := time.NewTimer(d)
+	return t.C, func() { t.Stop() }
 }
 
 // Run works until ctx ends. No failure of a device, of the cluster or of a task
@@ -158,7 +163,7 @@ func (a *Agent) work(ctx context.Context) time.Duration {
 		wait = min(wait, a.attempt(ctx, "execute", "proposal/"+p.ID, time.Duration(rank)*a.cfg.RankDelay,
 			func(ctx context.Context) error { return a.execute(ctx, p) }))
 	}
-	wait = min(wait, a.schedule(ctx, st))
+	wait = min(wait, a.reseal(ctx, st), a.schedule(ctx, st))
 	for name, t := range a.tasks {
 		if t.pass != a.pass {
 			delete(a.tasks, name) // done, by us or by another node
@@ -216,11 +221,11 @@ func (a *Agent) receipt(ctx context.Context, st *state.State, p state.Pending) e
 // checkValue opens a version with the node's hardware root and returns its check
 // value for this node.
 func (a *Agent) checkValue(ctx context.Context, st *state.State, p state.Pending) ([]byte, error) {
-	kr, ok := st.Keyring(p.Keyring)
-	if !ok {
-		return nil, noKeyring(p.Keyring)
-	}
 	if p.Key == "" {
+		kr, ok := st.Keyring(p.Keyring)
+		if !ok {
+			return nil, noKeyring(p.Keyring)
+		}
 		b, sealed, err := a.e.sealedKEK(st, &kr, p.Version)
 		if err != nil {
 			return nil, err
@@ -232,33 +237,42 @@ func (a *Agent) checkValue(ctx context.Context, st *state.State, p state.Pending
 		defer kek.Destroy()
 		return keyring.CheckValue(kek, b.Cluster, b.Keyring, kekID, b.Version, a.e.node), nil
 	}
-	k, ok := st.Key(p.Keyring, p.Key)
-	if !ok {
-		return nil, noKey(p.Keyring, p.Key)
-	}
-	v, ok := st.Version(p.Keyring, p.Key, p.Version)
-	if !ok {
-		return nil, kms.Errorf(kms.NotFound, "key %s has no version %d", kms.KeyPath(p.Keyring, p.Key), p.Version)
-	}
-	var id kms.KeyID
-	copy(id[:], k.ID)
-	ref, sealed, err := a.e.reference(st, &kr, &k, id, v)
+	v, err := a.e.stored(st, p)
 	if err != nil {
 		return nil, err
 	}
-	a.e.inUse.add(id, &k)
-	m, release, err := a.e.cfg.Cache.Key(ctx, ref, sealed)
+	a.e.inUse.add(v.ref.KeyID, &v.key)
+	m, release, err := a.e.cfg.Cache.Key(ctx, v.ref, v.sealed)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
+	return proof(ctx, m, v.version, a.e.node)
+}
+
+// proof is the check value of an opened version, or the signature of a receipt by
+// a sign key in the device.
+func proof(ctx context.Context, m *keyring.Material, v state.Version, node string) ([]byte, error) {
+	b := m.Binding()
 	// A check value proves the material alone. Whoever committed the version could
 	// have published another public key with it, under which nobody can sign.
-	if !bytes.Equal(m.PublicKey(), v.PublicKey) {
-		return nil, kms.Errorf(kms.Invalid, "version %d of key %s has another public key than its material: node %s committed it so",
-			p.Version, kms.KeyPath(p.Keyring, p.Key), v.Origin)
+	another := kms.Errorf(kms.Invalid, "version %d of key %s has another public key than its material: node %s committed it so",
+		v.Version, kms.KeyPath(v.Keyring, v.Key), v.Origin)
+	if m.Protection() != kms.Hardware || b.Purpose != kms.Sign {
+		if !bytes.Equal(m.PublicKey(), v.PublicKey) {
+			return nil, another
+		}
+		return m.CheckValue(ctx, node)
 	}
-	return m.CheckValue(ctx, a.e.node)
+	sig, err := m.SignReceipt(ctx, node)
+	if err != nil {
+		return nil, err
+	}
+	message := kms.ReceiptMessage(b.Cluster, b.Keyring, b.KeyID, b.Version, node)
+	if kms.VerifyReceipt(b.Algorithm, v.PublicKey, message, sig) != nil {
+		return nil, another
+	}
+	return sig, nil
 }
 
 // rank says which place this node has among those that may execute a proposal:
@@ -334,7 +348,7 @@ func (a *Agent) execute(ctx context.Context, p state.Proposal) error {
 	if err != nil {
 		return err
 	}
-	cmd.Wrapped, cmd.PublicKey, cmd.Checks = v.wrapped, v.public, v.checks
+	cmd.Wrapped, cmd.Copies, cmd.Generated, cmd.PublicKey, cmd.Checks = v.wrapped, v.copies, v.generated, v.public, v.checks
 	_, err = a.e.submit(ctx, attempt{expect: p.Content.Revision}, cmd)
 	return err
 }

@@ -58,6 +58,13 @@ type Config struct {
 	Device  Device
 	Log     Log
 
+	// Importers wrap keys of protection hardware for the devices of other nodes, by
+	// import kind; those of this node's own kind are best among them.
+	Importers map[string]keyring.Importer
+	// SigningSuite is that of Signer; 0: as the node's record says, which at a start
+	// may be that of a hardware root which was replaced since.
+	SigningSuite pqc.SuiteID
+
 	Now     func() time.Time     // default time.Now
 	Logger  *slog.Logger         // default: discards
 	Metrics *prometheus.Registry // nil: none
@@ -67,15 +74,15 @@ type Config struct {
 
 // Engine carries out the use cases. It is safe for concurrent use.
 type Engine struct {
-	cfg     Config
-	node    string
-	suite   pqc.SuiteID // of the signing key
-	cluster Cluster
-	now     func() time.Time
-	log     *slog.Logger
-	access  access
-	lookups lookups
-	metrics *metrics
+	cfg       Config
+	node      string
+	agreement []byte // public key of this node's hardware root
+	cluster   Cluster
+	now       func() time.Time
+	log       *slog.Logger
+	access    access
+	lookups   lookups
+	metrics   *metrics
 
 	logFailed atomic.Bool // the access log can take no more entries
 	device    deviceCheck
@@ -90,8 +97,7 @@ func New(cfg Config) (*Engine, error) {
 	if cfg.Cache == nil || cfg.Root == nil {
 		return nil, kms.Errorf(kms.Invalid, "engine: hardware root and key cache are required")
 	}
-	n, ok := cfg.Cluster.State().Node(cfg.Node)
-	if !ok {
+	if _, ok := cfg.Cluster.State().Node(cfg.Node); !ok {
 		return nil, kms.Errorf(kms.Invalid, "engine: %q is not a node of the cluster", cfg.Node)
 	}
 	if cfg.Now == nil {
@@ -101,7 +107,7 @@ func New(cfg Config) (*Engine, error) {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
 	e := &Engine{
-		cfg: cfg, node: cfg.Node, suite: pqc.SuiteID(n.SigningSuite), cluster: cfg.Cluster,
+		cfg: cfg, node: cfg.Node, agreement: cfg.Root.PublicKey().Bytes(), cluster: cfg.Cluster,
 		now: cfg.Now, log: cfg.Logger,
 	}
 	var err error

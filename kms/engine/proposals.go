@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -89,7 +90,7 @@ func (e *Engine) newProposal(st *state.State, c Caller, q wire.OpenProposalReque
 		life = q.ExpiresInMS
 	}
 	p.Expires = p.Created + life
-	if p.Parameters, err = parameters(p.Action, q.Parameters); err != nil {
+	if p.Parameters, err = parameters(st, p, q.Parameters); err != nil {
 		return p, err
 	}
 	return p, p.Validate()
@@ -123,36 +124,75 @@ func target(st *state.State, s string) (policy string, revision uint64, err erro
 	case approval.TargetCustodian:
 		c, _ := st.Custodian(name)
 		return kms.Governance, c.Revision, nil
+	case approval.TargetNode:
+		n, ok := st.Node(name)
+		if !ok {
+			return "", 0, kms.Errorf(kms.NotFound, "there is no node %q", name)
+		}
+		return kms.Governance, n.Revision, nil
 	}
 	return "", 0, kms.Errorf(kms.Invalid, "target %q is of no known kind", s)
 }
 
-// parameters encodes the parameters of an action and refuses those it does not
-// have.
-func parameters(a kms.Action, p wire.ProposalParameters) ([]byte, error) {
-	extra := func(version, rules, custodian bool) error {
-		if p.Version != 0 && !version || p.Rules != nil && !rules || p.Custodian != nil && !custodian {
-			return kms.Errorf(kms.Invalid, "the parameters are not those of action %q", a)
-		}
-		return nil
-	}
-	switch a {
+// parameters encodes the parameters of a proposal's action and refuses those that
+// the action does not have.
+func parameters(st *state.State, p approval.Proposal, q wire.ProposalParameters) ([]byte, error) {
+	var only wire.ProposalParameters // what the action may have
+	var encoded []byte
+	switch p.Action {
 	case kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
-		return canon.Marshal(approval.VersionParams{Version: p.Version}), extra(true, false, false)
+		only.Version = q.Version
+		encoded = canon.Marshal(approval.VersionParams{Version: q.Version})
 	case kms.ActionPolicy:
-		rules := make([]approval.Rule, len(p.Rules))
-		for i, r := range p.Rules {
-			rules[i] = ruleFromWire(r)
-		}
-		slices.SortFunc(rules, func(a, b approval.Rule) int { return strings.Compare(string(a.Action), string(b.Action)) })
-		return canon.Marshal(approval.PolicyParams{Rules: rules}), extra(false, true, false)
+		only.Rules, only.Attested = q.Rules, q.Attested
+		encoded = canon.Marshal(policyParams(st, p, q))
 	case kms.ActionCustodian:
-		if p.Custodian == nil {
+		if q.Custodian == nil {
 			return nil, kms.Errorf(kms.Invalid, "parameters.custodian is missing")
 		}
-		return canon.Marshal(approval.CustodianParams{Custodian: custodianFromWire(*p.Custodian)}), extra(false, false, true)
+		only.Custodian = q.Custodian
+		encoded = canon.Marshal(approval.CustodianParams{Custodian: custodianFromWire(*q.Custodian)})
+	case kms.ActionNode:
+		if q.Node == nil {
+			return nil, kms.Errorf(kms.Invalid, "parameters.node is missing")
+		}
+		only.Node = q.Node
+		encoded = canon.Marshal(nextRootFromWire(*q.Node))
 	}
-	return nil, extra(false, false, false)
+	if !reflect.DeepEqual(q, only) {
+		return nil, kms.Errorf(kms.Invalid, "the parameters are not those of action %q", p.Action)
+	}
+	return encoded, nil
+}
+
+// policyParams are the parameters of the action policy. Whether the hardware must
+// be attested stays as it is where the request says nothing.
+func policyParams(st *state.State, p approval.Proposal, q wire.ProposalParameters) approval.PolicyParams {
+	rules := make([]approval.Rule, len(q.Rules))
+	for i, r := range q.Rules {
+		rules[i] = ruleFromWire(r)
+	}
+	slices.SortFunc(rules, func(a, b approval.Rule) int { return strings.Compare(string(a.Action), string(b.Action)) })
+	params := approval.PolicyParams{Rules: rules}
+	if _, name, err := approval.ParseTarget(p.Target); err == nil {
+		now, _ := st.Policy(name)
+		params.Attested = now.Attested
+	}
+	if q.Attested != nil {
+		params.Attested = *q.Attested
+	}
+	return params
+}
+
+func nextRootFromWire(n wire.NextRoot) approval.NodeParams {
+	r := n.Root
+	return approval.NodeParams{
+		Root: approval.NodeRoot{
+			Suite: r.Suite, Agreement: r.Agreement, SigningSuite: r.SigningSuite, Signing: r.Signing, Device: r.Device,
+			ImportKind: r.ImportKind, Import: r.Import, Attestation: r.Attestation,
+		},
+		Possession: n.Possession, Leave: n.Leave,
+	}
 }
 
 func ruleFromWire(r wire.Rule) approval.Rule {

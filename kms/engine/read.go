@@ -3,8 +3,10 @@ package engine
 import (
 	"context"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/wire"
@@ -69,7 +71,7 @@ func (e *Engine) deviceAnswers(ctx context.Context) error {
 func (e *Engine) Ready(ctx context.Context) wire.Ready {
 	var why []string
 	if err := e.deviceAnswers(ctx); err != nil {
-		why = append(why, "the device does not answer")
+		why = append(why, "the device does not answer: "+cause(err))
 	}
 	if age := e.cluster.Fresh(); age > readyStaleness {
 		why = append(why, cutOff(age))
@@ -78,6 +80,25 @@ func (e *Engine) Ready(ctx context.Context) wire.Ready {
 		why = append(why, "the access log could not be written, so every request is refused: free or repair the disk, then restart the node")
 	}
 	return wire.Ready{Ready: len(why) == 0, Reasons: why}
+}
+
+// maxCause is the longest text of a cause in bytes.
+const maxCause = 300
+
+// cause is what a device says of its failure, as text that may be shown: one line
+// of visible characters. Errors of devices carry no secrets.
+func cause(err error) string {
+	text := strings.ToValidUTF8(err.Error(), "?")
+	text = strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, text)
+	if len(text) > maxCause {
+		text = strings.ToValidUTF8(text[:maxCause], "") + " ..."
+	}
+	return text
 }
 
 func cutOff(age time.Duration) string {

@@ -188,9 +188,6 @@ func exported(u *use, it *item, q wire.ExportRequest) (*secret.Bytes, string, er
 	if (len(q.Wrapped) > 0) == (q.Version > 0) {
 		return nil, "", kms.Errorf(kms.Invalid, "give either wrapped or version")
 	}
-	if u.ring.Protection != kms.Software {
-		return nil, "", kms.Errorf(kms.Conflict, "keys of keyring %s have protection %s and never leave the device", u.ring.Name, u.ring.Protection)
-	}
 	if len(q.Wrapped) > 0 {
 		p, err := open(u, it, q.Context, q.Wrapped)
 		if err != nil {
@@ -200,6 +197,9 @@ func exported(u *use, it *item, q wire.ExportRequest) (*secret.Bytes, string, er
 		return s, wire.ExportDataKey, err
 	}
 	it.version = q.Version
+	if u.ring.Protection == kms.Hardware {
+		return nil, "", keyring.ErrNoExport
+	}
 	m, err := u.material(q.Version)
 	if err != nil {
 		return nil, "", err

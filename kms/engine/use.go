@@ -178,20 +178,49 @@ func (u *use) primaryMaterial() (*keyring.Material, uint32, error) {
 	return h, n, err
 }
 
-// reference says where a version's material is and finds the copy of its KEK
-// that is sealed to this node. Without such a copy the answer is kms.NotResident.
+// reference says where a version's material is and finds the copy that is sealed
+// to this node: of its KEK, or with protection hardware of the version itself.
+// Without such a copy the answer is kms.NotResident.
 func (e *Engine) reference(st *state.State, ring *state.Keyring, key *state.Key, id kms.KeyID, v state.Version) (keyring.KeyRef, []byte, error) {
-	binding, sealed, err := e.sealedKEK(st, ring, v.KEK)
-	if err != nil {
-		return keyring.KeyRef{}, nil, err
-	}
-	return keyring.KeyRef{
+	ref := keyring.KeyRef{
 		KeyBinding: keyring.KeyBinding{
-			Cluster: binding.Cluster, Keyring: ring.Name, KEK: v.KEK, KeyID: id, Version: v.Version,
+			Cluster: st.Cluster(), Keyring: ring.Name, KEK: v.KEK, KeyID: id, Version: v.Version,
 			Algorithm: key.Algorithm, Purpose: key.Purpose,
 		},
 		Node: e.node, Protection: ring.Protection, Wrapped: v.Wrapped,
-	}, sealed, nil
+	}
+	if ring.Protection == kms.Hardware {
+		sealed, err := e.ownCopy(st, ring, v.Copies)
+		return ref, sealed, err
+	}
+	_, sealed, err := e.sealedKEK(st, ring, v.KEK)
+	return ref, sealed, err
+}
+
+// storedVersion is a version as this node can open it.
+type storedVersion struct {
+	key     state.Key
+	version state.Version
+	ref     keyring.KeyRef
+	sealed  []byte
+}
+
+// stored finds a version that is named, and its reference.
+func (e *Engine) stored(st *state.State, p state.Pending) (s storedVersion, err error) {
+	kr, ok := st.Keyring(p.Keyring)
+	if !ok {
+		return s, noKeyring(p.Keyring)
+	}
+	if s.key, ok = st.Key(p.Keyring, p.Key); !ok {
+		return s, noKey(p.Keyring, p.Key)
+	}
+	if s.version, ok = st.Version(p.Keyring, p.Key, p.Version); !ok {
+		return s, kms.Errorf(kms.NotFound, "key %s has no version %d", kms.KeyPath(p.Keyring, p.Key), p.Version)
+	}
+	var id kms.KeyID
+	copy(id[:], s.key.ID)
+	s.ref, s.sealed, err = e.reference(st, &kr, &s.key, id, s.version)
+	return s, err
 }
 
 // sealedKEK finds the copy of a KEK that is sealed to this node.
@@ -200,13 +229,31 @@ func (e *Engine) sealedKEK(st *state.State, ring *state.Keyring, version uint32)
 	if !ok {
 		return keyring.KEKBinding{}, nil, kms.Errorf(kms.Internal, "keyring %s has no KEK version %d", ring.Name, version)
 	}
-	i := slices.IndexFunc(k.Copies, func(c state.SealedCopy) bool { return c.Node == e.node })
-	if i < 0 {
-		return keyring.KEKBinding{}, nil, e.notResident(st, ring.Name, ring.Residency)
-	}
+	sealed, err := e.ownCopy(st, ring, k.Copies)
 	return keyring.KEKBinding{
 		Cluster: st.Cluster(), Keyring: ring.Name, Version: version, Node: e.node, Protection: ring.Protection,
-	}, k.Copies[i].Sealed, nil
+	}, sealed, err
+}
+
+// ownCopy finds the copy that is sealed to this node's present hardware root,
+// which must be the one in use here.
+func (e *Engine) ownCopy(st *state.State, ring *state.Keyring, copies []state.SealedCopy) ([]byte, error) {
+	n, _ := st.Node(e.node)
+	own := func(c state.SealedCopy) bool { return c.Node == e.node && c.Root == n.Root }
+	i := slices.IndexFunc(copies, own)
+	switch {
+	case i < 0 && st.Resident(ring.Name, e.node):
+		return nil, &kms.Error{Kind: kms.NotResident,
+			Msg: fmt.Sprintf("node %s has no copy of this version for its present hardware root: the key could not be moved when the root was replaced", e.node),
+			Fix: "send the request to another node of keyring " + ring.Name + "; rotate the key so that this node has its next version"}
+	case i < 0:
+		return nil, e.notResident(st, ring.Name, ring.Residency)
+	case !bytes.Equal(n.Agreement, e.agreement):
+		return nil, &kms.Error{Kind: kms.Unavailable,
+			Msg: fmt.Sprintf("node %s does not run on the hardware root that the cluster knows: the root is being replaced, or this node has not caught up", e.node),
+			Fix: "use another node, or try again in a moment"}
+	}
+	return copies[i].Sealed, nil
 }
 
 // notResident says where the thing can be done.

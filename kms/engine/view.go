@@ -22,18 +22,6 @@ func at(ms int64) time.Time {
 	return time.UnixMilli(ms).UTC()
 }
 
-func nodeView(st *state.State, n state.Node) wire.Node {
-	v := wire.Node{
-		ID: n.ID, Site: n.Site, Address: n.Address, API: n.API,
-		Suite: pqc.SuiteID(n.Suite).String(), Agreement: n.Agreement,
-		SigningSuite: pqc.SuiteID(n.SigningSuite).String(), Signing: n.Signing, Device: n.Device, Voter: n.Voter,
-	}
-	if s, ok := st.NodeStatus(n.ID); ok {
-		v.LastHeard = at(s.Time)
-	}
-	return v
-}
-
 func siteView(st *state.State, s state.Site) wire.Site {
 	v := wire.Site{ID: s.ID, TrustDomain: s.TrustDomain, CAs: s.CAs, Nodes: []string{}}
 	for _, n := range st.NodesOf(s.ID) {
@@ -54,10 +42,13 @@ func custodianView(c approval.Custodian) wire.Custodian {
 }
 
 func policyView(p approval.Policy) wire.Policy {
-	v := wire.Policy{Name: p.Name, Revision: p.Revision, Rules: []wire.Rule{}}
+	v := wire.Policy{Name: p.Name, Revision: p.Revision, Rules: []wire.Rule{}, Attested: p.Attested}
 	for _, r := range p.Rules {
 		v.Rules = append(v.Rules, ruleView(r))
 		v.Summary = append(v.Summary, ruleSentence(r))
+	}
+	if p.Attested {
+		v.Summary = append(v.Summary, "keyrings under it: the hardware of every resident node must be attested")
 	}
 	return v
 }
@@ -132,7 +123,7 @@ func (e *Engine) keyView(st *state.State, k state.Key, versions bool) wire.Key {
 	id := kms.KeyID{}
 	copy(id[:], k.ID)
 	v := wire.Key{
-		Keyring: k.Keyring, Name: k.Name, ID: id.String(), Purpose: string(k.Purpose), Algorithm: string(k.Algorithm),
+		Keyring: k.Keyring, Name: k.Name, ID: id.String(), Purpose: string(k.Purpose), Algorithm: string(k.Algorithm), Protection: protectionOf(st, k),
 		Suspended: k.Suspended, Primary: k.Primary, Latest: k.Latest, RotationPeriodMS: k.RotationPeriod,
 		Created: at(k.Created), Rotated: at(k.Rotated), Creator: k.Creator, Revision: k.Revision,
 	}
@@ -154,6 +145,12 @@ func (e *Engine) keyView(st *state.State, k state.Key, versions bool) wire.Key {
 	return v
 }
 
+// protectionOf is the protection level of a key's keyring.
+func protectionOf(st *state.State, k state.Key) string {
+	kr, _ := st.Keyring(k.Keyring)
+	return string(kr.Protection)
+}
+
 // rotationDue returns when a key's rotation is due, Unix milliseconds, 0 for a
 // key that is rotated on request only.
 func rotationDue(k state.Key) int64 {
@@ -166,16 +163,30 @@ func rotationDue(k state.Key) int64 {
 func versionView(st *state.State, k state.Key, v state.Version) wire.KeyVersion {
 	out := wire.KeyVersion{
 		Version: v.Version, State: string(v.State), Primary: v.Version == k.Primary, KEK: v.KEK, PublicKey: v.PublicKey,
-		Created: at(v.Created), Activated: at(v.Activated), Proposal: v.Proposal,
+		Created: at(v.Created), Activated: at(v.Activated), Proposal: v.Proposal, Generated: string(v.Generated),
 	}
-	for _, c := range v.Checks {
-		r := wire.Receipt{Node: c.Node, Received: slices.ContainsFunc(v.Receipts, func(r state.Receipt) bool { return r.Node == c.Node })}
-		if n, ok := st.Node(c.Node); ok {
-			r.Site = n.Site
-		}
-		out.Receipts = append(out.Receipts, r)
+	for _, n := range receiptsFrom(st, k, v) {
+		out.Receipts = append(out.Receipts, wire.Receipt{Node: n.ID, Site: n.Site,
+			Received: slices.ContainsFunc(v.Receipts, func(r state.Receipt) bool { return r.Node == n.ID })})
 	}
 	return out
+}
+
+// receiptsFrom returns the nodes whose receipts a version asks for: those that it
+// commits to check values for, or for a sign key of protection hardware, which
+// has none, all resident nodes.
+func receiptsFrom(st *state.State, k state.Key, v state.Version) (nodes []state.Node) {
+	if v.Proposal != "" && v.Generated != "" && k.Purpose == kms.Sign {
+		return st.ResidentNodes(k.Keyring)
+	}
+	for _, c := range v.Checks {
+		n, ok := st.Node(c.Node)
+		if !ok {
+			n.ID = c.Node
+		}
+		nodes = append(nodes, n)
+	}
+	return nodes
 }
 
 // proposalView shows a proposal decoded from the very bytes that are signed.
@@ -258,6 +269,7 @@ func contentView(p approval.Proposal) (wire.ProposalContent, error) {
 		for _, r := range x.Rules {
 			v.Parameters.Rules = append(v.Parameters.Rules, ruleView(r))
 		}
+		v.Parameters.Attested = &x.Attested
 	case kms.ActionCustodian:
 		x, err := p.CustodianParams()
 		if err != nil {
@@ -265,6 +277,12 @@ func contentView(p approval.Proposal) (wire.ProposalContent, error) {
 		}
 		c := custodianView(x.Custodian)
 		v.Parameters.Custodian = &c
+	case kms.ActionNode:
+		x, err := p.NodeParams()
+		if err != nil {
+			return v, err
+		}
+		v.Parameters.Node = &wire.NextRoot{Root: rootView(x.Root), Possession: x.Possession, Leave: x.Leave}
 	}
 	return v, nil
 }

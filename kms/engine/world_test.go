@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/conclave-kms/conclave/hsm"
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/approval"
 	"github.com/conclave-kms/conclave/kms/audit"
@@ -77,7 +78,9 @@ func newWorld(t testing.TB, access string) *world {
 		roots[n.id] = must(keyring.NewRoot(n.dev, pqc.MLKEM768P256, seed))
 		seed.Destroy()
 		w.nodes[n.id] = n
+		kind, public := n.dev.ImportKey()
 		g.Nodes = append(g.Nodes, state.Node{
+			Root: 1, Revision: 1, ImportKind: kind, Import: public,
 			ID: n.id, Site: site, Address: site + ".example:7000", API: "https://" + site + ".example:8443",
 			Suite: uint16(pqc.MLKEM768P256), Agreement: roots[n.id].PublicKey().Bytes(),
 			SigningSuite: uint16(pqc.ECDSAP256SHA256), Signing: must(n.dev.SigningKey().Bytes()),
@@ -104,6 +107,7 @@ func newWorld(t testing.TB, access string) *world {
 		n.engine = must(New(Config{
 			Node: id, Cluster: nodeCluster{w.cluster, n}, Cache: n.cache, Root: roots[id], Signer: n.dev, Device: n.dev,
 			Log: n.log, Now: w.clock.Now,
+			Importers: map[string]keyring.Importer{hsm.ImportKind: {WrapHMAC: hsm.WrapHMAC, WrapSigner: hsm.WrapSigner}},
 		}))
 	}
 	w.tick()
@@ -124,7 +128,7 @@ func testPolicies() []approval.Policy {
 		quorum(kms.ActionRotate, 2, 2), quorum(kms.ActionSuspend, 1, 1),
 	}}
 	governance := approval.Policy{Name: kms.Governance, Revision: 1, Rules: []approval.Rule{
-		quorum(kms.ActionCustodian, 3, 2), {Action: kms.ActionKeyring, Direct: []string{"operator"}}, quorum(kms.ActionPolicy, 3, 2),
+		quorum(kms.ActionCustodian, 3, 2), {Action: kms.ActionKeyring, Direct: []string{"operator"}}, quorum(kms.ActionNode, 2, 2), quorum(kms.ActionPolicy, 3, 2),
 	}}
 	return []approval.Policy{governance, standard}
 }

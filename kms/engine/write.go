@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/keyring"
@@ -65,27 +66,48 @@ func (a attempt) before(st *state.State) (state.Result, bool, error) {
 
 // submit signs a command with the node's device and proposes it.
 func (e *Engine) submit(ctx context.Context, a attempt, cmd state.Command) (state.Result, error) {
+	st, suite := e.cluster.State(), e.cfg.SigningSuite
+	if suite == 0 {
+		n, _ := st.Node(e.node)
+		suite = pqc.SuiteID(n.SigningSuite)
+	}
+	return origin{e.node, st.Cluster(), suite, e.cfg.Signer, e.now()}.submit(ctx, e.cluster, a, cmd)
+}
+
+// origin is a node as the sender of commands.
+type origin struct {
+	node, clusterID string
+	suite           pqc.SuiteID // of signer
+	signer          Signer
+	now             time.Time
+}
+
+// submit signs a command and proposes it.
+func (o origin) submit(ctx context.Context, c Cluster, a attempt, cmd state.Command) (state.Result, error) {
 	env := state.NewEnvelope(cmd)
-	env.Cluster, env.Origin, env.Time = e.cluster.State().Cluster(), e.node, e.now().UnixMilli()
+	env.Cluster, env.Origin, env.Time = o.clusterID, o.node, o.now.UnixMilli()
 	env.Nonce = make([]byte, state.NonceSize)
 	_, _ = rand.Read(env.Nonce) // never fails: it ends the process instead
 	env.Expect = a.expect
 	env.Principal, env.Idempotency, env.Request = a.principal, a.idempotency, a.hash
 	b := env.Marshal()
-	digest, err := pqc.Digest(e.suite, b, []byte(state.CommandContext))
+	digest, err := pqc.Digest(o.suite, b, []byte(state.CommandContext))
 	if err != nil {
 		return state.Result{}, kms.Wrap(kms.Internal, err, "the command cannot be signed", "")
 	}
-	sig, err := e.cfg.Signer.Sign(ctx, digest)
+	sig, err := o.signer.Sign(ctx, digest)
 	if err != nil {
-		return state.Result{}, kms.Wrap(kms.Unavailable, err, "the node's device did not sign the command", "try again, or use another node")
+		return state.Result{}, kms.Wrap(kms.Unavailable, err, "the node's device did not sign the command", deviceFix)
 	}
-	res, err := e.cluster.Propose(ctx, state.Join(b, sig))
+	res, err := c.Propose(ctx, state.Join(b, sig))
 	if err != nil {
 		return res, err
 	}
 	return res, res.Err()
 }
+
+// deviceFix is what a caller can do about a device that failed.
+const deviceFix = "try again, or use another node; GET /v1/ready of this one names the cause"
 
 // write makes a change once: a repetition of it returns the first outcome.
 func (e *Engine) write(ctx context.Context, st *state.State, rq *request, q any, f func(attempt) (state.Result, error)) (state.Result, error) {
@@ -99,9 +121,9 @@ func (e *Engine) write(ctx context.Context, st *state.State, rq *request, q any,
 	return f(a)
 }
 
-// CreateKeyring makes a keyring with its first KEK, sealed to every node of the
-// residency. It has to be asked of a node of the residency: whoever makes a KEK
-// has seen it. Errors: kms.Invalid, kms.Exists, kms.Denied, kms.NotResident, and
+// CreateKeyring makes a keyring, with protection software with its first KEK,
+// sealed to every node of the residency. It has to be asked of a node of the
+// residency: whoever makes a KEK has seen it. Errors: kms.Invalid, kms.Exists, kms.Denied, kms.NotResident, and
 // those of every write: kms.Unavailable, kms.Unknown, kms.Conflict.
 func (e *Engine) CreateKeyring(ctx context.Context, c Caller, q wire.CreateKeyringRequest) (wire.Keyring, error) {
 	rq := &request{caller: c, act: ActCreateKeyring, about: aboutName("keyring", q.Name)}
@@ -141,11 +163,9 @@ func (e *Engine) newKeyring(ctx context.Context, st *state.State, q wire.CreateK
 	switch cmd.Protection {
 	case "":
 		cmd.Protection = kms.Software
-	case kms.Software:
-	case kms.Hardware:
-		return cmd, &kms.Error{Kind: kms.Invalid, Msg: "protection hardware is not offered by this version", Fix: "use protection software"}
+	case kms.Software, kms.Hardware:
 	default:
-		return cmd, kms.Errorf(kms.Invalid, "protection %q is not known", q.Protection)
+		return cmd, kms.Errorf(kms.Invalid, "protection %q is none of %s, %s", q.Protection, kms.Software, kms.Hardware)
 	}
 	if cmd.Receipts == "" {
 		cmd.Receipts = kms.EveryNode
@@ -156,6 +176,9 @@ func (e *Engine) newKeyring(ctx context.Context, st *state.State, q wire.CreateK
 	nodes, err := e.recipients(st, q.Name, cmd.Residency)
 	if err != nil {
 		return cmd, err
+	}
+	if cmd.Protection == kms.Hardware {
+		return cmd, keyring.CheckResidents(residents(nodes)) // it has no KEK
 	}
 	cmd.Copies, cmd.Checks, err = e.newKEK(ctx, keyring.KEKBinding{
 		Cluster: st.Cluster(), Keyring: q.Name, Version: 1, Protection: cmd.Protection,
@@ -215,7 +238,7 @@ func (e *Engine) newKEK(ctx context.Context, b keyring.KEKBinding, nodes []state
 	}
 	copies := make([]state.SealedCopy, len(sealed))
 	for i, s := range sealed {
-		copies[i] = state.SealedCopy{Node: s.Node, Sealed: s.Sealed}
+		copies[i] = state.SealedCopy{Node: s.Node, Root: rootOf(nodes, s.Node), Sealed: s.Sealed}
 	}
 	return copies, checksOf(nodes, kek, b.Cluster, b.Keyring, kekID, b.Version), nil
 }
@@ -291,20 +314,26 @@ func (e *Engine) newKey(ctx context.Context, st *state.State, ring string, q wir
 	v, err := e.newVersion(ctx, st, kr, keyring.KeyBinding{
 		Cluster: st.Cluster(), Keyring: ring, KEK: kr.KEK, KeyID: id, Version: 1, Algorithm: cmd.Algorithm, Purpose: cmd.Purpose,
 	}, nil)
-	cmd.Wrapped, cmd.PublicKey = v.wrapped, v.public
+	cmd.Wrapped, cmd.Copies, cmd.Generated, cmd.PublicKey = v.wrapped, v.copies, v.generated, v.public
 	return cmd, err
 }
 
 // newMaterial is a new key version as it goes into a command.
 type newMaterial struct {
-	wrapped []byte
-	public  []byte
-	checks  []state.Check
+	wrapped   []byte             // protection software
+	copies    []state.SealedCopy // protection hardware
+	generated kms.Generated      // protection hardware
+	public    []byte
+	checks    []state.Check
 }
 
-// newVersion generates material, wraps it under the keyring's KEK, and commits
-// to the check values of the nodes given.
+// newVersion generates material, wraps it under the keyring's KEK or for the
+// devices of the resident nodes, and commits to the check values of the nodes
+// given.
 func (e *Engine) newVersion(ctx context.Context, st *state.State, kr state.Keyring, b keyring.KeyBinding, nodes []state.Node) (v newMaterial, err error) {
+	if kr.Protection == kms.Hardware {
+		return e.newDeviceVersion(ctx, st, kr, b, nodes)
+	}
 	kb, sealed, err := e.sealedKEK(st, &kr, b.KEK)
 	if err != nil {
 		return v, err

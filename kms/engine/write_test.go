@@ -95,7 +95,6 @@ func TestCreateKeyringRefuses(t *testing.T) {
 		"twice a site":   {func(q *wire.CreateKeyringRequest) { q.Residency = []string{"fr", "fr"} }, kms.Invalid},
 		"unknown site":   {func(q *wire.CreateKeyringRequest) { q.Residency = []string{"fr", "us"} }, kms.Invalid},
 		"elsewhere":      {func(q *wire.CreateKeyringRequest) { q.Residency = []string{"de", "jp"} }, kms.NotResident},
-		"hardware":       {func(q *wire.CreateKeyringRequest) { q.Protection = "hardware" }, kms.Invalid},
 		"protection":     {func(q *wire.CreateKeyringRequest) { q.Protection = "magic" }, kms.Invalid},
 		"unknown policy": {func(q *wire.CreateKeyringRequest) { q.Policy = "none" }, kms.NotFound},
 		"receipts":       {func(q *wire.CreateKeyringRequest) { q.Receipts = "none" }, kms.Invalid},

@@ -17,8 +17,8 @@ import (
 // Importer of its kind does. The functions that a load returns are safe for
 // concurrent use and load the key again by themselves when the device has lost
 // it; unload may be called more than once. An error in whose chain a method
-// Invalid() bool returns true says that the blob does not open; any other, that
-// the device failed.
+// Invalid() bool returns true says that the blob does not open, one with
+// Unsupported() bool that the device cannot do that; any other, that it failed.
 type Hardware interface {
 	// LoadHMAC loads a key of HMAC-SHA-256. mac takes messages of up to
 	// MaxDeviceMAC bytes and returns 32.
@@ -29,8 +29,8 @@ type Hardware interface {
 }
 
 // Generator is a Hardware that makes keys inside itself and wraps them there for
-// other devices of its own import kind, itself among them. What it returns
-// beside the blobs is as of Hardware.
+// other devices of its own import kind, itself among them. What it returns is as
+// of Hardware.
 type Generator interface {
 	// Generates says which of the two work.
 	Generates() (hmac, signer bool)
@@ -40,8 +40,7 @@ type Generator interface {
 }
 
 // Rewrapper is a Hardware that wraps a key, given as its own blob, for another
-// device of its import kind, without the key leaving it. An error in whose chain
-// a method Unsupported() bool returns true says that it cannot.
+// device of its import kind, without the key leaving it.
 type Rewrapper interface {
 	Rewrap(ctx context.Context, blob, recipient []byte) ([]byte, error)
 }
@@ -64,6 +63,12 @@ const deviceFix = "try again, or use another node; what this one says of its rea
 // deviceError is kms.Unavailable with what the device did not do.
 func deviceError(err error, what string) error {
 	return kms.Wrap(kms.Unavailable, err, "the device of this node did not "+what, deviceFix)
+}
+
+// unsupported reports whether a device says that it cannot do a thing at all.
+func unsupported(err error) bool {
+	var cannot interface{ Unsupported() bool }
+	return errors.As(err, &cannot) && cannot.Unsupported()
 }
 
 // loadError is deviceError, but kms.ErrOpen for a blob that does not open.
@@ -170,21 +175,4 @@ func derSignature(raw []byte) ([]byte, error) {
 		return nil, kms.Wrap(kms.Internal, err, "the signature cannot be encoded", "")
 	}
 	return der, nil
-}
-
-// VerifyReceipt checks a signature by SignReceipt: raw r‖s over message
-// (kms.ReceiptMessage) under the public key of an ECDSA algorithm. Errors as of
-// Verify.
-func VerifyReceipt(a kms.Algorithm, publicKey, message, raw []byte) error {
-	if a != kms.ECDSAP256 && a != kms.ECDSAP384 {
-		return kms.Errorf(kms.Invalid, "algorithm %q signs no receipts", string(a))
-	}
-	if len(raw) != 2*materialSize(a) {
-		return errSignature
-	}
-	der, err := derSignature(raw)
-	if err != nil {
-		return err
-	}
-	return Verify(a, publicKey, message, der)
 }

@@ -8,7 +8,6 @@ import (
 	"crypto/mlkem"
 	"errors"
 	"fmt"
-	"slices"
 	"testing"
 
 	"github.com/conclave-kms/conclave/hsm"
@@ -111,12 +110,12 @@ func TestHardwareVersions(t *testing.T) {
 						raw := must[[]byte](t)(m.SignReceipt(bg, "fr-1"))
 						b := deviceBinding(a)
 						message := kms.ReceiptMessage(b.Cluster, b.Keyring, b.KeyID, b.Version, "fr-1")
-						if err := VerifyReceipt(a, v.Public, message, raw); err != nil {
+						if err := kms.VerifyReceipt(a, v.Public, message, raw); err != nil {
 							t.Error(err)
 						}
 						raw[3] ^= 1
-						wantKind(t, "an altered receipt", VerifyReceipt(a, v.Public, message, raw), kms.BadSignature)
-						wantKind(t, "a short receipt", VerifyReceipt(a, v.Public, message, raw[1:]), kms.BadSignature)
+						wantKind(t, "an altered receipt", kms.VerifyReceipt(a, v.Public, message, raw), kms.BadSignature)
+						wantKind(t, "a short receipt", kms.VerifyReceipt(a, v.Public, message, raw[1:]), kms.BadSignature)
 					}
 				}
 				if purposeOf(a) != kms.Sign {
@@ -328,12 +327,22 @@ func TestMakeVersionRefuses(t *testing.T) {
 	if _, err := p.fr.MakeVersion(bg, "fr-1", p.frDev, importers, b, p.residents()); !errors.Is(err, errBroken) {
 		t.Errorf("generation fell back to the host, or: %v", err)
 	}
+	p.frDev.Fail(func(op string) error {
+		if op == fakedevice.OpGenerate {
+			return cannotDo{errBroken} // for these recipients
+		}
+		return nil
+	})
+	v := p.makeVersion(t, kms.AES256GCM)
+	if v.Generated != kms.OnHost {
+		t.Errorf("generated %s", v.Generated)
+	}
 }
 
-// unsupported is what a device says of what it cannot do at all.
-type unsupported struct{ error }
+// cannotDo is what a device says of what it cannot do at all.
+type cannotDo struct{ error }
 
-func (unsupported) Unsupported() bool { return true }
+func (cannotDo) Unsupported() bool { return true }
 
 func TestRewrapVersion(t *testing.T) {
 	p := newPair(t)
@@ -362,7 +371,7 @@ func TestRewrapVersion(t *testing.T) {
 	}
 	p.frDev.Fail(func(op string) error {
 		if op == fakedevice.OpRewrap {
-			return unsupported{errBroken}
+			return cannotDo{errBroken}
 		}
 		return nil
 	})
@@ -398,13 +407,6 @@ func TestDeviceWithoutHardware(t *testing.T) {
 	if _, err := r.RewrapVersion(bg, b, "fr-1", v.Copies[0].Sealed, recipient("de-1", r), nil); err != ErrCannotRewrap {
 		t.Errorf("rewrap: %v", err)
 	}
-}
-
-func TestReceiptsNeedECDSA(t *testing.T) {
-	if slices.Contains(deviceAlgorithms, kms.Ed25519) {
-		t.Fatal("the list is wrong")
-	}
-	wantKind(t, "ed25519", VerifyReceipt(kms.Ed25519, make([]byte, 32), nil, make([]byte, 64)), kms.Invalid)
 }
 
 func TestDeviceCheckKnownAnswers(t *testing.T) {

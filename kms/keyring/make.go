@@ -25,15 +25,14 @@ type NewVersion struct {
 
 // MakeVersion makes a key version of protection hardware for the devices of the
 // residents, of which this node must be one. Where every device is of the import
-// kind of this node's, which generates such keys and wraps them, the key never
-// leaves it. Else the key is made in locked memory from the device's and the
-// system's randomness and wrapped by importers, by import kind; destroying the
-// Material wipes it.
+// kind of this node's, and that can generate such keys and wrap them for the
+// others, the key never leaves it. Else the key is made in locked memory from the
+// device's and the system's randomness and wrapped by importers, by import kind;
+// destroying the Material wipes it.
 //
 // Errors: kms.Invalid for a binding that cannot be, a node without an import
 // kind, or with one that there is no importer of; kms.Unavailable for a device
-// that fails. A device that says that it generates and then fails is never
-// replaced by the other way.
+// that fails: only one that says that it cannot is replaced by the other way.
 func (r *Root) MakeVersion(ctx context.Context, node string, random Random, importers map[string]Importer, b KeyBinding, residents []Resident) (*NewVersion, error) {
 	if err := b.validate(kms.Hardware); err != nil {
 		return nil, err
@@ -49,9 +48,11 @@ func (r *Root) MakeVersion(ctx context.Context, node string, random Random, impo
 	var v *NewVersion
 	var blobs [][]byte
 	var err error
-	if gen := r.generator(b.Purpose); gen != nil && sameKind(residents, residents[own].ImportKind) {
+	gen := r.generator(b.Purpose)
+	if gen != nil && sameKind(residents, residents[own].ImportKind) {
 		v, blobs, err = generateInDevice(ctx, gen, b, residents)
-	} else {
+	}
+	if v == nil && (err == nil || unsupported(err)) {
 		v, blobs, err = generateOnHost(ctx, random, importers, b, residents)
 	}
 	if err != nil {

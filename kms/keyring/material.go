@@ -168,7 +168,7 @@ func (m *Material) Sign(ctx context.Context, message []byte) ([]byte, error) {
 // kms.Unavailable when no memory can be locked.
 func (m *Material) Export() (*secret.Bytes, error) {
 	if m.protection != kms.Software {
-		return nil, errNoExport
+		return nil, ErrNoExport
 	}
 	if m.bytes.Len() == 0 {
 		return nil, errDestroyed
@@ -181,8 +181,8 @@ func (m *Material) Export() (*secret.Bytes, error) {
 	return s, nil
 }
 
-// errNoExport is the answer to every export of a key of protection hardware.
-var errNoExport error = &kms.Error{Kind: kms.Invalid, Msg: "keys of protection hardware are usable in the devices of their nodes alone and cannot be exported",
+// ErrNoExport is the answer to every export of a key of protection hardware.
+var ErrNoExport error = &kms.Error{Kind: kms.Invalid, Msg: "keys of protection hardware are usable in the devices of their nodes alone and cannot be exported",
 	Fix: "have data keys wrapped instead, or keep keys that must leave in a keyring of protection software"}
 
 // CheckValue returns the 32-byte check value of the key version for node: that

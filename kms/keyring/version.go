@@ -107,9 +107,8 @@ func (r *Root) RewrapVersion(ctx context.Context, b KeyBinding, node string, sea
 		return nil, err
 	}
 	moved, err := rw.Rewrap(ctx, blob, device)
-	var cannot interface{ Unsupported() bool }
 	switch {
-	case errors.As(err, &cannot) && cannot.Unsupported():
+	case unsupported(err):
 		return nil, ErrCannotRewrap
 	case err != nil:
 		return nil, loadError(err)

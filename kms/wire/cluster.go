@@ -79,6 +79,24 @@ type Node struct {
 	Device       string    `json:"device"`  // what the node claims its hardware is
 	Voter        bool      `json:"voter"`
 	LastHeard    time.Time `json:"last_heard,omitzero"` // latest time that the node has signed
+
+	Root        uint32     `json:"root"`                  // number of its hardware root, 1 at the founding
+	ImportKind  string     `json:"import_kind,omitempty"` // how others wrap keys for its device
+	Protections []string   `json:"protections"`           // levels that keyrings resident at it can have
+	Attested    bool       `json:"attested"`              // the device was proven to be what it says, and to hold the root's keys
+	Proven      []string   `json:"proven,omitempty"`      // what of the hardware was proven, a sentence each
+	Claimed     []string   `json:"claimed,omitempty"`     // what the node only says
+	Replacing   *Replacing `json:"replacing,omitempty"`   // the hardware root that it is to have next
+}
+
+// Replacing is how far the replacement of a node's hardware root has come.
+type Replacing struct {
+	Root     uint32 `json:"root"`           // number of the next root
+	Device   string `json:"device"`         // what its hardware is said to be
+	Proposal string `json:"proposal"`       // that approved it
+	Sealed   int    `json:"sealed"`         // copies of keys that are sealed to it
+	Missing  int    `json:"missing"`        // copies that other nodes have still to seal to it
+	Note     string `json:"note,omitempty"` // what hinders it
 }
 
 // Sites answers GET /v1/sites.
@@ -129,6 +147,7 @@ type Policy struct {
 	Revision uint64   `json:"revision"`
 	Rules    []Rule   `json:"rules"`             // sorted by action
 	Summary  []string `json:"summary,omitempty"` // each rule as a sentence
+	Attested bool     `json:"attested"`          // keyrings under it need attested hardware at every resident node
 }
 
 // Rule says who may let an action happen: either direct or a quorum. Field for

@@ -16,7 +16,7 @@ type Keyring struct {
 	Receipts       string    `json:"receipts"`   // every-node or every-site
 	MaxStalenessMS int64     `json:"max_staleness_ms"`
 	Survive        bool      `json:"survive"` // beyond MaxStaleness go on with decrypt and verify
-	KEK            uint32    `json:"kek"`     // version of the key-encryption key
+	KEK            uint32    `json:"kek"`     // version of the key-encryption key; 0 with protection hardware, which has none
 	Keys           int       `json:"keys"`    // how many
 	Nodes          []NodeAPI `json:"nodes"`   // that can open it
 	Resident       bool      `json:"resident"`
@@ -36,7 +36,7 @@ type NodeAPI struct {
 type CreateKeyringRequest struct {
 	Name           string   `json:"name"`
 	Residency      []string `json:"residency"`                  // site ids, any order, at least one
-	Protection     string   `json:"protection,omitempty"`       // default "software"
+	Protection     string   `json:"protection,omitempty"`       // software (default) or hardware
 	Policy         string   `json:"policy"`                     // name of an existing policy
 	Receipts       string   `json:"receipts,omitempty"`         // default "every-node"
 	MaxStalenessMS int64    `json:"max_staleness_ms,omitempty"` // default 30000
@@ -55,6 +55,7 @@ type Key struct {
 	ID               string       `json:"id"` // 32 hexadecimal digits, part of every ciphertext
 	Purpose          string       `json:"purpose"`
 	Algorithm        string       `json:"algorithm"`
+	Protection       string       `json:"protection"` // of its keyring: software or hardware
 	Suspended        bool         `json:"suspended"`
 	Primary          uint32       `json:"primary"` // version that new operations use, 0 when none
 	Latest           uint32       `json:"latest"`  // highest version number given
@@ -74,7 +75,8 @@ type KeyVersion struct {
 	Version   uint32    `json:"version"`
 	State     string    `json:"state"` // SP 800-57 state
 	Primary   bool      `json:"primary,omitempty"`
-	KEK       uint32    `json:"kek"`                  // version of the KEK that wraps it
+	KEK       uint32    `json:"kek"`                  // version of the KEK that wraps it; 0 with protection hardware
+	Generated string    `json:"generated,omitempty"`  // protection hardware: device (inside it) or host (wrapped for the devices, then wiped)
 	PublicKey []byte    `json:"public_key,omitempty"` // sign keys: SEC1 uncompressed point or Ed25519 key
 	Created   time.Time `json:"created"`
 	Activated time.Time `json:"activated,omitzero"`

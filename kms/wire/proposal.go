@@ -10,8 +10,8 @@ type Proposals struct {
 // OpenProposalRequest is the body of POST /v1/proposals. The node adds the
 // present revisions of target and policy, the proposer and the times.
 type OpenProposalRequest struct {
-	Action      string             `json:"action"` // rotate, suspend, resume, deactivate, compromise, destroy, policy, custodian
-	Target      string             `json:"target"` // key/KEYRING/KEY, policy/NAME or custodian/ID
+	Action      string             `json:"action"` // rotate, suspend, resume, deactivate, compromise, destroy, policy, custodian, node
+	Target      string             `json:"target"` // key/KEYRING/KEY, policy/NAME, custodian/ID or node/ID
 	Parameters  ProposalParameters `json:"parameters,omitzero"`
 	Reason      string             `json:"reason"`                  // 1 to MaxReason bytes
 	ExpiresInMS int64              `json:"expires_in_ms,omitempty"` // default and most: the rule's lifetime
@@ -23,7 +23,31 @@ type OpenProposalRequest struct {
 type ProposalParameters struct {
 	Version   uint32     `json:"version,omitempty"`   // deactivate, compromise, destroy (0: the whole key)
 	Rules     []Rule     `json:"rules,omitempty"`     // policy
+	Attested  *bool      `json:"attested,omitempty"`  // policy: need attested hardware; when it is opened the default is what the policy says now
 	Custodian *Custodian `json:"custodian,omitempty"` // custodian
+	Node      *NextRoot  `json:"node,omitempty"`      // node
+}
+
+// NextRoot is the hardware root that a node is to have next.
+type NextRoot struct {
+	Root       NodeRoot `json:"root"`
+	Possession []byte   `json:"possession"`      // signature by the root's signing key that it is to be this node's root
+	Leave      bool     `json:"leave,omitempty"` // adopt it although keys of protection hardware could not be moved to it
+}
+
+// NodeRoot is the public half of a hardware root. Field for field it is
+// approval.NodeRoot, with the names of the suites.
+type NodeRoot struct {
+	Suite            uint16 `json:"suite"` // number of the KEM suite
+	SuiteName        string `json:"suite_name,omitempty"`
+	Agreement        []byte `json:"agreement"`
+	SigningSuite     uint16 `json:"signing_suite"`
+	SigningSuiteName string `json:"signing_suite_name,omitempty"`
+	Signing          []byte `json:"signing"` // SEC1 uncompressed point
+	Device           string `json:"device"`
+	ImportKind       string `json:"import_kind,omitempty"`
+	Import           []byte `json:"import,omitempty"`
+	Attestation      []byte `json:"attestation,omitempty"`
 }
 
 // Proposal is a proposal and where it stands.
