@@ -32,6 +32,8 @@ type Config struct {
 	Device  DeviceConfig  `toml:"device"`
 	Cache   CacheConfig   `toml:"cache"`
 	Log     LogConfig     `toml:"log"`
+
+	NextDevice *DeviceConfig `toml:"next_device"` // that takes the place of the device; see conclaved rekey
 }
 
 // TLSConfig names the node's certificate (URI SAN spiffe://TRUST-DOMAIN/node/NODE,
@@ -61,23 +63,6 @@ type APIConfig struct {
 	Listen        string `toml:"listen"`
 	Advertise     string `toml:"advertise"` // URL put into the node card; default: https://listen
 	RequireHybrid bool   `toml:"require_hybrid"`
-}
-
-// DeviceConfig says where the hardware root is.
-type DeviceConfig struct {
-	Type        string   `toml:"type"` // "pkcs11" or "tpm"
-	Curve       string   `toml:"curve"`
-	CallTimeout Duration `toml:"call_timeout"`
-
-	URI         string `toml:"uri"`          // pkcs11: RFC 7512, with pin-source
-	PINFD       int    `toml:"pin_fd"`       // pkcs11: inherited descriptor with the PIN, in place of the URI's pin-source
-	Label       string `toml:"label"`        // pkcs11: prefix of the device keys' labels; default "conclave"
-	SoftHSMConf string `toml:"softhsm_conf"` // pkcs11: SoftHSM's configuration file, for SoftHSM only
-
-	pin *secret.Bytes // from PINFD, which can be read once
-
-	Path     string `toml:"path"`      // tpm: /dev/tpmrm0 or unix:SOCKET
-	AuthFile string `toml:"auth_file"` // tpm: file of mode 0600 with the authorisation secret, or fd:N
 }
 
 // CacheConfig bounds the opened key material in locked memory.
@@ -116,9 +101,6 @@ func loadConfig(path string) (Config, error) {
 	c := Config{
 		Cache: CacheConfig{TTL: Duration{10 * time.Minute}, KEKs: 1024, Keys: 16384},
 		Log:   LogConfig{Level: "info", Format: "text"},
-		Device: DeviceConfig{
-			Curve: "P-384", CallTimeout: Duration{10 * time.Second},
-		},
 	}
 	b, err := os.ReadFile(path)
 	if err != nil {
@@ -128,16 +110,27 @@ func loadConfig(path string) (Config, error) {
 	if err := dec.Decode(&c); err != nil {
 		return c, positioned(path, err)
 	}
+	devices := map[string]*DeviceConfig{"device": &c.Device}
+	if c.NextDevice != nil {
+		devices["next_device"] = c.NextDevice
+	}
+	for _, d := range devices {
+		d.setDefaults()
+	}
 	if field, why := c.check(); field != "" {
 		return c, fmt.Errorf("%s:%d: %s: %s", path, lineOf(b, field), field, why)
 	}
-	if c.Device.PINFD != 0 {
-		if c.Device.pin, err = readDescriptor(c.Device.PINFD); err != nil {
-			return c, fmt.Errorf("%s:%d: device.pin_fd: %w", path, lineOf(b, "device.pin_fd"), err)
+	paths := []*string{&c.DataDir, &c.Genesis, &c.TLS.Certificate, &c.TLS.Key}
+	for table, d := range devices {
+		if d.PINFD != 0 {
+			if d.pin, err = readDescriptor(d.PINFD); err != nil {
+				return c, fmt.Errorf("%s:%d: %s.pin_fd: %w", path, lineOf(b, table+".pin_fd"), table, err)
+			}
 		}
+		paths = append(paths, d.paths()...)
 	}
 	dir := filepath.Dir(path)
-	for _, p := range []*string{&c.DataDir, &c.Genesis, &c.TLS.Certificate, &c.TLS.Key, &c.Device.SoftHSMConf, &c.Device.AuthFile} {
+	for _, p := range paths {
 		if *p != "" && !filepath.IsAbs(*p) && !strings.HasPrefix(*p, "fd:") {
 			*p = filepath.Join(dir, *p)
 		}
@@ -184,18 +177,6 @@ func (c *Config) check() (field, why string) {
 		{"tls.key", c.TLS.Key, "the key of the node's certificate (PEM)"},
 		{"cluster.listen", c.Cluster.Listen, "host:port for other nodes"},
 		{"api.listen", c.API.Listen, "host:port for clients"},
-		{"device.type", c.Device.Type, `"pkcs11" or "tpm"`},
-	}
-	switch c.Device.Type {
-	case "pkcs11":
-		required = append(required, struct{ name, value, what string }{"device.uri", c.Device.URI, "a PKCS#11 URI (RFC 7512) with module-path and pin-source"})
-	case "tpm":
-		required = append(required,
-			struct{ name, value, what string }{"device.path", c.Device.Path, "/dev/tpmrm0 or unix:SOCKET"},
-			struct{ name, value, what string }{"device.auth_file", c.Device.AuthFile, "a file of mode 0600 with the TPM's authorisation secret"})
-	case "":
-	default:
-		return "device.type", fmt.Sprintf("%q is not \"pkcs11\" or \"tpm\"", c.Device.Type)
 	}
 	for _, r := range required {
 		if r.value == "" {
@@ -213,8 +194,16 @@ func (c *Config) check() (field, why string) {
 			return l.section + ".listen", "it listens on every address, so advertise must say by which one others reach it"
 		}
 	}
-	if c.Device.Curve != "P-384" && c.Device.Curve != "P-256" {
-		return "device.curve", fmt.Sprintf("%q is not \"P-384\" or \"P-256\"", c.Device.Curve)
+	if field, why = c.Device.check("device"); field != "" {
+		return field, why
+	}
+	if c.NextDevice != nil {
+		if field, why = c.NextDevice.check("next_device"); field != "" {
+			return field, why
+		}
+		if c.Device.PINFD != 0 && c.Device.PINFD == c.NextDevice.PINFD {
+			return "next_device.pin_fd", "it is the descriptor of device.pin_fd, which can be read once"
+		}
 	}
 	if c.Cache.KEKs < 1 {
 		return "cache.keks", "must be at least 1"

@@ -93,6 +93,21 @@ func TestConfigErrors(t *testing.T) {
 		{"device type", `type = "pkcs11"`, `type = "yubikey"`, `:17: device.type: "yubikey" is not "pkcs11" or "tpm"`},
 		{"device type missing", `type = "pkcs11"`, "", ":16: device.type: missing: "},
 		{"uri missing", "uri ", "#uri ", ":16: device.uri: missing: "},
+		{"uri and uris", "uri ", "uris = [\"pkcs11:token=a\", \"pkcs11:token=b\"]\nuri ", ":18: device.uris: there is uri too"},
+		{"uris of one", "uri ", "uris = [\"pkcs11:token=a\"]\n#uri ", ":18: device.uris: 1 members make no group"},
+		{"uris of none", "uri ", "uris = []\n#uri ", ":18: device.uris: 0 members make no group"},
+		{"uris that are none", "uri ", "uris = [\"pkcs11:token=a\", \"b\"]\n#uri ", ":18: device.uris: member 2 is not a PKCS#11 URI"},
+		{"the same uris", "uri ", "uris = [\"pkcs11:token=a\", \"pkcs11:token=a\"]\n#uri ", ":18: device.uris: members 1 and 2 are the same"},
+		{"uris of a wrong type", "uri ", "uris = \"pkcs11:token=a\"\n#uri ", ":18:8: device.uris: "},
+		{"softhsm_confs", "uri ", "softhsm_confs = [\"a\"]\nuri ", ":18: device.softhsm_confs: 1 files for 0 members"},
+		{"isolate", "uri ", "isolate = \"yes\"\nuri ", ":18:11: device.isolate: "},
+		{"field of a TPM", "uri ", "path = \"/dev/tpmrm0\"\nuri ", ":18: device.path: it is for type \"tpm\" only"},
+		{"field of PKCS#11", "type = \"pkcs11\"\nuri ", "type = \"tpm\"\npath = \"a\"\nauth_file = \"b\"\nisolate = true\n#uri ", ":20: device.isolate: it is for type \"pkcs11\" only"},
+		{"PCRs", "type = \"pkcs11\"\nuri ", "type = \"tpm\"\npath = \"a\"\nauth_file = \"b\"\npcrs = [7, 24]\n#uri ", ":20: device.pcrs: 24 is not a register"},
+		{"no PCRs", "type = \"pkcs11\"\nuri ", "type = \"tpm\"\npath = \"a\"\nauth_file = \"b\"\npcrs = []\n#uri ", ":20: device.pcrs: an empty list"},
+		{"next device", "[device]", "[next_device]\ntype = \"tpm\"\n[device]", ":16: next_device.path: missing: "},
+		{"curve of the next device", "[device]", "[next_device]\ntype = \"tpm\"\npath = \"a\"\nauth_file = \"b\"\ncurve = \"P-1\"\n[device]", ":20: next_device.curve: "},
+		{"one descriptor for two", "uri ", "pin_fd = 7\n[next_device]\npin_fd = 7\ntype = \"pkcs11\"\nuri = \"pkcs11:\"\n#", ":16: device.uri: missing"},
 		{"path missing", `"pkcs11"`, `"tpm"`, ":16: device.path: missing: "},
 		{"curve", "uri ", "curve = \"P-521\"\nuri ", `:18: device.curve: "P-521" is not`},
 		{"cache", "[api]", "[cache]\nkeks = 0\n[api]", ":14: cache.keks: "},
@@ -149,6 +164,36 @@ func FuzzConfig(f *testing.F) {
 			t.Errorf("%v does not name the file", err)
 		}
 	})
+}
+
+// TestDeviceDefaults: a device that is not there has none, one that is has them
+// whichever table it is in.
+func TestDeviceDefaults(t *testing.T) {
+	c, err := loadConfig(writeConfigFile(t, goodConfig))
+	if err != nil || c.NextDevice != nil || c.Device.isolated() != isolateByDefault {
+		t.Fatalf("%+v, %v", c.NextDevice, err)
+	}
+	path := writeConfigFile(t, strings.Replace(goodConfig, "uri ", "isolate = false\n#uri ", 1)+`uris = ["pkcs11:token=a", "pkcs11:token=b"]
+softhsm_confs = ["a.conf", "/b.conf"]
+[next_device]
+type = "tpm"
+path = "unix:s"
+auth_file = "auth"
+pcrs = [7, 0]
+`)
+	c, err = loadConfig(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tokens := c.Device.pkcs11()
+	if c.Device.isolated() || len(tokens) != 2 || tokens[1].URI != "pkcs11:token=b" || tokens[1].SoftHSMConf != "/b.conf" ||
+		tokens[0].SoftHSMConf != filepath.Join(filepath.Dir(path), "a.conf") {
+		t.Errorf("%+v", tokens)
+	}
+	next := c.NextDevice
+	if next.Curve != "P-384" || next.CallTimeout.Duration != 10*time.Second || next.AuthFile != filepath.Join(filepath.Dir(path), "auth") || fmt.Sprint(next.PCRs) != "[7 0]" {
+		t.Errorf("%+v", next)
+	}
 }
 
 // TestPINDescriptor reads the PIN once, from a descriptor that is then closed.
