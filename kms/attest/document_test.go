@@ -14,7 +14,7 @@ import (
 
 func token(s Subject) PKCS11 {
 	facts := []Fact{
-		{"CKA_ALWAYS_SENSITIVE", "true"}, {"CKA_EXTRACTABLE", "false"}, {"CKA_LOCAL", "true"}, {"CKA_NEVER_EXTRACTABLE", "true"}, {"CKA_SENSITIVE", "true"},
+		{"CKA_ALWAYS_SENSITIVE", "true"}, {"CKA_EXTRACTABLE", "false"}, {"CKA_LOCAL", "true"}, {"CKA_NEVER_EXTRACTABLE", "true"}, {"CKA_SENSITIVE", "true"}, {"CKA_SIGN", "true"}, {"CKA_WRAP", "false"},
 	}
 	return PKCS11{Subject: Qualifying(s), Keys: []PKCS11Key{{"agreement", facts}, {"signing", slices.Clone(facts)}, {"wrapping", slices.Clone(facts)}}}
 }
@@ -36,7 +36,7 @@ func TestPKCS11(t *testing.T) {
 		t.Fatalf("%+v, %v", r, err)
 	}
 	for _, words := range [][]string{
-		{"in a PKCS#11 token at all"}, {"agreement key", "CKA_LOCAL true"}, {"signing key", "CKA_NEVER_EXTRACTABLE true"}, {"wrapping key", "CKA_SENSITIVE true"},
+		{"in a PKCS#11 token at all"}, {"agreement key", "CKA_LOCAL true"}, {"signing key", "CKA_NEVER_EXTRACTABLE true", "allowed: CKA_SIGN"}, {"wrapping key", "CKA_SENSITIVE true"},
 		{"vendor's attestation, 4 bytes", "fa2c8cc4f28176bbeed4b736df569a34c79cd3723e9ec42f9674b4d46ac6b8b8"},
 	} {
 		if !contains(r.Claimed, words...) {
