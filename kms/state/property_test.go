@@ -17,171 +17,23 @@ import (
 	"github.com/conclave-kms/conclave/kms/state/statetest"
 )
 
-// actor draws commands, sensible and not, for a world.
-type actor struct {
-	w   *statetest.World
-	log [][]byte
-}
-
-// draw returns a signed command that may or may not be acceptable now.
-func (a *actor) draw(t *rapid.T) []byte {
-	w, s := a.w, a.w.State()
-	node := rapid.SampledFrom(w.NodeIDs()).Draw(t, "node")
-	n, _ := s.Node(node)
-	op := statetest.As(w.Operator(n.Site))
-	name := rapid.SampledFrom([]string{"a", "b"}).Draw(t, "name")
-	target := approval.KeyTarget("ring", name)
-	version := uint32(rapid.IntRange(1, 3).Draw(t, "version"))
-	switch rapid.IntRange(0, 13).Draw(t, "command") {
-	case 0:
-		ahead := rapid.SampledFrom([]int64{-700_000, 1000, 1000, 60_000, 8 * 24 * 3600_000}).Draw(t, "ahead")
-		return w.Command(node, state.Tick{}, statetest.At(s.Clock()+ahead))
-	case 1:
-		return w.Command(node, w.KeyCommand("ring", name, kms.Encrypt), op, now(s))
-	case 2, 3:
-		return a.propose(t, node, target, version)
-	case 4:
-		return a.vote(t, node)
-	case 5, 6, 7, 8, 9:
-		return a.push(t, node)
-	case 10:
-		return w.Command(node, w.ReceiptCommand(node, "ring", name, version), now(s))
-	case 11, 12:
-		if owed := s.Pending(node); len(owed) > 0 {
-			p := owed[len(owed)-1]
-			return w.Command(node, w.ReceiptCommand(node, p.Keyring, p.Key, p.Version), now(s))
-		}
-	}
-	return a.spoil(t)
-}
-
-// now signs at the cluster's time.
-func now(s *state.State) statetest.Option { return statetest.At(s.Clock()) }
-
-// push does what brings the newest live proposal on: an approval by somebody who
-// has not voted, or its execution.
-func (a *actor) push(t *rapid.T, node string) []byte {
-	s := a.w.State()
-	open := s.ProposalsOpen()
-	if len(open) == 0 {
-		return a.carry(t, node)
-	}
-	p := open[0]
-	if p.Progress == state.Authorised {
-		return a.execution(node, p)
-	}
-	for _, c := range []string{"fr-1", "de-1", "jp-1", "fr-2", "de-2"} {
-		if !slices.ContainsFunc(p.Votes, func(v state.Vote) bool { return v.Statement.Custodian == c }) {
-			return a.w.Command(node, state.CastVote{Statement: a.w.Statement(p.ID, c, approval.Approve)}, now(s))
-		}
-	}
-	return a.vote(t, node)
-}
-
-func (a *actor) execution(node string, p state.Proposal) []byte {
-	expect := statetest.Expect(p.Content.Revision)
-	if p.Content.Action == kms.ActionRotate {
-		return a.w.Command(node, a.w.CommitCommand(p.ID), expect, now(a.w.State()))
-	}
-	return a.w.Command(node, state.Execute{Proposal: p.ID}, expect, now(a.w.State()))
-}
-
-func (a *actor) propose(t *rapid.T, node, target string, version uint32) []byte {
-	w := a.w
-	action := rapid.SampledFrom(append([]kms.Action{kms.ActionPolicy, kms.ActionCustodian}, kms.KeyActions[1:]...)).Draw(t, "action")
-	var params any
-	switch action {
-	case kms.ActionDeactivate, kms.ActionCompromise:
-		params = approval.VersionParams{Version: version}
-	case kms.ActionDestroy:
-		params = approval.VersionParams{Version: version - 1}
-	case kms.ActionPolicy:
-		target = "policy/standard"
-		rules := statetest.Policies(3)[1].Rules
-		rules[5].Delay = int64(version) * 1000
-		params = approval.PolicyParams{Rules: rules}
-	case kms.ActionCustodian:
-		target = "custodian/jp-2"
-		c := statetest.Record("jp-2", "jp", 0, w.Custodian("jp-2"))
-		c.Revoked = rapid.Bool().Draw(t, "revoked")
-		params = approval.CustodianParams{Custodian: c}
-	}
-	p := w.Proposal(action, target, params)
-	p.Created = w.State().Clock()
-	p.Expires = p.Created + rapid.SampledFrom([]int64{2000, 72 * 3600_000, 72 * 3600_000, 30 * 24 * 3600_000}).Draw(t, "life")
-	return w.Command(node, state.OpenProposal{Proposal: p.Marshal()}, statetest.As(p.Proposer), now(w.State()))
-}
-
-func (a *actor) pick(t *rapid.T) (state.Proposal, bool) {
-	l := a.w.State().Proposals()
-	if len(l) == 0 {
-		return state.Proposal{}, false
-	}
-	return l[rapid.IntRange(0, min(3, len(l)-1)).Draw(t, "proposal")], true
-}
-
-func (a *actor) vote(t *rapid.T, node string) []byte {
-	p, ok := a.pick(t)
-	if !ok {
-		return a.spoil(t)
-	}
-	custodian := rapid.SampledFrom([]string{"fr-1", "fr-2", "de-1", "jp-1", "jp-2"}).Draw(t, "custodian")
-	verdict := rapid.SampledFrom([]approval.Verdict{approval.Approve, approval.Approve, approval.Approve, approval.Reject}).Draw(t, "verdict")
-	return a.w.Command(node, state.CastVote{Statement: a.w.Statement(p.ID, custodian, verdict)}, now(a.w.State()))
-}
-
-func (a *actor) carry(t *rapid.T, node string) []byte {
-	p, ok := a.pick(t)
-	if !ok {
-		return a.spoil(t)
-	}
-	return a.execution(node, p)
-}
-
-// spoil returns a replay, a mutation or a stranger's command, none of which may
-// have an effect.
-func (a *actor) spoil(t *rapid.T) []byte {
-	if len(a.log) == 0 {
-		return []byte("garbage")
-	}
-	raw := bytes.Clone(rapid.SampledFrom(a.log).Draw(t, "old"))
-	switch rapid.IntRange(0, 2).Draw(t, "spoil") {
-	case 0:
-		return raw
-	case 1:
-		if len(raw) > 0 {
-			raw[rapid.IntRange(0, len(raw)-1).Draw(t, "at")] ^= byte(rapid.IntRange(1, 255).Draw(t, "bits"))
-		}
-		return raw
-	}
-	e := a.w.Envelope("node-fr-1", state.Tick{}, statetest.At(a.w.Now()+9_000_000))
-	e.Cluster = "11111111111111111111111111111111"
-	return a.w.Sign(e)
-}
-
-// start returns a fresh cluster with a keyring and the log that made it.
-func start(t testing.TB) (*actor, *state.State) {
-	w := statetest.New(t, statetest.Options{})
-	first := w.State()
-	a := &actor{w: w}
-	a.log = append(a.log, w.Command("node-fr-1", w.KeyringCommand("ring", "fr", "de", "jp"), statetest.As(w.Operator("fr"))))
-	w.Apply(a.log[0])
-	return a, first
-}
-
 // TestProperties draws logs and checks, command by command and for the whole, what
 // must hold for every log.
 func TestProperties(t *testing.T) {
 	world, first := start(t)
 	begin := world.w.State()
 	rapid.Check(t, func(rt *rapid.T) {
-		a := &actor{w: world.w, log: [][]byte{world.log[0]}}
+		a := &actor{w: world.w, log: slices.Clone(world.log)}
 		a.w.SetState(begin)
 		n := rapid.IntRange(1, 70).Draw(rt, "length")
 		restoreAt := rapid.IntRange(1, n).Draw(rt, "restore at")
 		var leaves [][]byte
-		_, r := first.Apply(1, a.log[0])
-		leaves = append(leaves, r.Leaf)
+		made := first
+		for i, raw := range a.log {
+			var r state.Result
+			made, r = made.Apply(uint64(i+1), raw)
+			leaves = append(leaves, r.Leaf)
+		}
 		var copied *state.State
 		for i := range n {
 			raw := a.draw(rt)
@@ -249,14 +101,15 @@ func restored(t *rapid.T, s *state.State) *state.State {
 
 // check holds the invariants of any state.
 func check(t *rapid.T, s *state.State) {
-	for _, k := range s.Keys("ring") {
-		versions := s.Versions("ring", k.Name)
+	checkRoots(t, s)
+	for _, k := range append(s.Keys("ring"), s.Keys("vault")...) {
+		versions := s.Versions(k.Keyring, k.Name)
 		if len(versions) != int(k.Latest) {
 			t.Fatalf("key %s has %d versions, latest is %d", k.Name, len(versions), k.Latest)
 		}
 		for i, v := range versions {
-			if v.Version != uint32(i+1) || v.State.Gone() == (len(v.Wrapped) > 0) {
-				t.Fatalf("key %s version %d: %s with %d bytes", k.Name, v.Version, v.State, len(v.Wrapped))
+			if v.Version != uint32(i+1) || v.State.Gone() == (len(v.Wrapped)+len(v.Copies) > 0) || (v.Generated != "") != (k.Keyring == "vault") {
+				t.Fatalf("key %s version %d: %s with %d bytes and %d copies", k.Name, v.Version, v.State, len(v.Wrapped), len(v.Copies))
 			}
 			if v.Version == k.Primary && v.State != kms.Active {
 				t.Fatalf("the primary version of %s is %s", k.Name, v.State)
@@ -284,6 +137,78 @@ func check(t *rapid.T, s *state.State) {
 			t.Fatalf("proposal %s was carried out too early", p.ID)
 		}
 	}
+}
+
+// checkRoots holds the invariants of hardware roots: copies are for present or next
+// roots alone, a KEK has one for every present root, no signing key serves twice.
+func checkRoots(t *rapid.T, s *state.State) {
+	used := map[string]bool{}
+	use := func(signing []byte) {
+		if used[string(signing)] {
+			t.Fatal("a signing key serves twice")
+		}
+		used[string(signing)] = true
+	}
+	root := map[string]uint32{}
+	for _, n := range s.Nodes() {
+		use(n.Signing)
+		root[n.ID] = n.Root
+		for _, f := range s.FormerRoots(n.ID) {
+			use(f.Signing)
+		}
+		next, pending := s.Replacement(n.ID)
+		if pending {
+			use(next.New.Signing)
+			if next.Root <= n.Root || s.NextRoot(n.ID) != next.Root+1 {
+				t.Fatalf("node %s has root %d and %d comes next", n.ID, n.Root, next.Root)
+			}
+		}
+		if got, want := s.Unsealed(n.ID), plainUnsealed(s, n, next); !slices.Equal(got, want) {
+			t.Fatalf("unsealed of %s: %v, want %v", n.ID, got, want)
+		}
+	}
+	copies := func(what string, l []state.SealedCopy) (present int) {
+		for _, c := range l {
+			next, _ := s.Replacement(c.Node)
+			if c.Root != root[c.Node] && c.Root != next.Root {
+				t.Fatalf("%s has a copy for root %d of %s", what, c.Root, c.Node)
+			}
+			if c.Root == root[c.Node] {
+				present++
+			}
+		}
+		return present
+	}
+	kek, _ := s.KEK("ring", 1)
+	if n := copies("the KEK", kek.Copies); n != 3 {
+		t.Fatalf("the KEK has copies for %d nodes", n)
+	}
+	for _, k := range s.Keys("vault") {
+		for _, v := range s.Versions("vault", k.Name) {
+			copies(k.Name, v.Copies)
+		}
+	}
+}
+
+// plainUnsealed is State.Unsealed without an index.
+func plainUnsealed(s *state.State, n state.Node, next state.Replacement) (l []state.Pending) {
+	lacks := func(copies []state.SealedCopy) bool {
+		has := func(root uint32) bool {
+			return slices.ContainsFunc(copies, func(c state.SealedCopy) bool { return c.Node == n.ID && c.Root == root })
+		}
+		return next.Root != 0 && has(n.Root) && !has(next.Root)
+	}
+	if kek, _ := s.KEK("ring", 1); lacks(kek.Copies) {
+		l = append(l, state.Pending{Keyring: "ring", Version: 1})
+	}
+	for _, k := range s.Keys("vault") {
+		for _, v := range s.Versions("vault", k.Name) {
+			if lacks(v.Copies) {
+				l = append(l, state.Pending{Keyring: "vault", Key: k.Name, Version: v.Version})
+			}
+		}
+	}
+	return l
 }
 
 // plainRoot is the Merkle tree hash of RFC 6962, section 2.1, as it is written there.
@@ -350,6 +275,7 @@ func FuzzApply(f *testing.F) {
 	for _, cmd := range []state.Command{
 		state.Tick{}, w.KeyringCommand("new", "fr"), w.KeyCommand("europe", "new", kms.Sign),
 		w.ReceiptCommand("node-fr-1", "europe", "seal", 2), state.Execute{Proposal: s.Proposals()[0].ID},
+		w.KeyCommand("vault", "new", kms.Sign), w.HardwareKeyringCommand("new", "fr"), w.AdoptCommand("node-fr-1"),
 	} {
 		f.Add(w.Command("node-fr-1", cmd, statetest.As(w.Operator("fr"))))
 	}
@@ -372,6 +298,7 @@ func FuzzPayload(f *testing.F) {
 	for i, cmd := range []state.Command{
 		state.Tick{}, w.KeyringCommand("new", "fr"), w.KeyCommand("europe", "new", kms.Sign), state.OpenProposal{Proposal: w.Proposal(kms.ActionRotate, target("mail"), nil).Marshal()},
 		state.CastVote{}, state.Execute{Proposal: s.Proposals()[0].ID}, state.CommitRotation{}, w.ReceiptCommand("node-fr-1", "europe", "seal", 2),
+		w.ResealCommand("node-fr-1", s.Unsealed("node-fr-1")[0]), w.AdoptCommand("node-fr-1"),
 	} {
 		f.Add(uint16(i+1), uint64(0), w.Operator("fr"), state.NewEnvelope(cmd).Payload)
 	}

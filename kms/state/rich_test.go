@@ -27,6 +27,14 @@ func rich(t testing.TB) *statetest.World {
 	w.Advance(time.Minute)
 	w.Rotate("coalition", "old")
 	w.Rotate("coalition", "gone")
+	// Protection hardware, and a node's root replaced.
+	w.CreateHardwareKeyring("vault", "fr", "de")
+	w.CreateKey("vault", "code", kms.MAC)
+	for _, k := range []string{"sig", "lost"} {
+		w.CreateKey("vault", k, kms.Sign)
+		w.Rotate("vault", k)
+	}
+	w.Rekey("node-de-1")
 	w.Carry(kms.ActionSuspend, target("vpn"), nil)
 	w.Carry(kms.ActionResume, target("vpn"), nil)
 	w.Carry(kms.ActionSuspend, target("vpn"), nil)
@@ -35,6 +43,8 @@ func rich(t testing.TB) *statetest.World {
 	// Destruction of one version, of a whole key, and one that is cancelled.
 	one := w.Propose(kms.ActionDestroy, target("old"), approval.VersionParams{Version: 2})
 	all := w.Propose(kms.ActionDestroy, target("gone"), approval.VersionParams{})
+	hard := w.Propose(kms.ActionDestroy, "key/vault/lost", approval.VersionParams{})
+	w.ApproveAll(hard)
 	no := w.Propose(kms.ActionDestroy, target("mail"), approval.VersionParams{Version: 1})
 	w.ApproveAll(one)
 	w.ApproveAll(all)
@@ -43,6 +53,7 @@ func rich(t testing.TB) *statetest.World {
 	w.Advance(8 * 24 * time.Hour)
 	w.Execute(one)
 	w.Execute(all)
+	w.Execute(hard)
 	// Custodians come, change keys and go.
 	w.Carry(kms.ActionCustodian, "custodian/fr-9", approval.CustodianParams{Custodian: statetest.Record("fr-9", "fr", 0, w.AddCustodianKey("fr-9"))})
 	leaving := statetest.Record("jp-2", "jp", 0, w.Custodian("jp-2"))
@@ -63,6 +74,11 @@ func rich(t testing.TB) *statetest.World {
 	w.Advance(2 * time.Hour)
 	w.Commit(waiting)
 	w.Do("node-de-1", w.ReceiptCommand("node-de-1", "europe", "seal", 2))
+	// A root on its way: some of its copies are there.
+	w.Replace("node-fr-1", false)
+	for _, p := range w.State().Unsealed("node-fr-1")[1:] {
+		w.Do(w.Resealer("node-fr-1", p.Keyring), w.ResealCommand("node-fr-1", p))
+	}
 	return w
 }
 

@@ -186,7 +186,7 @@ func TestUntrustedRefusesAlterations(t *testing.T) {
 			}
 		})
 	}
-	if len(tried) < 150 {
+	if len(tried) < 330 {
 		t.Errorf("only %d kinds of field tried", len(tried))
 	}
 	for path := range accepted {
