@@ -2,11 +2,13 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
 
+	"github.com/conclave-kms/conclave/kms/attest"
 	"github.com/conclave-kms/conclave/kms/keyring"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/pqc"
@@ -25,21 +27,48 @@ type card struct {
 	SigningSuite string `json:"signing_suite"`
 	Signing      []byte `json:"signing"`
 	Device       string `json:"device"`
+	ImportKind   string `json:"import_kind,omitempty"` // how others wrap keys for the device
+	Import       []byte `json:"import,omitempty"`
+	Attestation  []byte `json:"attestation,omitempty"` // document of package attest
+
+	// Of a next root only: its number, and proof of its signing key for the proposal.
+	Root       uint32 `json:"root,omitempty"`
+	Possession []byte `json:"possession,omitempty"`
 }
 
 func cardPath(dataDir string) string { return filepath.Join(dataDir, "node.json") }
 
 // newCard describes the node of the configuration with its device and root.
-func newCard(cfg Config, dev device, root *keyring.Root) (card, error) {
+func newCard(ctx context.Context, cfg Config, dev device, root *keyring.Root) (card, error) {
 	signing, err := dev.SigningKey().Bytes()
 	if err != nil {
 		return card{}, err
 	}
 	kem, sig := cfg.Device.suites()
-	return card{
+	c := card{
 		Format: 1, Node: cfg.Node, Site: cfg.Site, Address: cfg.Cluster.Advertise, API: cfg.API.Advertise,
 		Suite: kem.String(), Agreement: root.PublicKey().Bytes(),
 		SigningSuite: sig.String(), Signing: signing, Device: dev.Describe(),
+	}
+	if d, ok := dev.(importing); ok {
+		c.ImportKind, c.Import = d.ImportKey()
+	}
+	subject, err := c.subject()
+	if err != nil {
+		return card{}, err
+	}
+	c.Attestation, err = attestation(ctx, cfg.Device, dev, subject)
+	return c, err
+}
+
+// subject is what the card's attestation is about.
+func (c card) subject() (attest.Subject, error) {
+	sig, ok := pqc.ByName(c.SigningSuite)
+	if !ok {
+		return attest.Subject{}, fmt.Errorf("unknown signing suite %q", c.SigningSuite)
+	}
+	return attest.Subject{
+		Node: c.Node, Site: c.Site, SigningSuite: uint16(sig.ID), Signing: c.Signing, Agreement: c.Agreement, ImportKind: c.ImportKind, Import: c.Import,
 	}, nil
 }
 
@@ -55,7 +84,8 @@ func (c card) node() (state.Node, error) {
 	}
 	return state.Node{
 		ID: c.Node, Site: c.Site, Address: c.Address, API: c.API, Suite: uint16(kem.ID), Agreement: c.Agreement,
-		SigningSuite: uint16(sig.ID), Signing: c.Signing, Device: c.Device,
+		SigningSuite: uint16(sig.ID), Signing: c.Signing, Device: c.Device, Root: 1, Revision: 1,
+		ImportKind: c.ImportKind, Import: c.Import, Attestation: c.Attestation,
 	}, nil
 }
 

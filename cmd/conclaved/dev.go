@@ -144,7 +144,7 @@ func (d *dev) startDevices(ctx context.Context, fresh bool) (*tpm.SoftTPM, error
 		return nil, err
 	}
 	// The socket can move between runs, so this configuration is written each time.
-	err = d.writeConfig("jp", deviceSection{Type: "tpm", Path: "unix:" + softTPM.Socket, AuthFile: d.path("jp", "auth")})
+	err = d.writeConfig("jp", deviceSection{Type: "tpm", Path: "unix:" + softTPM.Socket, AuthFile: d.path("jp", "auth"), EKChain: devEKChain})
 	if err != nil {
 		return nil, errors.Join(err, softTPM.Stop())
 	}

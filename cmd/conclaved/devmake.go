@@ -158,7 +158,7 @@ func (d *dev) makeDevices(ctx context.Context) error {
 }
 
 // deviceSection is the part of a node's configuration that differs by device.
-type deviceSection struct{ Type, URI, SoftHSMConf, Path, AuthFile string }
+type deviceSection struct{ Type, URI, SoftHSMConf, Path, AuthFile, EKChain string }
 
 var configTemplate = template.Must(template.New("config").Parse(`# A node of the development cluster. Paths are relative to this file.
 node     = "{{.Node}}"
@@ -184,6 +184,7 @@ softhsm_conf = "{{.Device.SoftHSMConf}}"
 {{- else}}
 path = "{{.Device.Path}}"
 auth_file = "{{.Device.AuthFile}}"
+ek_chain = "{{.Device.EKChain}}"
 {{- end}}
 `))
 
@@ -221,6 +222,9 @@ func (d *dev) found(ctx context.Context) error {
 	if err := g.Wait(); err != nil {
 		return err
 	}
+	if err := d.witness(ctx); err != nil {
+		return err
+	}
 	var cas []string
 	for _, s := range d.sites {
 		cas = append(cas, d.path("ca", s.id+".pem"))
@@ -245,6 +249,23 @@ func (d *dev) found(ctx context.Context) error {
 		}
 	}
 	return d.save(true)
+}
+
+// witness has fr's node put jp's TPM to the test.
+func (d *dev) witness(ctx context.Context) error {
+	d.say("fr-1 witnesses the TPM of jp-1")
+	fr, jp := d.path("fr", "conclaved.toml"), d.path("jp", "conclaved.toml")
+	challenge, answer := d.path("jp", "challenge.json"), d.path("jp", "answer.json")
+	for _, step := range [][]string{
+		{"challenge", "--config", fr, "--card", d.path("jp", "data", "node.json"), "-o", challenge},
+		{"answer", "--config", jp, "--challenge", challenge, "-o", answer},
+		{"witness", "--config", fr, "--answer", answer, "-o", d.path("jp", "witness.json")},
+	} {
+		if err := d.self(ctx, append([]string{"attest"}, step...)...); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // self runs this program with other arguments.

@@ -8,12 +8,23 @@ import (
 	"github.com/conclave-kms/conclave/kms"
 )
 
+// Certificates of the authority that swtpm_setup makes in its state directory: the
+// vendor of jp's software TPM, and what lies between it and the endorsement key's.
+const (
+	devVendor  = "jp/swtpm/ca/swtpm-localca-rootca-cert.pem"
+	devEKChain = "swtpm/ca/issuercert.pem" // relative to jp's configuration
+)
+
 // plan is the genesis plan of the development cluster.
 func (d *dev) plan() genesisPlan {
-	p := genesisPlan{Name: "development coalition", Custodians: devCustodians()}
+	p := genesisPlan{Name: "development coalition", Custodians: devCustodians(), Vendors: []string{devVendor}}
 	for _, s := range d.sites {
 		p.Sites = append(p.Sites, sitePlan{ID: s.id, TrustDomain: s.trustDomain(), CA: "ca/" + s.id + ".pem"})
-		p.Nodes = append(p.Nodes, nodePlan{Card: s.id + "/data/node.json", Voter: true})
+		node := nodePlan{Card: s.id + "/data/node.json", Voter: true}
+		if s.device == "tpm" {
+			node.Witness = s.id + "/witness.json"
+		}
+		p.Nodes = append(p.Nodes, node)
 	}
 	const week = 7 * 24 * time.Hour
 	quorum := func(approvals, sites uint32, actions ...kms.Action) rulePlan {

@@ -28,7 +28,8 @@ import (
 // genesis document. Paths are relative to it.
 type genesisPlan struct {
 	Name       string          `toml:"name"`
-	Access     string          `toml:"access"` // Cedar policy set; default: the built-in one
+	Access     string          `toml:"access"`  // Cedar policy set; default: the built-in one
+	Vendors    []string        `toml:"vendors"` // PEM files: the TPM vendors that the founders trust
 	Sites      []sitePlan      `toml:"site"`
 	Nodes      []nodePlan      `toml:"node"`
 	Custodians []custodianPlan `toml:"custodian"`
@@ -42,8 +43,9 @@ type sitePlan struct {
 }
 
 type nodePlan struct {
-	Card  string `toml:"card"` // node.json as written by conclaved init
-	Voter bool   `toml:"voter"`
+	Card    string `toml:"card"` // node.json as written by conclaved init
+	Voter   bool   `toml:"voter"`
+	Witness string `toml:"witness,omitempty"` // witness.json as written by conclaved attest witness; default: none
 }
 
 type custodianPlan struct {
@@ -88,6 +90,13 @@ func (p genesisPlan) build(dir string, now time.Time) (state.Genesis, error) {
 		}
 		g.Access = b
 	}
+	for _, path := range p.Vendors {
+		roots, err := readCertificates(at(path))
+		if err != nil {
+			return g, fmt.Errorf("vendors: %w", err)
+		}
+		g.Vendors = append(g.Vendors, roots...)
+	}
 	for _, s := range p.Sites {
 		cas, err := readCertificates(at(s.CA))
 		if err != nil {
@@ -96,15 +105,10 @@ func (p genesisPlan) build(dir string, now time.Time) (state.Genesis, error) {
 		g.Sites = append(g.Sites, state.Site{ID: s.ID, TrustDomain: s.TrustDomain, CAs: cas})
 	}
 	for _, n := range p.Nodes {
-		card, err := readCard(at(n.Card))
+		node, err := n.build(at)
 		if err != nil {
 			return g, err
 		}
-		node, err := card.node()
-		if err != nil {
-			return g, fmt.Errorf("%s: %w", n.Card, err)
-		}
-		node.Voter = n.Voter
 		g.Nodes = append(g.Nodes, node)
 	}
 	for _, c := range p.Custodians {
@@ -122,6 +126,24 @@ func (p genesisPlan) build(dir string, now time.Time) (state.Genesis, error) {
 	slices.SortFunc(g.Custodians, func(a, b approval.Custodian) int { return strings.Compare(a.ID, b.ID) })
 	slices.SortFunc(g.Policies, func(a, b approval.Policy) int { return strings.Compare(a.Name, b.Name) })
 	return g, g.Validate()
+}
+
+func (n nodePlan) build(at func(string) string) (state.Node, error) {
+	c, err := readCard(at(n.Card))
+	if err != nil {
+		return state.Node{}, err
+	}
+	if n.Witness != "" {
+		if err := c.addWitness(at(n.Witness)); err != nil {
+			return state.Node{}, err
+		}
+	}
+	node, err := c.node()
+	if err != nil {
+		return state.Node{}, fmt.Errorf("%s: %w", n.Card, err)
+	}
+	node.Voter = n.Voter
+	return node, nil
 }
 
 func (c custodianPlan) build(at func(string) string) (approval.Custodian, error) {
@@ -206,6 +228,8 @@ node signs it with the signing key in its device; a node runs only with a docume
 that all nodes have signed.
 
   1. at every site:  conclaved init         writes DATA_DIR/node.json, the node's card
+     for nodes on a TPM, if policies are to ask for attested hardware:
+                     conclaved attest       a node of another site witnesses the TPM
   2. at one site:    conclaved genesis create --plan genesis.toml --out genesis.cbor
   3. at every site:  conclaved genesis show genesis.cbor   and, if it is what was agreed,
                      conclaved genesis sign --config conclaved.toml --cluster ID genesis.cbor

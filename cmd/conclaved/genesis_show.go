@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/attest"
 	"github.com/conclave-kms/conclave/kms/engine"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/pqc"
@@ -44,6 +45,9 @@ func genesisShowCommand() *cobra.Command {
 func showGenesis(w io.Writer, s state.SignedGenesis, g state.Genesis) {
 	fmt.Fprintf(w, "cluster   %s\nname      %q\ncreated   %s\n", kms.ClusterID(s.Genesis), g.Name, time.UnixMilli(g.Created).UTC().Format(time.RFC3339))
 	fmt.Fprintf(w, "document  SHA-256 %x, nonce %x\n", sha256.Sum256(s.Genesis), g.Nonce)
+	for _, der := range g.Vendors {
+		fmt.Fprintf(w, "vendor    SHA-256 %x  %s\n", sha256.Sum256(der), subject(der))
+	}
 	for _, site := range g.Sites {
 		fmt.Fprintf(w, "site      %s  trust domain %s\n", site.ID, site.TrustDomain)
 		for _, der := range site.CAs {
@@ -59,6 +63,7 @@ func showGenesis(w io.Writer, s state.SignedGenesis, g state.Genesis) {
 		fmt.Fprintf(w, "node      %s  device %q\n", n.ID, n.Device)
 		fmt.Fprintf(w, "node      %s  signing key %s (%s)\n", n.ID, pqc.Fingerprint(n.Signing), pqc.SuiteID(n.SigningSuite))
 		fmt.Fprintf(w, "node      %s  agreement key %s (%s)\n", n.ID, pqc.Fingerprint(n.Agreement), pqc.SuiteID(n.Suite))
+		showHardware(w, g, n)
 	}
 	for _, c := range g.Custodians {
 		for _, cred := range c.Credentials {
@@ -80,6 +85,41 @@ func showGenesis(w io.Writer, s state.SignedGenesis, g state.Genesis) {
 		return
 	}
 	fmt.Fprintf(w, "signed    by all %d nodes\n", len(g.Nodes))
+}
+
+// showHardware prints what the document proves of a node's hardware, and what the
+// node only says.
+func showHardware(w io.Writer, g state.Genesis, n state.Node) {
+	r, err := hardware(g, n)
+	if err != nil {
+		fmt.Fprintf(w, "node      %s  attestation does NOT hold: %q\n", n.ID, err.Error())
+		return
+	}
+	attested := "NOT attested"
+	if r.Attested {
+		attested = "attested"
+	}
+	fmt.Fprintf(w, "node      %s  hardware %s\n", n.ID, attested)
+	for _, s := range r.Proven {
+		fmt.Fprintf(w, "node      %s  proven: %s\n", n.ID, s)
+	}
+	for _, s := range r.Claimed {
+		fmt.Fprintf(w, "node      %s  only claimed: %s\n", n.ID, s)
+	}
+}
+
+// hardware verifies a node's attestation as the state machine does at the founding.
+func hardware(g state.Genesis, n state.Node) (attest.Report, error) {
+	return attest.Verify(n.Attestation, state.NodeSubject(n), attest.Context{
+		Time: time.UnixMilli(g.Created), Vendors: g.Vendors,
+		Witness: func(id string) (attest.Subject, bool) {
+			i := slices.IndexFunc(g.Nodes, func(o state.Node) bool { return o.ID == id })
+			if i < 0 {
+				return attest.Subject{}, false
+			}
+			return state.NodeSubject(g.Nodes[i]), true
+		},
+	})
 }
 
 // subject names a CA certificate for people.

@@ -42,35 +42,45 @@ func initNode(ctx context.Context, cfg Config, out io.Writer) error {
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return err
 	}
-	dev, err := openDevice(ctx, cfg.Device)
-	if errors.Is(err, hsm.ErrNotProvisioned) || errors.Is(err, tpm.ErrNotProvisioned) {
+	c, err := makeCard(ctx, cfg)
+	if errors.Is(err, hsm.ErrNotProvisioned) || errors.Is(err, tpm.ErrNotProvisioned) { // no keys yet, or not all of them
 		if err := provisionDevice(ctx, cfg.Device); err != nil {
 			return err
 		}
-		dev, err = openDevice(ctx, cfg.Device)
+		c, err = makeCard(ctx, cfg)
 	}
-	if err != nil {
-		return err
-	}
-	defer dev.Close()
-	root, err := ensureRoot(ctx, dev, cfg)
-	if err != nil {
-		return err
-	}
-	c, err := newCard(cfg, dev, root)
 	if err != nil {
 		return err
 	}
 	if err := writeCard(cfg, c); err != nil {
 		return err
 	}
-	fmt.Fprintf(out, "node         %s, site %s\ndevice       %s\nsigning key  %s\ncard         %s\n", cfg.Node, cfg.Site, dev.Describe(), pqc.Fingerprint(c.Signing), cardPath(cfg.DataDir))
+	fmt.Fprintf(out, "node         %s, site %s\ndevice       %s\nsigning key  %s\ncard         %s\n", cfg.Node, cfg.Site, c.Device, pqc.Fingerprint(c.Signing), cardPath(cfg.DataDir))
 	return nil
 }
 
-func ensureRoot(ctx context.Context, dev device, cfg Config) (*keyring.Root, error) {
-	if _, err := os.Stat(rootPath(cfg.DataDir)); errors.Is(err, fs.ErrNotExist) {
-		return makeRoot(ctx, dev, cfg)
+// makeCard opens the device and makes what is missing of the root, and the card.
+func makeCard(ctx context.Context, cfg Config) (card, error) {
+	dev, err := openDevice(ctx, cfg.Device)
+	if err != nil {
+		return card{}, err
 	}
-	return loadRoot(ctx, dev, cfg)
+	defer dev.Close()
+	root, err := ensureRoot(ctx, dev, cfg, rootPath(cfg.DataDir), firstRoot)
+	if err != nil {
+		return card{}, err
+	}
+	return newCard(ctx, cfg, dev, root)
+}
+
+// ensureRoot opens the root file at path, or makes it as that of the root of the number.
+func ensureRoot(ctx context.Context, dev device, cfg Config, path string, number uint32) (*keyring.Root, error) {
+	f, err := readRoot(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return makeRoot(ctx, dev, cfg, path, number)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return f.open(ctx, dev, cfg, path)
 }
