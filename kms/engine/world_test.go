@@ -57,8 +57,18 @@ var siteIDs = []string{"de", "fr", "jp"}
 func trustDomain(site string) string { return site + ".example" }
 
 // newWorld founds the cluster under the given access policy text, "" for the
-// default, and ticks once at every node.
+// default, and ticks once at every node. All devices are of one import kind.
 func newWorld(t testing.TB, access string) *world {
+	t.Helper()
+	return newWorldOf(t, access, func(*state.Node) {})
+}
+
+// otherKind is an import kind of other devices than those of the world. Keys are
+// wrapped for them in the same way, so that the fake devices can play them.
+const otherKind = "another-kind"
+
+// newWorldOf is newWorld with node records that edit has changed.
+func newWorldOf(t testing.TB, access string, edit func(*state.Node)) *world {
 	t.Helper()
 	if access == "" {
 		access = DefaultAccess()
@@ -86,6 +96,7 @@ func newWorld(t testing.TB, access string) *world {
 			SigningSuite: uint16(pqc.ECDSAP256SHA256), Signing: must(n.dev.SigningKey().Bytes()),
 			Device: n.dev.Describe(), Voter: true,
 		})
+		edit(&g.Nodes[len(g.Nodes)-1])
 		for _, c := range []string{site + "-a", site + "-b"} {
 			k := must(pqc.GenerateHybrid(nil))
 			w.keys[c] = k
@@ -104,14 +115,19 @@ func newWorld(t testing.TB, access string) *world {
 	for id, n := range w.nodes {
 		n.cache = must(keyring.NewCache(roots[id], keyring.Limits{TTL: time.Hour, MaxKEKs: 100, MaxKeys: 1000}))
 		t.Cleanup(n.cache.Purge)
-		n.engine = must(New(Config{
-			Node: id, Cluster: nodeCluster{w.cluster, n}, Cache: n.cache, Root: roots[id], Signer: n.dev, Device: n.dev,
-			Log: n.log, Now: w.clock.Now,
-			Importers: map[string]keyring.Importer{hsm.ImportKind: {WrapHMAC: hsm.WrapHMAC, WrapSigner: hsm.WrapSigner}},
-		}))
+		n.engine = must(New(w.config(n, roots[id])))
 	}
 	w.tick()
 	return w
+}
+
+// config is the configuration of a node's engine.
+func (w *world) config(n *testNode, root *keyring.Root) Config {
+	wrap := keyring.Importer{WrapHMAC: hsm.WrapHMAC, WrapSigner: hsm.WrapSigner}
+	return Config{
+		Node: n.id, Cluster: nodeCluster{w.cluster, n}, Cache: n.cache, Root: root, Signer: n.dev, Device: n.dev,
+		Log: n.log, Now: w.clock.Now, Importers: map[string]keyring.Importer{hsm.ImportKind: wrap, otherKind: wrap},
+	}
 }
 
 func testPolicies() []approval.Policy {

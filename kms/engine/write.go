@@ -107,7 +107,7 @@ func (o origin) submit(ctx context.Context, c Cluster, a attempt, cmd state.Comm
 }
 
 // deviceFix is what a caller can do about a device that failed.
-const deviceFix = "try again, or use another node; GET /v1/ready of this one names the cause"
+const deviceFix = "try again, or use another node; this one's readiness (GET /v1/ready) names the cause"
 
 // write makes a change once: a repetition of it returns the first outcome.
 func (e *Engine) write(ctx context.Context, st *state.State, rq *request, q any, f func(attempt) (state.Result, error)) (state.Result, error) {

@@ -58,7 +58,7 @@ var errNoHardware error = &kms.Error{Kind: kms.Unavailable, Msg: "the device of 
 	Fix: "use another node of the keyring's residency; the site's operator can see with conclave device probe what this device lacks"}
 
 // deviceFix is what to do about a device that failed.
-const deviceFix = "try again, or use another node; what this one says of its readiness names the cause"
+const deviceFix = "try again, or use another node; this one's readiness (GET /v1/ready) names the cause"
 
 // deviceError is kms.Unavailable with what the device did not do.
 func deviceError(err error, what string) error {
