@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 
 	"github.com/conclave-kms/conclave/kms/secret"
@@ -16,24 +15,51 @@ type callOptions struct {
 	rw    bool // on a read-write session of its own, closed afterwards
 	bare  bool // on a session without the keys
 	own   bool // on a session of its own, closed afterwards with all that was made in it
+	fresh bool // on a new session, which the worker keeps
+	light bool // a few microseconds on a token in this machine: see Device.admits
 	once  bool // never repeated: the call is not idempotent
 	probe bool // goes to an unhealthy device too
 
 	release func() // runs once when f will not run any more; may be nil
 }
 
-// flight is one call on its worker goroutine. The worker and whoever waits for
-// it agree under mu on who disposes of the result.
-type flight[T any] struct {
-	mu       sync.Mutex
-	finished bool
-	deserted bool // the caller has left: the worker wipes the result
-	late     bool // past the call deadline, counted as abandoned
-	overdue  chan struct{}
-	done     chan struct{}
-	value    T
-	err      error
+// phase of a flight.
+type phase uint8
+
+const (
+	waiting phase = iota // for a worker
+	flying               // on one
+	landed
+)
+
+// flight is one call on its way from its caller through the queue to a worker and
+// back. Its fields are under Device.mu until it has landed.
+type flight struct {
+	o     callOptions
+	phase phase
+	since time.Time     // of the phase
+	left  bool          // nobody waits any more: the worker wipes the result
+	late  bool          // given up by the watchdog on a worker
+	done  chan struct{} // gets one value: landed, or given up
+	err   error         // of the landed or given up flight
 }
+
+// passenger is a flight with the function and the result that it carries.
+type passenger interface {
+	base() *flight
+	fly(*Device, *worker) error // on the worker
+	wipe()
+}
+
+type carrier[T any] struct {
+	flight
+	f     func(*session) (T, error)
+	value T // the worker's until the flight has landed
+}
+
+func (c *carrier[T]) base() *flight { return &c.flight }
+
+func (c *carrier[T]) wipe() { wipe(c.value) }
 
 // call runs f on a worker goroutine with a session of its own. It returns when
 // f does, when ctx ends or at the call deadline, whichever comes first. A call
@@ -43,82 +69,47 @@ type flight[T any] struct {
 // f must not touch memory that the caller may change after call has returned.
 func call[T any](ctx context.Context, d *Device, o callOptions, f func(*session) (T, error)) (T, error) {
 	var zero T
-	if o.release == nil {
-		o.release = func() {}
-	}
 	if err := d.admit(ctx, o); err != nil {
-		o.release()
+		o.released()
 		return zero, err
 	}
-	fl := &flight[T]{overdue: make(chan struct{}), done: make(chan struct{})}
-	timer := time.AfterFunc(d.set.timeout, func() { fl.expire(d) })
-	go func() {
-		v, err := attempt(d, o, f)
-		timer.Stop()
-		o.release()
-		fl.finish(d, v, err)
-	}()
-	select {
-	case <-fl.done:
-	case <-fl.overdue:
-	case <-ctx.Done():
+	c := &carrier[T]{flight: flight{o: o, done: make(chan struct{}, 1)}, f: f}
+	if err := d.enqueue(c); err != nil {
+		o.released()
+		return zero, err
 	}
-	return fl.collect(ctx, o.op, d.set.timeout)
+	if end := ctx.Done(); end == nil {
+		<-c.done
+	} else {
+		select {
+		case <-c.done:
+		case <-end:
+			if d.leave(c) {
+				return zero, contextError(o.op, ctx.Err())
+			}
+		}
+	}
+	if c.err != nil {
+		return zero, c.err
+	}
+	return c.value, nil
 }
 
-// admit lets a call in or refuses it.
+func (o callOptions) released() {
+	if o.release != nil {
+		o.release()
+	}
+}
+
+// admit refuses a call whose context has ended and one to an unhealthy device.
 func (d *Device) admit(ctx context.Context, o callOptions) error {
 	if err := ctx.Err(); err != nil {
 		return contextError(o.op, err)
 	}
-	if !o.probe {
-		if err := d.heal(ctx); err != nil {
-			return err
-		}
+	if o.probe || !d.unwell.Load() {
+		return nil
 	}
-	return d.begin(ctx, o.op)
-}
-
-// expire runs at the call deadline.
-func (fl *flight[T]) expire(d *Device) {
-	fl.mu.Lock()
-	defer fl.mu.Unlock()
-	if fl.finished {
-		return
-	}
-	fl.late = true
-	d.abandon()
-	close(fl.overdue)
-}
-
-// finish runs when the worker comes back, be it in time or not.
-func (fl *flight[T]) finish(d *Device, v T, err error) {
-	fl.mu.Lock()
-	fl.finished = true
-	if fl.deserted {
-		wipe(v)
-	} else {
-		fl.value, fl.err = v, err
-	}
-	late := fl.late
-	fl.mu.Unlock()
-	close(fl.done)
-	d.end(late)
-}
-
-// collect takes the result or leaves the worker to itself.
-func (fl *flight[T]) collect(ctx context.Context, op string, timeout time.Duration) (T, error) {
-	fl.mu.Lock()
-	defer fl.mu.Unlock()
-	if fl.finished {
-		return fl.value, fl.err
-	}
-	fl.deserted = true
-	var zero T
-	if fl.late {
-		return zero, unavailablef("%s: no answer within %v", op, timeout)
-	}
-	return zero, contextError(op, ctx.Err())
+	return d.heal(ctx)
 }
 
 // contextError reports a call that its context ended: a deadline means that the
@@ -136,32 +127,35 @@ func wipe(v any) {
 		secret.Wipe(v)
 	case *secret.Bytes:
 		v.Destroy()
+	case generated:
+		secret.Wipe(v.proof)
 	}
 }
 
-// attempt runs f on the worker goroutine, and once more on a new session when
-// the session, login or handles turn out to be gone.
-func attempt[T any](d *Device, o callOptions, f func(*session) (T, error)) (T, error) {
-	v, err := attemptOnce(d, o, f)
-	if err != nil && isLost(err) && !o.once {
-		v, err = attemptOnce(d, o, f)
+// fly runs f on the worker goroutine, and once more on a new session when the
+// session, login or handles turn out to be gone.
+func (c *carrier[T]) fly(d *Device, w *worker) error {
+	v, err := attempt(d, w, c.o, c.f)
+	if err != nil && isLost(err) && !c.o.once {
+		v, err = attempt(d, w, c.o, c.f)
 	}
-	err = classify(o.op, err)
-	if errors.Is(err, ErrUnavailable) {
-		d.markSuspect(o.op + " failed")
+	c.o.released()
+	if err != nil {
+		err = classify(c.o.op, err)
+		if errors.Is(err, ErrUnavailable) {
+			d.markSuspect(c.o.op + " failed")
+		}
 	}
-	return v, err
+	c.value = v
+	return err
 }
 
-func attemptOnce[T any](d *Device, o callOptions, f func(*session) (T, error)) (v T, err error) {
-	// The worker's own deadline: by then the caller has left.
-	ctx, cancel := context.WithTimeout(context.Background(), d.set.timeout)
-	defer cancel()
-	if err := d.mod.enter(ctx); err != nil {
+func attempt[T any](d *Device, w *worker, o callOptions, f func(*session) (T, error)) (v T, err error) {
+	if err := d.mod.enter(d.set.timeout); err != nil {
 		return v, err
 	}
 	gen := d.mod.gen
-	s, err := d.take(o)
+	s, err := d.take(w, o)
 	if err == nil {
 		s.hook = nil
 		if hook := d.hook.Load(); hook != nil {
@@ -171,12 +165,15 @@ func attemptOnce[T any](d *Device, o callOptions, f func(*session) (T, error)) (
 		if err == nil {
 			v, err = f(s)
 		}
-		d.give(s, o, err)
+		d.give(w, s, err)
 	}
 	d.mod.leave()
 	if err != nil && isLost(err) {
 		d.flush()
 		if uninitialized(err) {
+			// The worker's own deadline: by then the caller has left.
+			ctx, cancel := context.WithTimeout(context.Background(), d.set.timeout)
+			defer cancel()
 			if e := d.mod.reinitialize(ctx, gen); e != nil {
 				return v, e
 			}

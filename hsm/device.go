@@ -43,25 +43,33 @@ type Device struct {
 	loginMu sync.Mutex
 	pinErr  error // the token refused the PIN: never send it again
 
-	slots      *semaphore.Weighted // one per session in use
 	probing    *semaphore.Weighted // one health check at a time
 	probeEvery time.Duration
 	hook       atomic.Pointer[func(op string) error] // tests: runs before every device call
+	closing    chan struct{}                         // closed by Close
 	finished   chan struct{}                         // closed when the device is dismantled
 
-	mu        sync.Mutex
-	idle      []*session
-	epoch     uint64
-	active    int // calls that have not come back, abandoned ones included
-	abandoned int
-	closed    bool
-	sick      string // why the device is unhealthy
-	probeAt   time.Time
-}
+	serial bool          // light calls gain nothing from a second session; set by Open
+	epoch  atomic.Uint64 // sessions of an earlier one are void
+	unwell atomic.Bool   // sick != nil
 
-// probeInterval is how long an unhealthy device is left alone before a call
-// may probe it. Check always probes.
-const probeInterval = time.Second
+	mu        sync.Mutex
+	queue     []passenger // calls that wait for a worker
+	workers   []*worker   // all goroutines, those with abandoned calls included
+	idle      []*worker   // parked; the one used last is at the end
+	busy      int         // workers with a call, abandoned ones left out
+	light     int         // those of them with a light call
+	abandoned int
+	watchdog  *time.Timer
+	watching  bool // the watchdog has been wound up for calls
+	holds     int  // what else keeps the module
+	closed    bool
+	gone      bool  // dismantling
+	sick      error // why the device is unhealthy; nil when it is not
+	probeAt   time.Time
+	failures  int // in a row; the probes back off
+	nursed    bool
+}
 
 // attach loads the library and returns a device whose keys are not yet known.
 func attach(cfg Config) (*Device, error) {
@@ -78,8 +86,8 @@ func attach(cfg Config) (*Device, error) {
 		return nil, err
 	}
 	mod.retain()
-	return &Device{set: set, objects: objects{max: set.maxLoaded}, mod: mod, pin: pin, slots: semaphore.NewWeighted(int64(set.maxSessions)),
-		probing: semaphore.NewWeighted(1), probeEvery: probeInterval, finished: make(chan struct{})}, nil
+	return &Device{set: set, objects: objects{max: set.maxLoaded}, mod: mod, pin: pin, probing: semaphore.NewWeighted(1),
+		probeEvery: probeInterval, closing: make(chan struct{}), finished: make(chan struct{})}, nil
 }
 
 // Open finds the device keys that Provision made, refuses them when any is
@@ -209,8 +217,28 @@ func (d *Device) Close() error {
 	d.mu.Lock()
 	first := !d.closed
 	d.closed = true
-	last := first && d.active == 0
+	queue := d.queue
+	d.queue = nil
+	for _, p := range queue {
+		p.base().left = true
+		p.base().err = unavailablef("%s: the device is closed", p.base().o.op)
+	}
+	for _, w := range d.idle {
+		w.wake <- nil
+	}
+	d.idle = nil
+	last := d.lastGone()
+	if d.watchdog != nil && d.busy == 0 {
+		d.watchdog.Stop()
+	}
 	d.mu.Unlock()
+	for _, p := range queue {
+		p.base().o.released()
+		p.base().done <- struct{}{}
+	}
+	if first {
+		close(d.closing)
+	}
 	if last {
 		go d.dismantle() // closing a session may hang like any other call
 	}
@@ -229,9 +257,6 @@ func (d *Device) dismantle() {
 	ctx, cancel := context.WithTimeout(context.Background(), d.set.timeout)
 	defer cancel()
 	if d.mod.gate.Acquire(ctx, 1) == nil {
-		for s := d.popIdle(); s != nil; s = d.popIdle() {
-			d.drop(s)
-		}
 		d.objects.end(d)
 		d.mod.gate.Release(1)
 	}

@@ -24,14 +24,25 @@ var (
 	// start-up self test worked, or a known answer came out wrong.
 	ErrUnsafeToken = errors.New("hsm: token is not safe to use")
 	// ErrUnsupported: the token lacks a mechanism that is needed.
-	ErrUnsupported = errors.New("hsm: mechanism not supported by the token")
+	ErrUnsupported error = &kind{"hsm: mechanism not supported by the token"}
 	// ErrModule: the PKCS#11 library is missing or cannot be loaded.
 	ErrModule = errors.New("hsm: PKCS#11 library not usable")
 	// ErrTokenNotFound: no token matches the URI.
 	ErrTokenNotFound = errors.New("hsm: token not found")
 	// ErrInvalid: an argument, a configuration or a wrapped blob is wrong.
-	ErrInvalid = errors.New("hsm: invalid input")
+	ErrInvalid error = &kind{"hsm: invalid input"}
 )
+
+// kind is an error that tells those who do not import this package what it is.
+type kind struct{ text string }
+
+func (k *kind) Error() string { return k.text }
+
+// Invalid reports whether what the device was given is at fault, and not the device.
+func (k *kind) Invalid() bool { return k == ErrInvalid }
+
+// Unsupported reports whether the token cannot do it at all.
+func (k *kind) Unsupported() bool { return k == ErrUnsupported }
 
 func invalidf(format string, a ...any) error {
 	return fmt.Errorf("%w: %s", ErrInvalid, fmt.Sprintf(format, a...))

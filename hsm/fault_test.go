@@ -129,7 +129,7 @@ func TestTokenGoesAndComes(t *testing.T) {
 				t.Fatal(err)
 			}
 		},
-		"next call": func(t *testing.T, d *Device) { d.probeEvery = 0; d.markUnhealthy("test") },
+		"next call": func(t *testing.T, d *Device) { d.probeEvery = 0; d.markUnhealthy(unavailablef("test")) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			tok, d := openNew(t)
@@ -422,10 +422,12 @@ func TestErrorClosesSession(t *testing.T) {
 	if !errors.Is(err, ErrUnavailable) {
 		t.Fatal(err)
 	}
-	for s := d.popIdle(); s != nil; s = d.popIdle() {
-		if s == used {
-			t.Fatal("the session went back to the pool")
-		}
+	again, err := call(context.Background(), d, callOptions{op: "test"}, func(s *session) (*session, error) { return s, nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again == used {
+		t.Fatal("the session was used again")
 	}
 	useAll(t, d)
 }

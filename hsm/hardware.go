@@ -49,10 +49,10 @@ func (d *Device) LoadHMAC(ctx context.Context, blob []byte) (mac func(ctx contex
 			return nil, invalidf("HMAC: the message has %d bytes, at most %d are possible", len(message), MaxMAC)
 		}
 		message = bytes.Clone(message)
-		return use(ctx, d, "hmac", o, func(s *session, h pkcs11.ObjectHandle) ([]byte, error) { return s.hmac(h, message) })
+		return use(ctx, d, callOptions{op: "hmac", light: len(message) <= lightMAC}, o, func(s *session, h pkcs11.ObjectHandle) ([]byte, error) { return s.hmac(h, message) })
 	}
 	// A key shorter than it should be shows itself here: the token refuses to use it.
-	_, err = use(ctx, d, "load", o, func(s *session, h pkcs11.ObjectHandle) ([]byte, error) {
+	_, err = use(ctx, d, callOptions{op: "load"}, o, func(s *session, h pkcs11.ObjectHandle) ([]byte, error) {
 		got, err := s.hmac(h, nil)
 		if isRV(err, pkcs11.CKR_KEY_SIZE_RANGE) {
 			err = errImport
@@ -66,6 +66,10 @@ func (d *Device) LoadHMAC(ctx context.Context, blob []byte) (mac func(ctx contex
 	}
 	return mac, func() { d.unload(o) }, nil
 }
+
+// lightMAC bounds the message of a light call: one that takes microseconds on a token
+// in this machine.
+const lightMAC = 2048
 
 // LoadSigner is LoadHMAC for what WrapSigner wrapped for the same curve. sign
 // returns r‖s, each of the curve's coordinate length, over a SHA-256 digest (32
@@ -95,11 +99,11 @@ func (d *Device) LoadSigner(ctx context.Context, c ecdh.Curve, blob []byte) (sig
 			return nil, invalidf("Sign: the digest has %d bytes, %s takes %d", len(digest), crv.name, crv.digest)
 		}
 		digest = bytes.Clone(digest)
-		return use(ctx, d, "sign", o, func(s *session, h pkcs11.ObjectHandle) ([]byte, error) {
+		return use(ctx, d, callOptions{op: "sign"}, o, func(s *session, h pkcs11.ObjectHandle) ([]byte, error) {
 			return s.signOn(crv, h, digest)
 		})
 	}
-	_, err = use(ctx, d, "load", o, func(*session, pkcs11.ObjectHandle) ([]byte, error) { return nil, nil })
+	_, err = use(ctx, d, callOptions{op: "load"}, o, func(*session, pkcs11.ObjectHandle) ([]byte, error) { return nil, nil })
 	if err != nil {
 		d.unload(o)
 		return nil, nil, err
@@ -108,8 +112,8 @@ func (d *Device) LoadSigner(ctx context.Context, c ecdh.Curve, blob []byte) (sig
 }
 
 // use makes a device call with a loaded object.
-func use(ctx context.Context, d *Device, op string, o *object, f func(*session, pkcs11.ObjectHandle) ([]byte, error)) ([]byte, error) {
-	return call(ctx, d, callOptions{op: op}, func(s *session) ([]byte, error) {
+func use(ctx context.Context, d *Device, opt callOptions, o *object, f func(*session, pkcs11.ObjectHandle) ([]byte, error)) ([]byte, error) {
+	return call(ctx, d, opt, func(s *session) ([]byte, error) {
 		return withObject(d, s, o, func(h pkcs11.ObjectHandle) ([]byte, error) { return f(s, h) })
 	})
 }

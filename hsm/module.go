@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/miekg/pkcs11"
 	"golang.org/x/sync/semaphore"
@@ -94,7 +95,15 @@ func (m *module) release(ctx context.Context) {
 }
 
 // enter takes a share of the gate with the library initialised.
-func (m *module) enter(ctx context.Context) error {
+func (m *module) enter(within time.Duration) error {
+	if m.gate.TryAcquire(1) {
+		if m.ready {
+			return nil
+		}
+		m.gate.Release(1)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), within)
+	defer cancel()
 	for {
 		if err := m.gate.Acquire(ctx, 1); err != nil {
 			return unavailablef("the library is being initialised")

@@ -154,9 +154,7 @@ func (d *Device) loadInto(s *session, k *keeper, o *object) (lease, error) {
 }
 
 func (d *Device) openKeeper() (*session, error) {
-	d.mu.Lock()
-	epoch := d.epoch
-	d.mu.Unlock()
+	epoch := d.epoch.Load()
 	s, err := d.openSession(false, true)
 	if err != nil {
 		return nil, d.sinceOpen(err)

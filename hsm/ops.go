@@ -310,19 +310,3 @@ func (s *session) random(n int) ([]byte, error) {
 	}
 	return out, nil
 }
-
-// Check makes the token draw random bytes and encrypt and decrypt a block under
-// the wrapping key. On an unhealthy device it is the probe that ends that state.
-func (d *Device) Check(ctx context.Context) error { return d.probe(ctx, true) }
-
-func (d *Device) probeOnce(ctx context.Context) error {
-	// On a session of its own: those of the pool may work on when no new one can
-	// be opened (SoftHSM, whose token directory went away and came back).
-	_, err := call(ctx, d, callOptions{op: "check", probe: true, own: true}, func(s *session) (struct{}, error) {
-		if _, err := s.random(16); err != nil {
-			return struct{}{}, err
-		}
-		return struct{}{}, s.keyWorks()
-	})
-	return err
-}

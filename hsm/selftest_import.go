@@ -50,7 +50,10 @@ func (d *Device) testImport(ctx context.Context) error {
 	if err := d.testLoaded(ctx); err != nil {
 		return err
 	}
-	return d.testGenerated(ctx)
+	if err := d.testGenerated(ctx); err != nil {
+		return err
+	}
+	return d.testScaling(ctx)
 }
 
 // probeImport tries the ways to import a key, best first.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"strings"
+	"time"
 	"unsafe"
 
 	"github.com/miekg/pkcs11"
@@ -17,7 +18,8 @@ type session struct {
 	h     pkcs11.SessionHandle
 	slot  uint
 	gen   uint64 // of the module
-	epoch uint64 // of the device's pool
+	epoch uint64 // of the device
+	used  time.Time
 	keys  handles
 	curve curve
 

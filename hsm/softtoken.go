@@ -168,7 +168,7 @@ func (t *SoftToken) initialize(ctx context.Context, lib string, pin *secret.Byte
 		m.release(ctx)
 		forget(m)
 	}()
-	if err := m.enter(ctx); err != nil {
+	if err := m.enter(DefaultCallTimeout); err != nil {
 		return err
 	}
 	defer m.leave()

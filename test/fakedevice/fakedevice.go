@@ -34,10 +34,16 @@ const (
 
 var (
 	// ErrInvalid is returned for input that a real device refuses.
-	ErrInvalid = errors.New("fakedevice: invalid input")
+	ErrInvalid error = invalidInput{}
 	// ErrUnavailable is returned after Close, and when a context's deadline passes.
 	ErrUnavailable = errors.New("fakedevice: device unavailable")
 )
+
+// invalidInput tells those who do not import this package what it is.
+type invalidInput struct{}
+
+func (invalidInput) Error() string { return "fakedevice: invalid input" }
+func (invalidInput) Invalid() bool { return true }
 
 const (
 	maxWrap  = 96
