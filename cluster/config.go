@@ -30,6 +30,11 @@ type Config struct {
 	// suite) with the node's signing key and returns r‖s. It is used for hashes of
 	// snapshots, in the context SnapshotContext.
 	Sign func(ctx context.Context, digest []byte) ([]byte, error)
+	// SigningSuite (pqc.SuiteID) and Signing, optional together, are the public half of
+	// Sign. Without them it is the node's of the genesis, which a node whose hardware
+	// root was replaced no longer has.
+	SigningSuite uint16
+	Signing      []byte
 
 	Logger *slog.Logger // optional: slog.Default
 	// RaftLogLevel, optional, is the least level at which Raft's own log is passed on.

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/conclave-kms/conclave/kms/canon"
-	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/pqc"
 )
 
@@ -29,7 +28,9 @@ type trust struct {
 	ctx     context.Context // of the node's life
 	dir     string
 	cluster string
-	node    state.Node
+	node    string
+	suite   pqc.SuiteID // of the signing key in the device
+	signing []byte      // its public half
 	signer  func(ctx context.Context, digest []byte) ([]byte, error)
 }
 
@@ -41,7 +42,7 @@ type snapshotStatement struct {
 }
 
 func (t *trust) message(hash [32]byte) []byte {
-	return canon.Marshal(snapshotStatement{Cluster: t.cluster, Node: t.node.ID, Hash: hash[:]})
+	return canon.Marshal(snapshotStatement{Cluster: t.cluster, Node: t.node, Hash: hash[:]})
 }
 
 func (t *trust) path(hash [32]byte) string {
@@ -50,8 +51,7 @@ func (t *trust) path(hash [32]byte) string {
 
 // sign has the device sign a hash and stores the signature.
 func (t *trust) sign(hash [32]byte) error {
-	suite := pqc.SuiteID(t.node.SigningSuite)
-	digest, err := pqc.Digest(suite, t.message(hash), []byte(SnapshotContext))
+	digest, err := pqc.Digest(t.suite, t.message(hash), []byte(SnapshotContext))
 	if err != nil {
 		return err
 	}
@@ -61,8 +61,8 @@ func (t *trust) sign(hash [32]byte) error {
 	if err != nil {
 		return err
 	}
-	if err := pqc.Verify(suite, t.node.Signing, t.message(hash), []byte(SnapshotContext), sig); err != nil {
-		return err // the device's key is not the one in the genesis
+	if err := pqc.Verify(t.suite, t.signing, t.message(hash), []byte(SnapshotContext), sig); err != nil {
+		return err // the device's key is not the one it is said to be
 	}
 	if err := writeFile(t.path(hash), sig); err != nil {
 		return err
@@ -77,7 +77,7 @@ func (t *trust) signed(hash [32]byte) bool {
 	if err != nil {
 		return false
 	}
-	return pqc.Verify(pqc.SuiteID(t.node.SigningSuite), t.node.Signing, t.message(hash), []byte(SnapshotContext), sig) == nil
+	return pqc.Verify(t.suite, t.signing, t.message(hash), []byte(SnapshotContext), sig) == nil
 }
 
 // prune removes all but the newest signatures.

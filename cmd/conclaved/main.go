@@ -37,7 +37,7 @@ To found a real cluster:  conclaved init, conclaved genesis --help, conclaved ru
 		SilenceErrors: true,
 		Version:       version,
 	}
-	root.AddCommand(runCommand(), initCommand(), genesisCommand(), attestCommand(), devCommand(), hsmChildCommand(), versionCommand())
+	root.AddCommand(runCommand(), initCommand(), genesisCommand(), attestCommand(), rekeyCommand(), deviceCommand(), devCommand(), hsmChildCommand(), versionCommand())
 	return root
 }
 

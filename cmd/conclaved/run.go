@@ -22,12 +22,15 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/conclave-kms/conclave/cluster"
+	"github.com/conclave-kms/conclave/hsm"
 	"github.com/conclave-kms/conclave/kms/api/native"
 	"github.com/conclave-kms/conclave/kms/audit"
 	"github.com/conclave-kms/conclave/kms/engine"
 	"github.com/conclave-kms/conclave/kms/keyring"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/wire"
+	"github.com/conclave-kms/conclave/pqc"
+	"github.com/conclave-kms/conclave/tpm"
 )
 
 func runCommand() *cobra.Command {
@@ -45,6 +48,7 @@ func runCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			slog.SetDefault(log) // for what packages below say
 			return runNode(cmd.Context(), cfg, log)
 		},
 	}
@@ -85,6 +89,7 @@ func noCoreDumps() error {
 type node struct {
 	cfg        Config
 	log        *slog.Logger
+	roots      *heldRoots
 	device     device
 	root       *keyring.Root
 	cache      *keyring.Cache
@@ -97,46 +102,69 @@ type node struct {
 	closers    []func() error
 }
 
-// runNode starts the node, serves until ctx ends or the node must stop, and
-// takes everything down again in reverse order.
+// errAgain asks for the node's parts to be started anew, on another hardware root.
+var errAgain = errors.New("start again")
+
+// runNode runs the node until ctx ends or it must stop. Its parts start anew when
+// it has adopted another hardware root.
 func runNode(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	if err := noCoreDumps(); err != nil {
 		return fmt.Errorf("disable core dumps: %w", err)
 	}
 	debug.SetGCPercent(800) // the live heap is a few MiB: collect less often
 	debug.SetMemoryLimit(memoryTarget)
-	n := &node{cfg: cfg, log: log.With("node", cfg.Node), registry: prometheus.NewRegistry(), failed: make(chan error, 1)}
+	log = log.With("node", cfg.Node)
+	roots, err := openRoots(ctx, cfg, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, roots.close()) }()
+	for {
+		err := runOnce(ctx, cfg, log, roots)
+		if !errors.Is(err, errAgain) || ctx.Err() != nil {
+			return err
+		}
+		roots.follow(log)
+	}
+}
+
+// runOnce starts the node's parts on the roots that are held, and takes them down
+// again in reverse order.
+func runOnce(ctx context.Context, cfg Config, log *slog.Logger, roots *heldRoots) (err error) {
+	n := &node{cfg: cfg, log: log, roots: roots, registry: prometheus.NewRegistry(), failed: make(chan error, 1)}
 	defer func() {
 		for i := len(n.closers) - 1; i >= 0; i-- {
 			err = errors.Join(err, n.closers[i]())
 		}
 	}()
-	for _, start := range []func(context.Context) error{n.openDevice, n.openLogs, n.openCluster, n.openEngine} {
-		if err := start(ctx); err != nil {
+	start := []func(context.Context) error{n.useRoot, n.openLogs, n.openCluster, n.openEngine}
+	serve := n.serve
+	if roots.present == nil {
+		start, serve = start[:3], n.wait
+	}
+	for _, f := range start {
+		if err := f(ctx); err != nil {
 			return err
 		}
 	}
-	return n.serve(ctx)
+	return serve(ctx)
 }
 
 func (n *node) closeLater(f func() error) { n.closers = append(n.closers, f) }
 
-func (n *node) openDevice(ctx context.Context) error {
-	dev, err := openDevice(ctx, n.cfg.Device)
-	if err != nil {
-		return err
+func (n *node) useRoot(context.Context) error {
+	own := n.roots.own()
+	n.device, n.root = own.dev, own.root
+	if n.roots.present == nil {
+		return nil
 	}
-	n.device = dev
-	n.closeLater(dev.Close)
-	if n.root, err = loadRoot(ctx, dev, n.cfg); err != nil {
-		return err
-	}
+	var err error
 	n.cache, err = keyring.NewCache(n.root, keyring.Limits{TTL: n.cfg.Cache.TTL.Duration, MaxKEKs: n.cfg.Cache.KEKs, MaxKeys: n.cfg.Cache.Keys})
 	if err != nil {
 		return err
 	}
 	n.closeLater(func() error { n.cache.Purge(); return nil })
-	n.log.Info("device is ready", "device", dev.Describe())
+	n.log.Info("device is ready", "device", n.device.Describe(), "root", own.file.Root)
 	return nil
 }
 
@@ -186,7 +214,7 @@ func (n *node) openCluster(ctx context.Context) error {
 	}
 	n.cluster, err = cluster.Open(ctx, cluster.Config{
 		NodeID: n.cfg.Node, DataDir: filepath.Join(n.cfg.DataDir, "raft"), Listener: listener, Genesis: signed, Certificate: cert,
-		Sign: n.device.Sign, Logger: n.log, Timing: n.cfg.Cluster.timing(), OnApply: n.applied, OnRestore: n.restored, OnSnapshot: n.clusterLog.Sync,
+		Sign: n.device.Sign, SigningSuite: uint16(n.signingSuite()), Signing: n.roots.own().public, Logger: n.log, Timing: n.cfg.Cluster.timing(), OnApply: n.applied, OnRestore: n.restored, OnSnapshot: n.clusterLog.Sync,
 	})
 	if err != nil {
 		return err
@@ -199,13 +227,22 @@ func (n *node) openCluster(ctx context.Context) error {
 	return n.registry.Register(gauges)
 }
 
+// signingSuite is the suite of the signing key in the node's own device.
+func (n *node) signingSuite() pqc.SuiteID {
+	_, sig := n.roots.own().cfg.Device.suites()
+	return sig
+}
+
 func (n *node) checkGenesis(g state.Genesis) error {
 	for _, node := range g.Nodes {
 		if node.ID == n.cfg.Node {
 			if node.Site != n.cfg.Site {
 				return fmt.Errorf("the configuration says site %s, the genesis document says %s", n.cfg.Site, node.Site)
 			}
-			return sameRoot(node, n.device, n.root)
+			if n.roots.own().file.Root == firstRoot { // later ones are in the state alone: checkRoot
+				return sameRoot(node, n.device, n.root)
+			}
+			return nil
 		}
 	}
 	return fmt.Errorf("the genesis document %s does not name node %s", n.cfg.Genesis, n.cfg.Node)
@@ -256,9 +293,17 @@ func (n *node) openEngine(context.Context) error {
 	var err error
 	n.engine, err = engine.New(engine.Config{
 		Node: n.cfg.Node, Cluster: n.cluster, Cache: n.cache, Root: n.root, Signer: n.device, Device: n.device, Log: n.access,
-		Logger: n.log, Metrics: n.registry, Raft: n.raft, Version: version,
+		Logger: n.log, Metrics: n.registry, Raft: n.raft, Version: version, Importers: importers(), SigningSuite: n.signingSuite(),
 	})
 	return err
+}
+
+// importers wrap keys for the devices of other nodes.
+func importers() map[string]keyring.Importer {
+	return map[string]keyring.Importer{
+		hsm.ImportKind: {WrapHMAC: hsm.WrapHMAC, WrapSigner: hsm.WrapSigner},
+		tpm.ImportKind: {WrapHMAC: tpm.WrapHMAC, WrapSigner: tpm.WrapSigner},
+	}
 }
 
 // raft is the consensus layer's view in the API's words.
@@ -295,6 +340,7 @@ func (n *node) serve(ctx context.Context) error {
 	defer cancel()
 	var wg sync.WaitGroup
 	wg.Go(func() { agent.Run(ctx) })
+	wg.Go(func() { n.watchRoot(ctx) })
 	wg.Go(func() {
 		if err := server.Serve(tlsListener); !errors.Is(err, http.ErrServerClosed) {
 			n.fail(fmt.Errorf("api: %w", err))

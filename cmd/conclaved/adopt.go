@@ -1,0 +1,247 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"math"
+	"sync"
+	"time"
+
+	"github.com/conclave-kms/conclave/kms/engine"
+	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/pqc"
+)
+
+const (
+	openNextAgain = 15 * time.Second // between attempts to open the next device
+	reviveEvery   = 30 * time.Second // between attempts to open the present device
+)
+
+// rootVerdict is what the state says of the root that the node runs on.
+type rootVerdict int
+
+const (
+	rootUnknown  rootVerdict = iota // the state is older than the root: not yet caught up
+	rootInForce                     // it is the node's
+	rootReplaced                    // the next root is the node's already
+)
+
+// checkRoot compares the node's record in the state with its root. Right after the
+// start the state is the genesis or a snapshot, whose root may be an older one.
+func (n *node) checkRoot(st *state.State, caughtUp bool) (rootVerdict, error) {
+	me, ok := st.Node(n.cfg.Node)
+	if !ok {
+		return 0, fmt.Errorf("the cluster has no node %s any more", n.cfg.Node)
+	}
+	own := n.roots.own()
+	if bytes.Equal(me.Signing, own.public) {
+		if !bytes.Equal(me.Agreement, own.root.PublicKey().Bytes()) {
+			return 0, fmt.Errorf("the cluster has another agreement key for node %s than this device and its root file hold: restore the root file from a backup", me.ID)
+		}
+		return rootInForce, nil
+	}
+	signing := pqc.Fingerprint(me.Signing)
+	if n.roots.present != nil {
+		if next, err := readRoot(nextRootPath(n.cfg.DataDir)); err == nil && next.Signing == signing {
+			return rootReplaced, nil
+		}
+	}
+	if !caughtUp || n.roots.present == nil {
+		return rootUnknown, nil
+	}
+	return 0, fmt.Errorf("node %s has hardware root number %d with signing key %s in the cluster; this node runs on number %d with %s: wrong device, or a data directory from before the replacement",
+		me.ID, me.Root, signing, own.file.Root, pqc.Fingerprint(own.public))
+}
+
+// watchRoot looks at each change of the state whether the node's root is still the
+// one it runs on, and takes the next one into use when custodians have approved it.
+func (n *node) watchRoot(ctx context.Context) {
+	var a attempts
+	for {
+		changed := n.cluster.Changed() // before the state is read, so that no change is missed
+		caughtUp := n.cluster.Fresh() < math.MaxInt64
+		st := n.cluster.State()
+		verdict, err := n.checkRoot(st, caughtUp)
+		switch {
+		case err != nil:
+			n.fail(err)
+			return
+		case verdict == rootReplaced:
+			n.takeOver(ctx)
+			return
+		}
+		var again <-chan time.Time
+		if r, ok := st.Replacement(n.cfg.Node); ok && verdict == rootInForce {
+			if n.adopt(ctx, r, &a) {
+				return
+			}
+			again = time.After(openNextAgain)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		case <-again:
+		}
+	}
+}
+
+// attempts is what watchRoot remembers of an approved root that it cannot take.
+type attempts struct {
+	root uint32    // its number; what hinders it is in the log
+	next time.Time // of the next attempt; zero: never
+}
+
+// adopt runs the adoption of an approved root and reports whether the node starts
+// again.
+func (n *node) adopt(ctx context.Context, r state.Replacement, a *attempts) bool {
+	if a.root == r.Root && (a.next.IsZero() || time.Now().Before(a.next)) {
+		return false
+	}
+	told := a.root == r.Root
+	*a = attempts{r.Root, time.Now().Add(openNextAgain)}
+	if err := n.holdNext(ctx, r); err != nil {
+		if !told {
+			n.log.Warn("custodians have approved another hardware root for this node, which cannot be taken into use", "root", r.Root, "proposal", r.Proposal, "err", err)
+		}
+		if pinRefused(err) {
+			a.next = time.Time{}
+		}
+		return false
+	}
+	n.log.Info("custodians have approved the next hardware root; taking it into use", "root", r.Root, "device", n.roots.next.dev.Describe())
+	if err := n.runAdoption(ctx); err != nil {
+		if ctx.Err() == nil {
+			n.log.Error("the next hardware root is not adopted; prepare and propose one again", "root", r.Root, "err", err)
+			a.next = time.Time{}
+		}
+		return false
+	}
+	n.takeOver(ctx)
+	return true
+}
+
+// holdNext opens the next device unless it is open, and makes sure that it holds
+// the root that was approved.
+func (n *node) holdNext(ctx context.Context, r state.Replacement) error {
+	if n.roots.next == nil {
+		next, err := openNext(ctx, n.cfg)
+		if err != nil {
+			return err
+		}
+		n.roots.next = next
+	}
+	if held := n.roots.next.public; !bytes.Equal(held, r.New.Signing) {
+		return fmt.Errorf("what was approved has signing key %s, [next_device] holds %s: propose the card of this one, or configure the other", pqc.Fingerprint(r.New.Signing), pqc.Fingerprint(held))
+	}
+	return nil
+}
+
+func (n *node) runAdoption(ctx context.Context) error {
+	next := n.roots.next
+	_, suite := next.cfg.Device.suites()
+	a, err := engine.NewAdoption(engine.AdoptionConfig{
+		Node: n.cfg.Node, Cluster: n.cluster, Watch: n.cluster, Root: next.root, Signer: next.dev, SigningSuite: suite, Logger: n.log,
+		Progress: func(p engine.AdoptionProgress) {
+			n.log.Info("adopting the next hardware root", "root", p.Root, "opened", p.Opened, "missing", p.Missing, "left", p.Left, "note", p.Note)
+		},
+	})
+	if err != nil {
+		return err
+	}
+	return a.Run(ctx)
+}
+
+// takeOver makes the adopted root the node's own: its files first, then its parts.
+func (n *node) takeOver(ctx context.Context) {
+	if err := n.replaceRoot(ctx); err != nil {
+		n.fail(fmt.Errorf("the next hardware root is adopted, but the node cannot go on with it: %w", err))
+		return
+	}
+	n.roots.adopted = true
+	n.log.Info("the next hardware root is adopted; the former one is not needed any more: make [next_device] the [device] of the configuration", "root", n.roots.next.file.Root)
+	n.fail(errAgain)
+}
+
+func (n *node) replaceRoot(ctx context.Context) error {
+	if n.roots.next == nil { // adopted before a crash or a restart
+		next, err := openNext(ctx, n.cfg)
+		if err != nil {
+			return err
+		}
+		n.roots.next = next
+	}
+	return adoptFiles(n.cfg.DataDir)
+}
+
+// wait is the life of a node whose present device is dead: it replicates the state,
+// and takes the next device into use when custodians have approved it. It serves
+// nobody.
+func (n *node) wait(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait() // nothing may use the device any more
+	defer cancel()
+	adopted := make(chan error, 1)
+	wg.Go(func() { adopted <- n.runAdoption(ctx) })
+	wg.Go(func() { n.awaitPresent(ctx) })
+	n.log.Info("waiting for the next hardware root to be approved and adopted", "root", n.roots.next.file.Root, "cluster", n.cluster.State().Cluster())
+	select {
+	case <-ctx.Done():
+		return nil
+	case err := <-adopted:
+		if err != nil && ctx.Err() == nil {
+			return fmt.Errorf("the next hardware root is not adopted; prepare and propose one again: %w", err)
+		}
+		if err == nil {
+			n.takeOver(ctx)
+			return <-n.failed
+		}
+		return nil
+	case err := <-n.failed:
+		return err
+	case err := <-n.cluster.Done():
+		return err
+	}
+}
+
+// awaitPresent ends the waiting when the device of root.json can be opened after all.
+func (n *node) awaitPresent(ctx context.Context) {
+	tick := time.NewTicker(reviveEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		h, err := n.openPresent(ctx)
+		switch {
+		case err == nil && h != nil:
+			n.log.Info("the device of root.json is back: the node serves again")
+			n.roots.present = h
+			n.fail(errAgain)
+			return
+		case pinRefused(err):
+			n.log.Warn("the device of root.json is back, but refuses its PIN or authorisation secret; correct it and start the node again", "err", err)
+			return
+		case err != nil:
+			n.log.Debug("the device of root.json is still away", "err", err)
+		}
+	}
+}
+
+// openPresent tries the tables of the configuration that the next device is not in.
+func (n *node) openPresent(ctx context.Context) (*heldRoot, error) {
+	file, err := readPresentRoot(n.cfg)
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range sections(n.cfg) {
+		if s.name != n.roots.next.table {
+			return openSection(ctx, s, file, rootFile{})
+		}
+	}
+	return nil, nil
+}
