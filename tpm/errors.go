@@ -53,6 +53,17 @@ func unavailable(format string, args ...any) error {
 	return fmt.Errorf("tpm: %w: %s", ErrUnavailable, fmt.Sprintf(format, args...))
 }
 
+// What an answer of the TPM means for the operator, and what comes next.
+const (
+	meansAuth = "the keys take another authorization value than that of AuthFile: was the file exchanged, or the TPM? " +
+		"No try is counted against a lockout"
+	meansLockout = "the TPM is in dictionary attack lockout, because others gave wrong authorization values for objects of theirs; " +
+		"it ends by itself, or by tpm2_dictionarylockout --clear-lockout"
+	meansGone = "no key of ours is where it should be. In a new node make the keys: conclaved init. In a node that had them the TPM was " +
+		"cleared or exchanged and they are gone for good: replace the node's root by another resident node's help (conclaved rekey, conclave node rekey)"
+	meansFailure = "the TPM is in failure mode after a self-test of its own: only a restart of the machine may help"
+)
+
 // classify gives an error of the TPM or of the transport one of the kinds.
 func classify(op string, err error) error {
 	if err == nil {
@@ -61,14 +72,21 @@ func classify(op string, err error) error {
 	if isKind(err) {
 		return err
 	}
-	kind := ErrUnavailable
+	kind, means := ErrUnavailable, ""
 	switch {
-	case errors.Is(err, tpm2.TPMRCBadAuth), errors.Is(err, tpm2.TPMRCAuthFail), errors.Is(err, tpm2.TPMRCLockout):
-		kind = ErrAuth
+	case errors.Is(err, tpm2.TPMRCBadAuth), errors.Is(err, tpm2.TPMRCAuthFail):
+		kind, means = ErrAuth, meansAuth
+	case errors.Is(err, tpm2.TPMRCLockout):
+		means = meansLockout
+	case errors.Is(err, tpm2.TPMRCFailure):
+		means = meansFailure
 	case handleMissing(err):
-		kind = ErrNotProvisioned
+		kind, means = ErrNotProvisioned, meansGone
 	case errors.Is(err, tpm2.TPMRCECCPoint), errors.Is(err, tpm2.TPMRCCurve):
 		kind = ErrInvalid
+	}
+	if means != "" {
+		return fmt.Errorf("tpm: %s: %w: %s (%w)", op, kind, means, err)
 	}
 	return fmt.Errorf("tpm: %s: %w: %w", op, kind, err)
 }

@@ -1,6 +1,10 @@
 package tpm
 
-import "github.com/google/go-tpm/tpm2"
+import (
+	"context"
+
+	"github.com/google/go-tpm/tpm2"
+)
 
 // EvictHandle removes a persistent object of the owner's range.
 func EvictHandle(at tpm2.TPMHandle) Fault {
@@ -81,4 +85,21 @@ func (d *Device) asOwner(c *conn, fn func(tpm2.Session) error) error {
 		return err
 	}
 	return c.withSession(salt, fn, tpm2.Auth(d.auth.owner.Reveal()))
+}
+
+// ECDHRaw has the TPM multiply a point that no ecdh.PublicKey can be.
+func ECDHRaw(ctx context.Context, d *Device, x, y []byte) ([]byte, error) {
+	return do(ctx, d, call[[]byte]{op: "ECDH", fn: func(c *conn) (z []byte, err error) {
+		err = d.withDeviceKey(c, encryptInOut(), func(s tpm2.Session) error {
+			rsp, err := (tpm2.ECDHZGen{KeyHandle: d.agreement.auth(s), InPoint: tpm2.New2B(tpm2.TPMSECCPoint{
+				X: tpm2.TPM2BECCParameter{Buffer: x}, Y: tpm2.TPM2BECCParameter{Buffer: y},
+			})}).Execute(c)
+			if err != nil {
+				return err
+			}
+			z = rsp.OutPoint.Bytes()
+			return nil
+		})
+		return z, err
+	}})
 }

@@ -87,7 +87,7 @@ func TestClassify(t *testing.T) {
 	}{
 		{tpm2.TPMRC(0x98e), ErrAuth},           // AUTH_FAIL, session 1
 		{tpm2.TPMRC(0x9a2), ErrAuth},           // BAD_AUTH, session 1
-		{tpm2.TPMRCLockout, ErrAuth},           //
+		{tpm2.TPMRCLockout, ErrUnavailable},    //
 		{tpm2.TPMRC(0x18b), ErrNotProvisioned}, // HANDLE, handle 1
 		{tpm2.TPMRC(0x1e7), ErrInvalid},        // ECC_POINT, parameter 1
 		{tpm2.TPMRCFailure, ErrUnavailable},

@@ -81,5 +81,5 @@ func (c *conn) readNV(h tpm2.TPMHandle) ([]byte, error) {
 // connection or a TPM that was reset: asking for something else may succeed.
 func saidNo(c *conn, err error) bool {
 	var rc tpm2.TPMRC
-	return c.err == nil && errors.As(err, &rc) && !restarted(err) && !distrusts(err)
+	return c.err == nil && errors.As(err, &rc) && !restarted(err) && !distrusts(err) && !errors.Is(err, tpm2.TPMRCLockout)
 }

@@ -45,6 +45,10 @@ func (d *Device) provision(c *conn) error {
 	if len(leftover) > 0 && perm&permOwnerAuthSet == 0 {
 		return invalid("object %#x exists though the TPM has no owner: evict it or choose another PersistentBase", uint32(leftover[0].handle))
 	}
+	if perm&permOwnerAuthSet == 0 && perm&permLockoutAuthSet != 0 {
+		// Trying ours would count as an attack.
+		return fmt.Errorf("tpm: %w: the lockout authorization is set though the TPM has no owner: it is somebody else's; clear the TPM in the firmware's setup", ErrAuth)
+	}
 	if err := d.takeHierarchy(c, salt, tpm2.TPMRHOwner, d.auth.owner, perm&permOwnerAuthSet != 0); err != nil {
 		return fmt.Errorf("owner authorization: %w", err)
 	}
@@ -126,7 +130,7 @@ func (d *Device) takeHierarchy(c *conn, salt *object, h tpm2.TPMHandle, value *s
 			NewAuth:    tpm2.TPM2BAuth{Buffer: value.Reveal()},
 		}).Execute(c)
 		if errors.Is(err, tpm2.TPMRCBadAuth) || errors.Is(err, tpm2.TPMRCAuthFail) {
-			return fmt.Errorf("tpm: %w: set to a value that does not come from this AuthFile", ErrAuth)
+			return fmt.Errorf("tpm: %w: set to a value that does not come from this file (owner_file, or auth_file)", ErrAuth)
 		}
 		return err
 	}, encryptIn(), tpm2.Auth(auth))

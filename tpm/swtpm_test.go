@@ -20,6 +20,10 @@ import (
 	"github.com/conclave-kms/conclave/tpm/tpmtest"
 )
 
+// nodeConfig makes the test binary a node that provisions and uses the TPM of that
+// configuration (path and authorization file, two lines) until it is killed.
+const nodeConfig = "CONCLAVE_TEST_TPM_NODE"
+
 // parentDir makes the test binary a process that starts the software TPM in
 // that directory, prints its process id and waits for the end of its input.
 const parentDir = "CONCLAVE_TEST_SOFTTPM_PARENT"
@@ -34,6 +38,11 @@ func TestMain(m *testing.M) {
 		fmt.Println(s.Pid)
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		os.Exit(0)
+	}
+	if cfg := os.Getenv(nodeConfig); cfg != "" {
+		err := runNode(cfg)
+		fmt.Println(err)
+		os.Exit(1)
 	}
 	goleak.VerifyTestMain(m)
 }

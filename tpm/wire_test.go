@@ -25,7 +25,7 @@ type wire struct {
 	mu     sync.Mutex
 	seen   bytes.Buffer
 	tamper func(rsp []byte) []byte
-	refuse func(cmd []byte) []byte // an answer in place of the TPM's, or nil
+	refuse func(cmd []byte) []byte // an answer in place of the TPM's, or nil; empty cuts the connection
 }
 
 // tap returns a wire and the configuration that goes through it.
@@ -75,6 +75,9 @@ func (w *wire) serve(near net.Conn, target string) {
 		}
 		w.mu.Unlock()
 		if refusal != nil {
+			if len(refusal) == 0 { // cut
+				return
+			}
 			if _, err := near.Write(refusal); err != nil {
 				return
 			}
