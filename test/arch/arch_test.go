@@ -80,7 +80,7 @@ var allowed = map[string][]string{
 	"kms/attest":          {"kms", "kms/canon", "pqc"},
 	"kms/state":           {"kms", "kms/canon", "kms/approval", "kms/attest", "pqc"},
 	"kms/state/statetest": {"kms", "kms/canon", "kms/approval", "kms/secret", "kms/state", "pqc"},
-	"kms/audit":           {"kms", "kms/canon", "kms/approval", "kms/state", "pqc"},
+	"kms/audit":           {"kms", "kms/canon", "kms/approval", "kms/attest", "kms/state", "pqc"},
 	"kms/keyring":         {"kms", "kms/canon", "kms/secret", "pqc"},
 	"kms/engine":          {"kms", "kms/canon", "kms/secret", "kms/approval", "kms/state", "kms/audit", "kms/keyring", "kms/wire", "pqc"},
 	"kms/api/native":      {"kms", "kms/secret", "kms/engine", "kms/wire"},
