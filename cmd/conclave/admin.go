@@ -55,7 +55,7 @@ func (a *app) keyringCreateCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "create NAME --residency SITE,SITE... --policy NAME",
 		Short:   "Create a keyring that only the nodes of the given sites can open",
-		Example: "  conclave keyring create europe --residency fr,de --policy keys",
+		Example: "  conclave keyring create europe --residency fr,de --policy keys\n  conclave keyring create vault --residency fr,de,jp --policy keys --protection hardware",
 		Args:    arguments("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(req.Residency) == 0 {
@@ -77,7 +77,7 @@ func (a *app) keyringCreateCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.StringSliceVar(&req.Residency, "residency", nil, "`SITES` that may open it, comma-separated")
 	f.StringVar(&req.Policy, "policy", "", "`NAME` of the approval policy for its keys")
-	f.StringVar(&req.Protection, "protection", "software", "protection `LEVEL`")
+	f.StringVar(&req.Protection, "protection", "software", "protection `LEVEL`: software (keys in locked memory) or hardware (keys in the devices alone)")
 	f.StringVar(&req.Receipts, "receipts", "every-node", "`WHO` must prove that a new version opens before it becomes primary: every-node or every-site")
 	f.DurationVar(&stale, "max-staleness", 30*time.Second, "how long a cut-off node goes on serving it")
 	f.BoolVar(&req.Survive, "survive", false, "a node cut off for longer still decrypts and verifies")
@@ -103,8 +103,16 @@ func (a *app) keyringShowCommand() *cobra.Command {
 func keyringTable(w io.Writer, list []wire.Keyring) {
 	row(w, "KEYRING", "RESIDENCY", "PROTECTION", "POLICY", "KEK", "KEYS", "CREATED")
 	for _, k := range list {
-		row(w, k.Name, strings.Join(k.Residency, ","), k.Protection, k.Policy, k.KEK, k.Keys, when(k.Created))
+		row(w, k.Name, strings.Join(k.Residency, ","), k.Protection, k.Policy, kekVersion(k), k.Keys, when(k.Created))
 	}
+}
+
+// kekVersion is the version of a keyring's KEK; with protection hardware there is none.
+func kekVersion(k wire.Keyring) string {
+	if k.KEK == 0 {
+		return "-"
+	}
+	return fmt.Sprint(k.KEK)
 }
 
 func keyringDetail(w io.Writer, k wire.Keyring) {
@@ -120,7 +128,7 @@ func keyringDetail(w io.Writer, k wire.Keyring) {
 	row(w, "receipts", k.Receipts)
 	row(w, "max staleness", time.Duration(k.MaxStalenessMS)*time.Millisecond)
 	row(w, "survive", k.Survive)
-	row(w, "KEK version", k.KEK)
+	row(w, "KEK version", kekVersion(k))
 	row(w, "keys", k.Keys)
 	row(w, "created", when(k.Created)+" by "+k.Creator)
 }
@@ -211,6 +219,7 @@ func keyDetail(w io.Writer, k wire.Key) {
 	row(w, "key", kms.KeyPath(k.Keyring, k.Name))
 	row(w, "id", k.ID)
 	row(w, "purpose", k.Purpose+", "+k.Algorithm)
+	row(w, "protection", or(k.Protection, "-"))
 	row(w, "state", keyState(k))
 	row(w, "next rotation", nextRotation(k))
 	row(w, "created", when(k.Created)+" by "+k.Creator)
@@ -218,7 +227,12 @@ func keyDetail(w io.Writer, k wire.Key) {
 		row(w, "open proposal", id)
 	}
 	row(w)
-	row(w, "VERSION", "STATE", "PRIMARY", "CREATED", "ACTIVATED", "RECEIPTS", "AUTHORISED BY")
+	head := []any{"VERSION", "STATE", "PRIMARY", "CREATED", "ACTIVATED", "RECEIPTS", "AUTHORISED BY"}
+	hardware := k.Protection == string(kms.Hardware)
+	if hardware {
+		head = append(head, "MADE IN")
+	}
+	row(w, head...)
 	for _, v := range k.Versions {
 		var receipts []string
 		for _, r := range v.Receipts {
@@ -228,8 +242,23 @@ func keyDetail(w io.Writer, k wire.Key) {
 			}
 			receipts = append(receipts, r.Node+" "+mark)
 		}
-		row(w, v.Version, v.State, map[bool]string{true: "yes", false: "-"}[v.Primary], when(v.Created), when(v.Activated), or(strings.Join(receipts, ", "), "-"), or(v.Proposal, "-"))
+		cells := []any{v.Version, v.State, map[bool]string{true: "yes", false: "-"}[v.Primary], when(v.Created), when(v.Activated), or(strings.Join(receipts, ", "), "-"), or(v.Proposal, "-")}
+		if hardware {
+			cells = append(cells, madeIn(v))
+		}
+		row(w, cells...)
 	}
+}
+
+// madeIn says where the material of a version of protection hardware was generated.
+func madeIn(v wire.KeyVersion) string {
+	switch kms.Generated(v.Generated) {
+	case kms.InDevice:
+		return "device"
+	case kms.OnHost:
+		return "locked memory, then wiped"
+	}
+	return or(v.Generated, "-")
 }
 
 func (a *app) statusCommand() *cobra.Command {
@@ -289,27 +318,6 @@ func lastHeard(at, clock time.Time) string {
 		return fmt.Sprintf("%s (silent for %s)", when(at), silent.Round(time.Second))
 	}
 	return when(at)
-}
-
-func (a *app) nodeCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "node", Short: "Look at the members of the cluster"}
-	cmd.AddCommand(look(a, &cobra.Command{Use: "list", Short: "List the nodes"},
-		func(ctx context.Context, c *client.Client, _ []string) ([]wire.Node, error) { return c.Nodes(ctx) },
-		nodeTable))
-	return cmd
-}
-
-func nodeTable(w io.Writer, nodes []wire.Node) {
-	row(w, "NODE", "SITE", "API", "SUITE", "LAST HEARD", "DEVICE (as claimed)")
-	for _, n := range nodes {
-		row(w, n.ID, n.Site, n.API, n.Suite, when(n.LastHeard), shortDevice(n.Device))
-	}
-}
-
-// shortDevice leaves the make of a device's description; -o json has all of it.
-func shortDevice(s string) string {
-	s, _, _ = strings.Cut(s, ",")
-	return strings.Join(strings.Fields(s), " ")
 }
 
 func (a *app) policyCommand() *cobra.Command {

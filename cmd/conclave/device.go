@@ -9,7 +9,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
@@ -42,7 +41,7 @@ type deviceFlags struct {
 	next                bool
 	uri, pinFile, label string
 	softHSMConf         string
-	tpm, authFile       string
+	tpm                 string
 	curve               string
 }
 
@@ -56,23 +55,22 @@ func (d *deviceFlags) add(cmd *cobra.Command) {
 	f.StringVar(&d.softHSMConf, "softhsm-conf", "", "SoftHSM's configuration `FILE`, for SoftHSM only")
 	f.StringVar(&d.label, "label", "", "prefix of the device keys' labels (default \""+hsm.DefaultLabel+"\")")
 	f.StringVar(&d.tpm, "tpm", "", "`PATH` of a TPM: /dev/tpmrm0 or unix:SOCKET")
-	f.StringVar(&d.authFile, "auth-file", "", "`FILE` with the TPM's authorisation secret; not needed to probe")
 	f.StringVar(&d.curve, "curve", "", "`CURVE` of the device keys: P-384 or P-256 (default P-384, or the configuration's)")
 }
 
 // deviceConfig is the section [device] of conclaved.toml as far as it says which
 // device it is and how to reach it.
 type deviceConfig struct {
-	Type        string   `toml:"type"`
-	Curve       string   `toml:"curve"`
-	CallTimeout string   `toml:"call_timeout"`
-	URI         string   `toml:"uri"`
-	URIs        []string `toml:"uris"`
-	PINFD       int      `toml:"pin_fd"`
-	Label       string   `toml:"label"`
-	SoftHSMConf string   `toml:"softhsm_conf"`
-	Path        string   `toml:"path"`
-	AuthFile    string   `toml:"auth_file"`
+	Type         string   `toml:"type"`
+	Curve        string   `toml:"curve"`
+	CallTimeout  string   `toml:"call_timeout"`
+	URI          string   `toml:"uri"`
+	URIs         []string `toml:"uris"`
+	PINFD        int      `toml:"pin_fd"`
+	Label        string   `toml:"label"`
+	SoftHSMConf  string   `toml:"softhsm_conf"`
+	SoftHSMConfs []string `toml:"softhsm_confs"`
+	Path         string   `toml:"path"`
 }
 
 // target is a device to look at: one of the two is set.
@@ -96,7 +94,7 @@ func (d *deviceFlags) targets(cmd *cobra.Command) (list []target, destroy func()
 	if d.next && d.config == "" {
 		return nil, destroy, usagef("--next goes with --config")
 	}
-	c := deviceConfig{Type: "pkcs11", URI: d.uri, Label: d.label, SoftHSMConf: d.softHSMConf, AuthFile: d.authFile}
+	c := deviceConfig{Type: "pkcs11", URI: d.uri, Label: d.label, SoftHSMConf: d.softHSMConf}
 	if d.tpm != "" {
 		c.Type, c.Path = "tpm", d.tpm
 	}
@@ -178,8 +176,12 @@ func readDeviceConfig(path string, next bool) (deviceConfig, error) {
 	if err := toml.NewDecoder(bytes.NewReader(b)).Decode(&c); err != nil {
 		return c, fmt.Errorf("%s: [%s]: %w", path, section, err)
 	}
-	for _, p := range []*string{&c.SoftHSMConf, &c.AuthFile} {
-		if *p != "" && !filepath.IsAbs(*p) && !strings.HasPrefix(*p, "fd:") {
+	paths := []*string{&c.SoftHSMConf}
+	for i := range c.SoftHSMConfs {
+		paths = append(paths, &c.SoftHSMConfs[i])
+	}
+	for _, p := range paths {
+		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(filepath.Dir(path), *p)
 		}
 	}
@@ -207,8 +209,12 @@ func (c deviceConfig) targets() ([]target, error) {
 		if c.URI != "" {
 			uris = append([]string{c.URI}, uris...)
 		}
-		for _, u := range uris {
-			list = append(list, target{hsm: &hsm.Config{URI: u, Label: c.Label, Curve: curve, CallTimeout: timeout, SoftHSMConf: c.SoftHSMConf}})
+		for i, u := range uris {
+			t := &hsm.Config{URI: u, Label: c.Label, Curve: curve, CallTimeout: timeout, SoftHSMConf: c.SoftHSMConf}
+			if i < len(c.SoftHSMConfs) {
+				t.SoftHSMConf = c.SoftHSMConfs[i]
+			}
+			list = append(list, target{hsm: t})
 		}
 		if len(list) == 0 {
 			return nil, errors.New("the configuration names no PKCS#11 URI")

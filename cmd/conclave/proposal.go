@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"github.com/conclave-kms/conclave/kms/approval"
 	"github.com/conclave-kms/conclave/kms/client"
 	"github.com/conclave-kms/conclave/kms/wire"
+	"github.com/conclave-kms/conclave/pqc"
 )
 
 // proposeOnKey is `conclave key ACTION`: it opens a proposal.
@@ -55,11 +57,7 @@ func (a *app) proposeOnKey(action, short string, version bool) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return a.show(cmd, p, func(w io.Writer) {
-					proposalTable(w, []wire.Proposal{p})
-					row(w)
-					row(w, "Custodians approve with: conclave proposal approve "+p.ID+" --custodian-key FILE")
-				})
+				return a.show(cmd, p, func(w io.Writer) { opened(w, p) })
 			})
 		},
 	}
@@ -149,6 +147,9 @@ func fetchProposal(ctx context.Context, c *client.Client, id string) (wire.Propo
 	return p, content, err
 }
 
+// maxShown is how many signed bytes are printed in full.
+const maxShown = 2048
+
 // showSigned renders the signed bytes field for field.
 func showSigned(w io.Writer, b []byte, p approval.Proposal) {
 	ms := func(t int64) string {
@@ -171,6 +172,10 @@ func showSigned(w io.Writer, b []byte, p approval.Proposal) {
 	row(w, "expires", ms(p.Expires))
 	row(w, "reason", fmt.Sprintf("%q", p.Reason))
 	row(w, "parameters", parameters(p))
+	if len(b) > maxShown { // no person reads these; the fields above are decoded from them
+		row(w, "signed bytes", fmt.Sprintf("%d bytes, SHA-256 %x; -o json has them", len(b), sha256.Sum256(b)))
+		return
+	}
 	row(w, "signed bytes", fmt.Sprintf("%d bytes, %s", len(b), hex.EncodeToString(b)))
 }
 
@@ -184,6 +189,8 @@ func parameters(p approval.Proposal) string {
 		v, err = p.PolicyParams()
 	case kms.ActionCustodian:
 		v, err = p.CustodianParams()
+	case kms.ActionNode:
+		v, err = nodeParameters(p)
 	default:
 		return "-"
 	}
@@ -194,10 +201,42 @@ func parameters(p approval.Proposal) string {
 	if err != nil {
 		return "NOT READABLE: " + err.Error()
 	}
+	if np, err := p.NodeParams(); p.Action == kms.ActionNode && err == nil && np.Leave {
+		return string(b) + ", which means that the node MAY LOSE KEYS of protection hardware"
+	}
 	if vp, ok := v.(approval.VersionParams); ok && vp.Version == 0 {
 		return string(b) + ", which means THE WHOLE KEY, every version"
 	}
 	return string(b)
+}
+
+// nodeParameters are those of a node's next root with the keys as fingerprints, as
+// conclaved rekey prepare prints them.
+func nodeParameters(p approval.Proposal) (any, error) {
+	n, err := p.NodeParams()
+	if err != nil {
+		return nil, err
+	}
+	some := func(b []byte) string {
+		if len(b) == 0 {
+			return "none"
+		}
+		return pqc.Fingerprint(b)
+	}
+	return struct {
+		Device       string `json:"device"`
+		SigningKey   string `json:"signing_key"`
+		SigningSuite string `json:"signing_suite"`
+		AgreementKey string `json:"agreement_key"`
+		Suite        string `json:"suite"`
+		ImportKind   string `json:"import_kind"`
+		ImportKey    string `json:"import_key"`
+		Attestation  string `json:"attestation"`
+		Leave        bool   `json:"leave"`
+	}{
+		n.Root.Device, some(n.Root.Signing), pqc.SuiteID(n.Root.SigningSuite).String(), some(n.Root.Agreement), pqc.SuiteID(n.Root.Suite).String(),
+		n.Root.ImportKind, some(n.Root.Import), some(n.Root.Attestation), n.Leave,
+	}, nil
 }
 
 func showProgress(w io.Writer, p wire.Proposal) {
