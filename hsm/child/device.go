@@ -110,7 +110,6 @@ func Open(ctx context.Context, cfg Config) (*Device, error) {
 type generation struct {
 	*link
 	p     *process
-	began time.Time
 	ended chan struct{} // closed when the process is gone and all calls have been told
 
 	whyMu sync.Mutex
@@ -123,7 +122,7 @@ func (d *Device) launch(ctx context.Context) (*generation, identity, error) {
 	if err != nil {
 		return nil, identity{}, err
 	}
-	g := &generation{p: p, began: time.Now(), ended: make(chan struct{})}
+	g := &generation{p: p, ended: make(chan struct{})}
 	if g.link, err = newLink(p.conn, d.slots, d.timeout); err == nil {
 		g.hung = func(o op) { g.kill(fmt.Sprintf("it was killed because a call (%s) hung in the library", opNames[o])) }
 		g.note = d.notice

@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/conclave-kms/conclave/hsm"
@@ -26,6 +27,8 @@ type link struct {
 	base  time.Time       // for slot.started
 	wg    sync.WaitGroup  // receiver and watchdog
 	stop  chan struct{}   // ends the watchdog
+
+	useful atomic.Bool // a call was answered
 
 	mu    sync.Mutex
 	seq   uint64
@@ -244,6 +247,9 @@ func (l *link) read(s *slot, take func(message) error) error {
 		}
 		l.note(err)
 		return err
+	}
+	if s.op != opOpen {
+		l.useful.Store(true)
 	}
 	if take == nil {
 		return nil

@@ -11,12 +11,11 @@ import (
 
 const (
 	maxDelay = 10 * time.Second // between two starts
-	settled  = 30 * time.Second // a process that lived as long starts the back-off anew
 	pinEvery = time.Second      // between two looks at the file of a refused PIN
 )
 
-// delay before a start after so many that failed, or ended soon, in a row: none, 1 s,
-// 2 s, and so on to maxDelay.
+// delay before a start after so many in a row that failed, or answered nothing: none,
+// 1 s, 2 s, and so on to maxDelay.
 func delay(failures int) time.Duration {
 	if failures == 0 {
 		return 0
@@ -42,7 +41,7 @@ func (d *Device) supervise(ctx context.Context, g *generation) {
 		if ctx.Err() != nil {
 			return
 		}
-		if time.Since(g.began) >= settled {
+		if g.useful.Load() {
 			failures = 0
 		}
 		cause := g.cause()

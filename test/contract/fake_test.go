@@ -44,7 +44,7 @@ func TestFakeHardware(t *testing.T) {
 				contract.RunHardware(t, contract.Hardware{
 					Open:  func(*testing.T) contract.HardwareDevice { return open() },
 					Other: func(*testing.T) contract.HardwareDevice { return open() },
-					Kind:  hsm.ImportKind, WrapHMAC: hsm.WrapHMAC, WrapSigner: hsm.WrapSigner, Loaded: 40,
+					Kind:  hsm.ImportKind, WrapHMAC: hsm.WrapHMAC, WrapSigner: hsm.WrapSigner, Loaded: 40, HMAC: true, Signer: true,
 					Lose: func(_ *testing.T, d contract.HardwareDevice) { d.(*fakedevice.Device).LoseKeys() },
 				})
 			})

@@ -3,6 +3,7 @@ package contract
 import (
 	"context"
 	"crypto/ecdh"
+	"crypto/ecdsa"
 	"testing"
 
 	"github.com/conclave-kms/conclave/kms/secret"
@@ -15,6 +16,16 @@ type HardwareDevice interface {
 	ImportKey() (kind string, public []byte)
 	LoadHMAC(ctx context.Context, blob []byte) (mac func(ctx context.Context, message []byte) ([]byte, error), unload func(), err error)
 	LoadSigner(ctx context.Context, c ecdh.Curve, blob []byte) (sign func(ctx context.Context, digest []byte) ([]byte, error), unload func(), err error)
+}
+
+// GeneratingDevice is the method set of a hardware root that makes keys and wraps
+// them for others inside it.
+type GeneratingDevice interface {
+	HardwareDevice
+	Generates() (hmac, signer bool)
+	GenerateHMAC(ctx context.Context, recipients [][]byte) (blobs [][]byte, mac func(ctx context.Context, message []byte) ([]byte, error), unload func(), err error)
+	GenerateSigner(ctx context.Context, c ecdh.Curve, recipients [][]byte) (blobs [][]byte, public *ecdsa.PublicKey, sign func(ctx context.Context, digest []byte) ([]byte, error), unload func(), err error)
+	Rewrap(ctx context.Context, blob []byte, recipient []byte) ([]byte, error)
 }
 
 // Hardware is what RunHardware needs to know about a kind of device.
@@ -36,6 +47,10 @@ type Hardware struct {
 	// Stride is the distance of the bytes that are altered in turn; 0 means 1.
 	// For devices that are slow to refuse.
 	Stride int
+	// HMAC and Signer say what the device must generate and wrap for others inside it:
+	// what Generates returns. A device without both need not have the methods of
+	// GeneratingDevice.
+	HMAC, Signer bool
 	// Lose makes the device lose its sessions and loaded objects, as a
 	// disconnect would. nil leaves that test out.
 	Lose func(t *testing.T, d HardwareDevice)
@@ -62,7 +77,15 @@ func RunHardware(t *testing.T, h Hardware) {
 		{"more than fit", testMoreThanFit},
 		{"cancelled load", testCancelledLoad},
 		{"concurrent", testLoadedConcurrent},
+		{"generates", testGenerates},
+		{"generated HMAC", testGenerateHMAC},
+		{"generated signer", testGenerateSigner},
+		{"generation refuses", testGenerateRefuses},
+		{"rewrap", testRewrap},
+		{"rewrap refuses", testRewrapRefuses},
+		{"concurrent generation", testGenerateConcurrent},
 		{"lost sessions", testLost},
+		{"lost generated keys", testGeneratedLost},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.run(t, h, d) })
 	}

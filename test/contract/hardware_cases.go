@@ -19,6 +19,9 @@ import (
 
 type macFunc = func(context.Context, []byte) ([]byte, error)
 
+// maxMAC is the longest message in bytes of which every device makes a MAC.
+const maxMAC = 64 << 10
+
 func held(t *testing.T, b []byte) *secret.Bytes {
 	t.Helper()
 	s, err := secret.Copy(b)
@@ -81,7 +84,7 @@ func testImportKey(t *testing.T, h Hardware, d HardwareDevice) {
 func testHMAC(t *testing.T, h Hardware, d HardwareDevice) {
 	check, _, unload := loadHMAC(t, h, d)
 	defer unload()
-	for _, n := range []int{0, 1, 31, 32, 55, 56, 63, 64, 65, 100, 512, 1023, 1024} {
+	for _, n := range []int{0, 1, 31, 32, 55, 56, 63, 64, 65, 100, 512, 1023, 1024, 1025, 4095, 4096, 65535, maxMAC} {
 		if err := check(pattern(n)); err != nil {
 			t.Errorf("message of %d bytes: %v", n, err)
 		}
@@ -91,7 +94,7 @@ func testHMAC(t *testing.T, h Hardware, d HardwareDevice) {
 func testHMACRefuses(t *testing.T, h Hardware, d HardwareDevice) {
 	_, mac, unload := loadHMAC(t, h, d)
 	defer unload()
-	for _, n := range []int{1025, 4096, 1 << 20} {
+	for _, n := range []int{maxMAC + 1, 1 << 20} {
 		if _, err := mac(context.Background(), make([]byte, n)); err == nil {
 			t.Errorf("a message of %d bytes was taken", n)
 		}

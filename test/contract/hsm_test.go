@@ -43,7 +43,7 @@ func TestSoftHSMHardware(t *testing.T) {
 					tok, cfg := token(t)
 					return tok.Open(t, cfg)
 				},
-				Kind: hsm.ImportKind, WrapHMAC: hsm.WrapHMAC, WrapSigner: hsm.WrapSigner, Loaded: 40,
+				Kind: hsm.ImportKind, WrapHMAC: hsm.WrapHMAC, WrapSigner: hsm.WrapSigner, Loaded: 40, HMAC: true, Signer: true,
 				Lose: func(t *testing.T, _ contract.HardwareDevice) { closeAllSessions(t, tok) },
 			})
 		})
