@@ -30,18 +30,27 @@ func BuildEvidence(s *state.State, proposalID string) (Evidence, error) {
 		return Evidence{}, err
 	}
 	e := Evidence{Format: EvidenceFormat, Cluster: s.Cluster(), Genesis: s.SignedGenesis().Marshal(), Governance: []Decision{}}
-	for _, g := range governanceBefore(s, p.Executed) {
-		d := w.collect(g)
+	for _, g := range decisionsBefore(s, reach(s, p), p) {
+		d := w.collect(s, g)
+		switch {
+		case g.ID == p.ID:
+			e.Decision = d
+			if !governs(g) {
+				continue
+			}
+		case g.Executed < p.Executed:
+			e.Governance = append(e.Governance, d)
+		default:
+			e.Later = append(e.Later, d)
+		}
 		out, err := w.decide(d)
 		if err == nil {
 			err = w.govern(out)
 		}
 		if err != nil {
-			return Evidence{}, kms.Wrap(kms.Internal, err, "the governance decision "+g.ID+" does not verify", "compare this node's state with another's")
+			return Evidence{}, kms.Wrap(kms.Internal, err, "the decision "+g.ID+" does not verify: "+err.Error(), "compare this node's state with another's")
 		}
-		e.Governance = append(e.Governance, d)
 	}
-	e.Decision = w.collect(p)
 	if err := addTarget(s, p, &e); err != nil {
 		return Evidence{}, err
 	}
@@ -51,25 +60,58 @@ func BuildEvidence(s *state.State, proposalID string) (Evidence, error) {
 	return e, nil
 }
 
-// governanceBefore returns the decisions on policies and custodians executed
-// before an index, in that order.
-func governanceBefore(s *state.State, index uint64) []state.Proposal {
-	all := slices.DeleteFunc(s.Proposals(), func(p state.Proposal) bool {
-		governs := p.Content.Action == kms.ActionPolicy || p.Content.Action == kms.ActionCustodian
-		return !governs || p.Progress != state.Executed || p.Executed >= index
+// governs reports whether a proposal is about policies, custodians or nodes.
+func governs(p state.Proposal) bool {
+	return slices.Contains([]kms.Action{kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode}, p.Content.Action)
+}
+
+// decisionsBefore returns a proposal and the governing ones executed before a place
+// in the log, in the order of their execution.
+func decisionsBefore(s *state.State, index uint64, p state.Proposal) []state.Proposal {
+	all := slices.DeleteFunc(s.Proposals(), func(x state.Proposal) bool {
+		return x.ID != p.ID && (!governs(x) || x.Progress != state.Executed || x.Executed >= index)
 	})
 	slices.SortFunc(all, func(a, b state.Proposal) int { return cmp.Compare(a.Executed, b.Executed) })
 	return all
 }
 
+// reach returns the place in the log before which decisions belong to the evidence
+// for a proposal: that of its execution, unless a receipt is signed with a hardware
+// root that was approved later.
+func reach(s *state.State, p state.Proposal) uint64 {
+	limit := p.Executed
+	_, name, _ := approval.ParseTarget(p.Content.Target)
+	ring, key, err := kms.SplitKeyPath(name)
+	if err != nil || p.Content.Action != kms.ActionRotate {
+		return limit
+	}
+	for _, v := range s.Versions(ring, key) {
+		for _, r := range v.Receipts {
+			for _, f := range s.FormerRoots(r.Node) {
+				if since, _ := s.Proposal(f.Proposal); v.Proposal == p.ID && f.Until < r.Index && since.Executed > p.Executed {
+					limit = max(limit, since.Executed+1)
+				}
+			}
+		}
+	}
+	return limit
+}
+
 // collect takes from a proposal's record what is signed. Votes that no longer
 // counted when it was carried out, for the custodian or credential was gone, are
 // left out.
-func (w *replay) collect(p state.Proposal) Decision {
+func (w *replay) collect(s *state.State, p state.Proposal) Decision {
 	d := Decision{Proposal: p.Bytes, Open: p.Statement, Execution: p.Execution, Votes: []approval.Statement{}}
 	for _, v := range p.Votes {
 		if c, ok := w.custodian(v.Statement.Custodian); ok && v.Statement.Verify(c, p.Bytes) == nil {
 			d.Votes = append(d.Votes, v.Statement)
+		}
+	}
+	if kind, name, _ := approval.ParseTarget(p.Content.Target); kind == approval.TargetNode {
+		for _, f := range s.FormerRoots(name) {
+			if f.Proposal == p.ID {
+				d.Adoption = f.Statement
+			}
 		}
 	}
 	slices.SortFunc(d.Votes, func(a, b approval.Statement) int { return strings.Compare(a.Custodian, b.Custodian) })
@@ -100,6 +142,9 @@ func addTarget(s *state.State, p state.Proposal, e *Evidence) error {
 		return kms.Errorf(kms.Internal, "proposal %s was executed and brought no version of %s", p.ID, name)
 	}
 	v := s.Versions(ringName, keyName)[i]
+	if v.Generated != "" && len(v.PublicKey) > 0 && len(key.Statement) == 0 {
+		e.KeyID = key.ID
+	}
 	var given []string
 	for _, r := range v.Receipts {
 		e.Receipts = append(e.Receipts, r.Statement)

@@ -12,7 +12,7 @@ import (
 // EvidenceFormat is the format of evidence files of this program, and
 // MaxEvidence the longest file it reads, in bytes.
 const (
-	EvidenceFormat = 1
+	EvidenceFormat = 2
 	MaxEvidence    = 64 << 20
 )
 
@@ -24,20 +24,23 @@ type Evidence struct {
 	Format     int        `json:"format"`
 	Cluster    string     `json:"cluster"`            // kms.ClusterID of the genesis
 	Genesis    []byte     `json:"genesis"`            // state.SignedGenesis
-	Governance []Decision `json:"governance"`         // on policies and custodians, all before Decision, as executed
+	Governance []Decision `json:"governance"`         // on policies, custodians and nodes' hardware, all before Decision, as executed
 	Decision   Decision   `json:"decision"`           // what the evidence is for
+	Later      []Decision `json:"later,omitempty"`    // as Governance, after Decision, where a receipt is signed with a hardware root approved since
 	Keyring    []byte     `json:"keyring,omitempty"`  // the command that created the keyring of the target key
 	Key        []byte     `json:"key,omitempty"`      // the command that created the key, unless erased with its version 1
+	KeyID      []byte     `json:"key_id,omitempty"`   // the key's identifier, where Key is erased and the receipts' signatures confirm it
 	Receipts   [][]byte   `json:"receipts,omitempty"` // the nodes' receipt commands for a rotation, sorted by node
 }
 
 // Decision is a proposal with what authorised it and the command that carried it
 // out.
 type Decision struct {
-	Proposal  []byte               `json:"proposal"`  // exact bytes
-	Open      []byte               `json:"open"`      // the command that opened it
-	Votes     []approval.Statement `json:"votes"`     // those that counted when it was carried out, sorted by custodian
-	Execution []byte               `json:"execution"` // Execute, or CommitRotation for a rotation
+	Proposal  []byte               `json:"proposal"`           // exact bytes
+	Open      []byte               `json:"open"`               // the command that opened it
+	Votes     []approval.Statement `json:"votes"`              // those that counted when it was carried out, sorted by custodian
+	Execution []byte               `json:"execution"`          // Execute, or CommitRotation for a rotation
+	Adoption  []byte               `json:"adoption,omitempty"` // for a node's hardware root: the command by which the node adopted it
 }
 
 // Marshal returns the evidence file.
@@ -46,8 +49,11 @@ func (e Evidence) Marshal() []byte {
 		e.Governance = []Decision{}
 	}
 	e.Governance = slices.Clone(e.Governance)
-	for i := range e.Governance {
-		e.Governance[i] = e.Governance[i].normal()
+	e.Later = slices.Clone(e.Later)
+	for _, l := range [][]Decision{e.Governance, e.Later} {
+		for i := range l {
+			l[i] = l[i].normal()
+		}
 	}
 	e.Decision = e.Decision.normal()
 	b, err := json.MarshalIndent(e, "", "  ")
@@ -95,12 +101,13 @@ type Report struct {
 	Rule        approval.Rule     `json:"rule"`                // that was in force
 	Approvals   []Approval        `json:"approvals,omitempty"` // that verified
 	Rejections  []Approval        `json:"rejections,omitempty"`
-	Executor    string            `json:"executor"`           // node that carried it out
-	Executed    int64             `json:"executed"`           // when, by that node's signed time, Unix milliseconds
-	Version     uint32            `json:"version,omitempty"`  // new key version, for a rotation
-	Receipts    []string          `json:"receipts,omitempty"` // nodes that proved that they can open it
-	Checks      []string          `json:"checks"`             // done, all of them passed
-	Notes       []string          `json:"notes,omitempty"`    // what this evidence does not prove
+	Executor    string            `json:"executor"`            // node that carried it out
+	Executed    int64             `json:"executed"`            // when, by that node's signed time, Unix milliseconds
+	Version     uint32            `json:"version,omitempty"`   // new key version, for a rotation
+	Generated   kms.Generated     `json:"generated,omitempty"` // where it was made, for a rotation of protection hardware
+	Receipts    []string          `json:"receipts,omitempty"`  // nodes that proved that they can open it
+	Checks      []string          `json:"checks"`              // done, all of them passed
+	Notes       []string          `json:"notes,omitempty"`     // what this evidence does not prove
 }
 
 // Approval is a verified statement of a custodian.

@@ -125,7 +125,7 @@ func votesAndProposals(t *testing.T) []change {
 			e.Decision.Proposal = reproposed(t, e.Decision.Proposal, func(p *approval.Proposal) { p.Target = "key/coalition/orders2" })
 		}, kms.Invalid},
 		{"no proposal", func(e *Evidence) { e.Decision.Proposal = nil }, kms.Invalid},
-		{"the format", func(e *Evidence) { e.Format = 2 }, kms.Invalid},
+		{"the format", func(e *Evidence) { e.Format = 1 }, kms.Invalid},
 		{"the cluster's name", func(e *Evidence) { e.Cluster = strings.Repeat("0", 32) }, kms.Invalid},
 		{"no cluster", func(e *Evidence) { e.Cluster = "" }, kms.Invalid},
 	}

@@ -18,6 +18,7 @@ import (
 type replay struct {
 	genesis    state.Genesis
 	cluster    string
+	nodes      map[string]*member
 	custodians map[string]approval.Custodian
 	policies   map[string]approval.Policy
 	past       map[string][]approval.Policy // every revision so far, by name
@@ -31,9 +32,13 @@ func newReplay(signed state.SignedGenesis) (*replay, error) {
 	}
 	w := &replay{
 		genesis: g, cluster: kms.ClusterID(signed.Genesis),
+		nodes:      make(map[string]*member),
 		custodians: make(map[string]approval.Custodian),
 		policies:   make(map[string]approval.Policy),
 		past:       make(map[string][]approval.Policy),
+	}
+	for _, n := range g.Nodes {
+		w.nodes[n.ID] = &member{revision: n.Revision, roots: []root{{n.Root, n.HardwareRoot()}}}
 	}
 	for _, c := range g.Custodians {
 		w.custodians[c.ID] = c
@@ -77,13 +82,26 @@ func (w *replay) residents(sites []string) (nodes []state.Node) {
 	return nodes
 }
 
-// command verifies a signed command of a node of this cluster and decodes it.
-func command[T state.Command](w *replay, what string, raw []byte) (e state.Envelope, c T, err error) {
+// signed is an envelope with the number of its origin's hardware root that signed it.
+type signed struct {
+	state.Envelope
+	root uint32
+}
+
+// command verifies a signed command of a node of this cluster, by any of the
+// hardware roots that it has or had, and decodes it.
+func command[T state.Command](w *replay, what string, raw []byte) (e signed, c T, err error) {
+	return commandBy[T](w, what, raw, func(m *member) []root { return m.roots })
+}
+
+// commandBy is command for roots of the origin that the caller chooses.
+func commandBy[T state.Command](w *replay, what string, raw []byte, by func(*member) []root) (e signed, c T, err error) {
 	envelope, signature, err := state.Split(raw)
 	if err != nil {
 		return e, c, refuse(kms.Invalid, err, "%s: %v", what, err)
 	}
-	e, cmd, err := state.ParseEnvelope(envelope)
+	var cmd state.Command
+	e.Envelope, cmd, err = state.ParseEnvelope(envelope)
 	if err != nil {
 		return e, c, refuse(kms.Invalid, err, "%s: %v", what, err)
 	}
@@ -94,8 +112,13 @@ func command[T state.Command](w *replay, what string, raw []byte) (e state.Envel
 	if !ok {
 		return e, c, refuse(kms.Denied, nil, "%s: %q is no node of the cluster", what, e.Origin)
 	}
-	if err := pqc.Verify(pqc.SuiteID(n.SigningSuite), n.Signing, envelope, []byte(state.CommandContext), signature); err != nil {
-		return e, c, refuse(kms.BadSignature, err, "%s: the signature of node %s does not verify", what, n.ID)
+	for _, r := range by(w.nodes[n.ID]) {
+		if pqc.Verify(pqc.SuiteID(r.keys.SigningSuite), r.keys.Signing, envelope, []byte(state.CommandContext), signature) == nil {
+			e.root = r.number
+		}
+	}
+	if e.root == 0 {
+		return e, c, refuse(kms.BadSignature, nil, "%s: the signature of node %s does not verify", what, n.ID)
 	}
 	c, ok = cmd.(T)
 	if !ok {
@@ -137,7 +160,9 @@ type decided struct {
 	rule       approval.Rule
 	approvals  []Approval
 	rejections []Approval
-	execution  state.Envelope
+	open       signed
+	execution  signed
+	adoption   []byte
 	commit     state.CommitRotation // for a rotation
 }
 
@@ -147,11 +172,11 @@ func (w *replay) decide(d Decision) (decided, error) {
 	if err != nil {
 		return decided{}, err
 	}
-	out := decided{id: approval.ProposalID(d.Proposal), content: p}
+	out := decided{id: approval.ProposalID(d.Proposal), content: p, adoption: d.Adoption}
 	if p.Cluster != w.cluster {
 		return out, refuse(kms.Invalid, nil, "proposal %s is for another cluster", out.id)
 	}
-	if err := w.checkOpen(out.id, p, d); err != nil {
+	if out.open, err = w.checkOpen(out.id, p, d); err != nil {
 		return out, err
 	}
 	if out.rule, err = state.RuleFor(w.sortedPolicies(), w.siteOf, p); err != nil {
@@ -167,26 +192,26 @@ func (w *replay) decide(d Decision) (decided, error) {
 }
 
 // checkOpen verifies the command that opened the proposal and whom it names.
-func (w *replay) checkOpen(id string, p approval.Proposal, d Decision) error {
+func (w *replay) checkOpen(id string, p approval.Proposal, d Decision) (signed, error) {
 	e, open, err := command[state.OpenProposal](w, "the opening of proposal "+id, d.Open)
 	if err != nil {
-		return err
+		return e, err
 	}
 	if !bytes.Equal(open.Proposal, d.Proposal) {
-		return refuse(kms.Invalid, nil, "the opening of proposal %s carries other bytes", id)
+		return e, refuse(kms.Invalid, nil, "the opening of proposal %s carries other bytes", id)
 	}
 	who := e.Principal
 	if who == "" {
 		who = w.nodeIdentity(e.Origin)
 	}
 	if who != p.Proposer {
-		return refuse(kms.Denied, nil, "proposal %s names %s as proposer, but was opened for %s", id, p.Proposer, who)
+		return e, refuse(kms.Denied, nil, "proposal %s names %s as proposer, but was opened for %s", id, p.Proposer, who)
 	}
 	_, err = w.identity(p.Proposer)
-	return err
+	return e, err
 }
 
-// checkRevision holds a proposal on a policy or custodian against the revision in
+// checkRevision holds a proposal on a policy, custodian or node against the revision in
 // force. The revision of a key is in the signed execution.
 func (w *replay) checkRevision(p approval.Proposal) error {
 	kind, name, err := approval.ParseTarget(p.Target)
@@ -199,6 +224,12 @@ func (w *replay) checkRevision(p approval.Proposal) error {
 		now = w.policies[name].Revision
 	case approval.TargetCustodian:
 		now = w.custodians[name].Revision
+	case approval.TargetNode:
+		m, ok := w.nodes[name]
+		if !ok {
+			return refuse(kms.NotFound, nil, "there is no node %s", name)
+		}
+		now = m.revision
 	}
 	if now != p.Revision {
 		return refuse(kms.Conflict, nil, "%s was at revision %d, the proposal is about revision %d", p.Target, now, p.Revision)
@@ -276,6 +307,12 @@ func (w *replay) checkExecution(d Decision, out *decided) error {
 	case out.execution.Expect != out.content.Revision:
 		return refuse(kms.Conflict, nil, "%s expects revision %d, the proposal is about %d", what, out.execution.Expect, out.content.Revision)
 	}
+	if err := w.inOrder(what, out.open, out.execution); err != nil {
+		return err
+	}
+	if err := w.nodes[out.execution.Origin].act(what, out.execution); err != nil {
+		return err
+	}
 	// The cluster's clock at a command is at most Window past its signed time, and
 	// at the opening at most Window before the proposal's creation.
 	earliest := max(out.content.NotBefore-state.Window, out.content.Created+out.rule.Delay-2*state.Window)
@@ -285,7 +322,7 @@ func (w *replay) checkExecution(d Decision, out *decided) error {
 	return nil
 }
 
-// govern applies a verified decision on a policy or a custodian.
+// govern applies a verified decision on a policy, a custodian or a node's hardware.
 func (w *replay) govern(d decided) error {
 	_, name, err := approval.ParseTarget(d.content.Target)
 	if err != nil {
@@ -297,15 +334,17 @@ func (w *replay) govern(d decided) error {
 		if err != nil {
 			return err
 		}
-		return w.changePolicy(approval.Policy{Name: name, Revision: w.policies[name].Revision + 1, Rules: params.Rules})
+		return w.changePolicy(approval.Policy{Name: name, Revision: w.policies[name].Revision + 1, Rules: params.Rules, Attested: params.Attested})
 	case kms.ActionCustodian:
 		params, err := d.content.CustodianParams()
 		if err != nil {
 			return err
 		}
 		return w.changeCustodian(params.Custodian)
+	case kms.ActionNode:
+		return w.replaceRoot(name, d)
 	}
-	return refuse(kms.Invalid, nil, "proposal %s is about %q, which changes neither policies nor custodians", d.id, d.content.Action)
+	return refuse(kms.Invalid, nil, "proposal %s is about %q, which changes neither policies, custodians nor nodes", d.id, d.content.Action)
 }
 
 func (w *replay) changePolicy(p approval.Policy) error {
@@ -313,7 +352,7 @@ func (w *replay) changePolicy(p approval.Policy) error {
 		return err
 	}
 	for _, r := range p.Rules {
-		if slices.Contains([]kms.Action{kms.ActionPolicy, kms.ActionCustodian}, r.Action) && !r.Quorum() {
+		if slices.Contains([]kms.Action{kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode}, r.Action) && !r.Quorum() {
 			return refuse(kms.Invalid, nil, "policy %s lets one person alone change %q", p.Name, r.Action)
 		}
 	}

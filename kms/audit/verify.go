@@ -1,8 +1,6 @@
 package audit
 
 import (
-	"crypto/sha256"
-	"crypto/subtle"
 	"fmt"
 	"strings"
 
@@ -39,10 +37,11 @@ func VerifyEvidence(e Evidence, cluster string) (Report, error) {
 			return r, inGovernance(err, i)
 		}
 	}
-	if err := w.verifyDecision(e, &r); err != nil {
+	out, err := w.verifyDecision(e, &r)
+	if err != nil {
 		return r, err
 	}
-	return r, w.verifyTarget(e, &r)
+	return r, w.verifyTarget(e, out, &r)
 }
 
 func inGovernance(err error, i int) error {
@@ -85,6 +84,7 @@ func (w *replay) replayGovernance(d Decision, r *Report) error {
 		return err
 	}
 	r.passed("Proposal %s to change %s was authorised by %s and is in force.", out.id, out.content.Target, authority(out))
+	w.reportAdoption(out, r)
 	return nil
 }
 
@@ -100,16 +100,16 @@ func authority(d decided) string {
 	return list(who)
 }
 
-func (w *replay) verifyDecision(e Evidence, r *Report) error {
+func (w *replay) verifyDecision(e Evidence, r *Report) (decided, error) {
 	out, err := w.decide(e.Decision)
 	if err != nil {
-		return err
+		return out, err
 	}
 	r.Proposal, r.Content, r.Rule = out.id, out.content, out.rule
 	r.Approvals, r.Rejections = out.approvals, out.rejections
 	r.Executor, r.Executed = out.execution.Origin, out.execution.Time
 	p := out.content
-	r.passed("Proposal %s asks to %s %s; node %s signed its opening for %s.", out.id, p.Action, p.Target, w.opener(e.Decision), p.Proposer)
+	r.passed("Proposal %s asks to %s %s; node %s signed its opening for %s.", out.id, p.Action, p.Target, out.open.Origin, p.Proposer)
 	if len(out.rule.Direct) > 0 {
 		r.passed("Policy %s revision %d lets the role of %s do this alone.", p.Policy, p.PolicyRevision, p.Proposer)
 		r.Notes = append(r.Notes, "The proposer's identity was checked by the node that opened the proposal; this file holds no signature of the proposer's.")
@@ -119,15 +119,7 @@ func (w *replay) verifyDecision(e Evidence, r *Report) error {
 			out.rule.Approvals, out.rule.Sites, required(out.rule))
 	}
 	r.passed("Node %s signed its execution, for revision %d of %s and no earlier than the policy's delay.", out.execution.Origin, p.Revision, p.Target)
-	return nil
-}
-
-func (w *replay) opener(d Decision) string {
-	e, _, err := command[state.OpenProposal](w, "", d.Open)
-	if err != nil {
-		return "" // impossible: decide has verified it
-	}
-	return e.Origin
+	return out, nil
 }
 
 func required(r approval.Rule) string {
@@ -138,33 +130,42 @@ func required(r approval.Rule) string {
 }
 
 // verifyTarget verifies what belongs to a decision about a key: the keyring and
-// its policy, the key, and for a rotation the commit and the receipts.
-func (w *replay) verifyTarget(e Evidence, r *Report) error {
+// its policy, the key, and for a rotation the commit and the receipts. A decision
+// about anything else is put into force.
+func (w *replay) verifyTarget(e Evidence, out decided, r *Report) error {
 	kind, name, err := approval.ParseTarget(r.Content.Target)
 	if err != nil {
 		return err
 	}
 	if kind != approval.TargetKey {
-		if len(e.Keyring) != 0 || len(e.Key) != 0 || len(e.Receipts) != 0 {
+		if len(e.Keyring) != 0 || len(e.Key) != 0 || len(e.KeyID) != 0 || len(e.Receipts) != 0 || len(e.Later) != 0 {
 			return refuse(kms.Invalid, nil, "the evidence holds commands on a key, but %s is none", r.Content.Target)
 		}
+		if err := w.govern(out); err != nil {
+			return err
+		}
+		w.reportAdoption(out, r)
 		return nil
 	}
 	ringName, keyName, err := kms.SplitKeyPath(name)
 	if err != nil {
 		return err
 	}
-	ring, err := w.verifyKeyring(e, ringName, r)
+	if len(e.Decision.Adoption) != 0 {
+		return refuse(kms.Invalid, nil, "the evidence holds the adoption of a hardware root, but %s is no node", r.Content.Target)
+	}
+	ring, created, err := w.verifyKeyring(e, ringName, r)
 	if err != nil {
 		return err
 	}
-	if err := w.verifyKey(e, ring, keyName, r); err != nil {
+	key, err := w.verifyKey(e, ring, created, out, keyName, r)
+	if err != nil {
 		return err
 	}
 	if r.Content.Action == kms.ActionRotate {
-		return w.verifyRotation(e, ring, keyName, r)
+		return w.verifyRotation(e, ring, key, out, r)
 	}
-	if len(e.Receipts) != 0 {
+	if len(e.Receipts) != 0 || len(e.KeyID) != 0 || len(e.Later) != 0 {
 		return refuse(kms.Invalid, nil, "the evidence holds receipts, but to %s asks for none", r.Content.Action)
 	}
 	return nil
@@ -187,132 +188,72 @@ func (w *replay) allowed(policy string, a kms.Action, principal string) error {
 	return last
 }
 
-func (w *replay) verifyKeyring(e Evidence, name string, r *Report) (state.CreateKeyring, error) {
+func (w *replay) verifyKeyring(e Evidence, name string, r *Report) (state.CreateKeyring, signed, error) {
 	what := "the creation of keyring " + name
 	env, ring, err := command[state.CreateKeyring](w, what, e.Keyring)
 	if err != nil {
-		return ring, err
+		return ring, env, err
 	}
-	nodes := w.residents(ring.Residency)
 	switch {
 	case ring.Name != name:
-		return ring, refuse(kms.Invalid, nil, "%s is that of %s", what, ring.Name)
+		return ring, env, refuse(kms.Invalid, nil, "%s is that of %s", what, ring.Name)
 	case ring.Policy != r.Content.Policy:
-		return ring, refuse(kms.Conflict, nil, "keyring %s is under policy %s, the proposal was made under %s", name, ring.Policy, r.Content.Policy)
-	case !sameNodes(nodes, ring.Checks):
-		return ring, refuse(kms.Invalid, nil, "%s is not for exactly the nodes of its residency", what)
+		return ring, env, refuse(kms.Conflict, nil, "keyring %s is under policy %s, the proposal was made under %s", name, ring.Policy, r.Content.Policy)
+	}
+	if err := w.keyringForm(what, env, ring); err != nil {
+		return ring, env, err
 	}
 	if err := w.residentOrigin(what, env, ring); err != nil {
-		return ring, err
+		return ring, env, err
 	}
 	if err := w.allowed(kms.Governance, kms.ActionKeyring, env.Principal); err != nil {
-		return ring, refuse(kms.KindOf(err), err, "%s: %v", what, err)
+		return ring, env, refuse(kms.KindOf(err), err, "%s: %v", what, err)
 	}
-	r.passed("Keyring %s is resident at %s, under policy %s, with receipts of %s; node %s signed its creation for %s.",
-		name, list(ring.Residency), ring.Policy, ring.Receipts, env.Origin, env.Principal)
-	return ring, nil
+	r.passed("Keyring %s has protection %s and is resident at %s, under policy %s, with receipts of %s; node %s signed its creation for %s.",
+		name, ring.Protection, list(ring.Residency), ring.Policy, ring.Receipts, env.Origin, env.Principal)
+	return ring, env, nil
 }
 
-func (w *replay) verifyKey(e Evidence, ring state.CreateKeyring, name string, r *Report) error {
+func (w *replay) verifyKey(e Evidence, ring state.CreateKeyring, created signed, out decided, name string, r *Report) (state.CreateKey, error) {
 	path := kms.KeyPath(ring.Name, name)
 	if len(e.Key) == 0 {
 		r.Notes = append(r.Notes, "The creation of key "+path+" is not in this file: it is erased when version 1 is destroyed.")
-		return nil
+		return state.CreateKey{Keyring: ring.Name, Name: name, ID: e.KeyID}, w.inOrder("the opening of proposal "+out.id, created, out.open)
 	}
 	what := "the creation of key " + path
 	env, key, err := command[state.CreateKey](w, what, e.Key)
 	if err != nil {
-		return err
+		return key, err
 	}
-	if key.Keyring != ring.Name || key.Name != name {
-		return refuse(kms.Invalid, nil, "%s is that of %s", what, kms.KeyPath(key.Keyring, key.Name))
+	switch {
+	case key.Keyring != ring.Name || key.Name != name:
+		return key, refuse(kms.Invalid, nil, "%s is that of %s", what, kms.KeyPath(key.Keyring, key.Name))
+	case len(e.KeyID) != 0:
+		return key, refuse(kms.Invalid, nil, "the evidence holds %s and its identifier again", what)
+	}
+	if err := w.inOrder(what, created, env); err != nil {
+		return key, err
+	}
+	if err := w.inOrder("the opening of proposal "+out.id, env, out.open); err != nil {
+		return key, err
 	}
 	if err := w.residentOrigin(what, env, ring); err != nil {
-		return err
+		return key, err
 	}
 	if err := w.allowed(ring.Policy, kms.ActionCreate, env.Principal); err != nil {
-		return refuse(kms.KindOf(err), err, "%s: %v", what, err)
+		return key, refuse(kms.KindOf(err), err, "%s: %v", what, err)
 	}
 	r.passed("Key %s has the identifier %x and the algorithm %s; node %s signed its creation for %s.", path, key.ID, key.Algorithm, env.Origin, env.Principal)
-	return nil
+	return key, nil
 }
 
-func (w *replay) residentOrigin(what string, e state.Envelope, ring state.CreateKeyring) error {
+func (w *replay) residentOrigin(what string, e signed, ring state.CreateKeyring) error {
 	for _, n := range w.residents(ring.Residency) {
 		if n.ID == e.Origin {
 			return nil
 		}
 	}
 	return refuse(kms.NotResident, nil, "%s: node %s may not open keyring %s", what, e.Origin, ring.Name)
-}
-
-func sameNodes(nodes []state.Node, checks []state.Check) bool {
-	if len(nodes) != len(checks) {
-		return false
-	}
-	for i := range nodes {
-		if nodes[i].ID != checks[i].Node {
-			return false
-		}
-	}
-	return true
-}
-
-// verifyRotation verifies the commit and the receipts for it.
-func (w *replay) verifyRotation(e Evidence, ring state.CreateKeyring, key string, r *Report) error {
-	what := "the execution of proposal " + r.Proposal
-	env, commit, err := command[state.CommitRotation](w, what, e.Decision.Execution)
-	if err != nil {
-		return err
-	}
-	if commit.Keyring != ring.Name || commit.Key != key {
-		return refuse(kms.Invalid, nil, "%s brings a version of %s", what, kms.KeyPath(commit.Keyring, commit.Key))
-	}
-	if err := w.residentOrigin(what, env, ring); err != nil {
-		return err
-	}
-	nodes := w.residents(ring.Residency)
-	if !sameNodes(nodes, commit.Checks) {
-		return refuse(kms.Invalid, nil, "%s does not ask exactly the resident nodes for receipts", what)
-	}
-	r.Version = commit.Version
-	r.passed("Node %s, resident for keyring %s, committed version %d (wrapped material SHA-256 %x).", env.Origin, ring.Name, commit.Version, sha256.Sum256(commit.Wrapped))
-	if r.Receipts, err = w.verifyReceipts(e.Receipts, commit); err != nil {
-		return err
-	}
-	if missing := unproven(nodes, ring, r.Receipts); len(missing) > 0 {
-		return refuse(kms.Conflict, nil, "version %d is not proven: receipts of %s are missing by the rule %s", commit.Version, list(missing), ring.Receipts)
-	}
-	r.passed("Nodes %s proved with signed receipts that they can open it, which meets the rule %s.", list(r.Receipts), ring.Receipts)
-	return nil
-}
-
-func (w *replay) verifyReceipts(receipts [][]byte, commit state.CommitRotation) (given []string, err error) {
-	last := ""
-	for i, raw := range receipts {
-		what := fmt.Sprintf("receipt %d", i+1)
-		env, c, err := command[state.GiveReceipt](w, what, raw)
-		if err != nil {
-			return nil, err
-		}
-		if env.Origin <= last {
-			return nil, refuse(kms.Invalid, nil, "the receipts are not sorted by node or repeat that of %s", env.Origin)
-		}
-		last = env.Origin
-		if c.Keyring != commit.Keyring || c.Key != commit.Key || c.Version != commit.Version {
-			return nil, refuse(kms.Invalid, nil, "the receipt of node %s is for another version", env.Origin)
-		}
-		sum := sha256.Sum256(c.KCV)
-		match := false
-		for _, check := range commit.Checks {
-			match = match || check.Node == env.Origin && subtle.ConstantTimeCompare(sum[:], check.Hash) == 1
-		}
-		if !match {
-			return nil, refuse(kms.Invalid, nil, "the receipt of node %s does not show the key of the version committed", env.Origin)
-		}
-		given = append(given, env.Origin)
-	}
-	return given, nil
 }
 
 // unproven returns the nodes, or sites, whose receipts the keyring's rule misses.

@@ -21,7 +21,7 @@ func Subject(node, site string, r approval.NodeRoot) attest.Subject {
 }
 
 // NodeSubject is Subject for a node's present root.
-func NodeSubject(n Node) attest.Subject { return Subject(n.ID, n.Site, n.root()) }
+func NodeSubject(n Node) attest.Subject { return Subject(n.ID, n.Site, n.HardwareRoot()) }
 
 // attest verifies the attestation document of a root of a node. at is the cluster's
 // time; witness returns the nodes that may have witnessed it.
@@ -32,7 +32,7 @@ func (g Genesis) attest(n Node, r approval.NodeRoot, at int64, witness func(stri
 // attestFounding verifies the document of a node of the genesis: the other nodes of
 // the genesis may have witnessed it.
 func (g Genesis) attestFounding(n Node) (attest.Report, error) {
-	return g.attest(n, n.root(), g.Created, func(id string) (attest.Subject, bool) {
+	return g.attest(n, n.HardwareRoot(), g.Created, func(id string) (attest.Subject, bool) {
 		w, ok := search(g.Nodes, func(x Node) bool { return x.ID == id })
 		return NodeSubject(w), ok
 	})
@@ -84,7 +84,7 @@ func (r reader) report(n Node) attest.Report {
 		rep, err = r.genesis.attestFounding(n)
 	} else {
 		p, _ := r.proposal(formers[len(formers)-1].Proposal)
-		rep, err = r.attestNext(n, n.root(), p.ClosedAt, p.Executed)
+		rep, err = r.attestNext(n, n.HardwareRoot(), p.ClosedAt, p.Executed)
 	}
 	if err != nil {
 		return attest.Report{Claimed: []string{"everything about its hardware: this program does not take its attestation document, which the cluster took"}}

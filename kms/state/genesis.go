@@ -214,7 +214,7 @@ func (n Node) validate() error {
 			return kms.Errorf(kms.Invalid, "node %s: API address %q is not an https URL", n.ID, n.API)
 		}
 	}
-	if err := n.root().Validate(); err != nil {
+	if err := n.HardwareRoot().Validate(); err != nil {
 		return kms.Wrap(kms.Invalid, err, "node "+n.ID+": "+err.Error(), "")
 	}
 	return nil

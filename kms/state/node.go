@@ -7,8 +7,8 @@ import (
 	"github.com/conclave-kms/conclave/kms/approval"
 )
 
-// root returns the node's present hardware root.
-func (n Node) root() approval.NodeRoot {
+// HardwareRoot returns the part of the record that changes with the hardware.
+func (n Node) HardwareRoot() approval.NodeRoot {
 	return approval.NodeRoot{
 		Suite: n.Suite, Agreement: n.Agreement, SigningSuite: n.SigningSuite, Signing: n.Signing,
 		Device: n.Device, ImportKind: n.ImportKind, Import: n.Import, Attestation: n.Attestation,
@@ -109,7 +109,7 @@ func (r reader) unusedKeys(id string, root approval.NodeRoot) error {
 			return kms.Errorf(kms.Conflict, "node %s has this signing key already; a new root has a new one", id)
 		}
 		if n.ID != id {
-			if err := taken(n.ID, n.root()); err != nil {
+			if err := taken(n.ID, n.HardwareRoot()); err != nil {
 				return err
 			}
 		}

@@ -17,14 +17,6 @@ import (
 // ImportKind is how the devices of nodes in a World take keys from others.
 const ImportKind = "test-import"
 
-// Root returns the hardware root in a node's record.
-func Root(n state.Node) approval.NodeRoot {
-	return approval.NodeRoot{
-		Suite: n.Suite, Agreement: n.Agreement, SigningSuite: n.SigningSuite, Signing: n.Signing,
-		Device: n.Device, ImportKind: n.ImportKind, Import: n.Import, Attestation: n.Attestation,
-	}
-}
-
 // RootWith returns the keys of a node's root, past, present or next, with that signing key.
 func (w *World) RootWith(id string, signing []byte) *Node {
 	w.t.Helper()
@@ -51,7 +43,7 @@ func (w *World) NewRoot(id string) *Node {
 // one, with proof of possession for the number that it will have.
 func (w *World) NodeParams(id string, root *Node, leave bool) approval.NodeParams {
 	w.t.Helper()
-	r := Root(root.Record)
+	r := root.Record.HardwareRoot()
 	m := approval.RootMessage(w.State().Cluster(), id, w.State().NextRoot(id), r)
 	return approval.NodeParams{Root: r, Possession: root.signature(w.t, m, approval.RootContext), Leave: leave}
 }
