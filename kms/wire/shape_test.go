@@ -71,14 +71,20 @@ func TestFieldNames(t *testing.T) {
 // TestKnownAnswers holds bodies word for word: they are what other programs see.
 func TestKnownAnswers(t *testing.T) {
 	at := time.UnixMilli(1767225600123).UTC()
+	const nextRoot = `{"node":{"root":{"suite":81,"agreement":"AQ==","signing_suite":2,"signing":"Ag==","device":"d"},"possession":"Aw=="}}`
+	next := NextRoot{Root: NodeRoot{Suite: 81, Agreement: []byte{1}, SigningSuite: 2, Signing: []byte{2}, Device: "d"}, Possession: []byte{3}}
 	for want, v := range map[string]any{
-		`{"plaintext":"aGk="}`:                                                        EncryptRequest{Plaintext: Secret("hi")},
-		`{"plaintext":"aGk=","context":{"a":"b"}}`:                                    EncryptRequest{Plaintext: Secret("hi"), Context: Context{"a": "b"}},
-		`{"items":[{"message":"aGk="}]}`:                                              Batch[MACRequest]{Items: []MACRequest{{Secret("hi")}}},
-		`{"items":[{"result":{"mac":"AA==","key_version":1}}]}`:                       BatchResult[MACResponse]{Items: []Item[MACResponse]{{Result: &MACResponse{[]byte{0}, 1}}}},
-		`{"action":"rotate","target":"key/a/b","reason":"due"}`:                       OpenProposalRequest{Action: "rotate", Target: "key/a/b", Reason: "due"},
-		`{"name":"k","purpose":"mac"}`:                                                CreateKeyRequest{Name: "k", Purpose: "mac"},
-		`{"version":1,"state":"active","kek":1,"created":"2026-01-01T00:00:00.123Z"}`: KeyVersion{Version: 1, State: "active", KEK: 1, Created: at},
+		`{"plaintext":"aGk="}`:                                                                             EncryptRequest{Plaintext: Secret("hi")},
+		`{"plaintext":"aGk=","context":{"a":"b"}}`:                                                         EncryptRequest{Plaintext: Secret("hi"), Context: Context{"a": "b"}},
+		`{"items":[{"message":"aGk="}]}`:                                                                   Batch[MACRequest]{Items: []MACRequest{{Secret("hi")}}},
+		`{"items":[{"result":{"mac":"AA==","key_version":1}}]}`:                                            BatchResult[MACResponse]{Items: []Item[MACResponse]{{Result: &MACResponse{[]byte{0}, 1}}}},
+		`{"action":"rotate","target":"key/a/b","reason":"due"}`:                                            OpenProposalRequest{Action: "rotate", Target: "key/a/b", Reason: "due"},
+		`{"name":"k","purpose":"mac"}`:                                                                     CreateKeyRequest{Name: "k", Purpose: "mac"},
+		`{"version":1,"state":"active","kek":1,"created":"2026-01-01T00:00:00.123Z"}`:                      KeyVersion{Version: 1, State: "active", KEK: 1, Created: at},
+		`{"version":2,"state":"active","kek":0,"generated":"device","created":"2026-01-01T00:00:00.123Z"}`: KeyVersion{Version: 2, State: "active", Generated: "device", Created: at},
+		`{"action":"node","target":"node/a","parameters":` + nextRoot + `,"reason":"due"}`:                 OpenProposalRequest{Action: "node", Target: "node/a", Reason: "due", Parameters: ProposalParameters{Node: &next}},
+		`{"action":"policy","target":"policy/a","parameters":{"attested":false},"reason":"x"}`:             OpenProposalRequest{Action: "policy", Target: "policy/a", Reason: "x", Parameters: ProposalParameters{Attested: new(bool)}},
+		`{"root":2,"device":"d","proposal":"p","sealed":3,"missing":1}`:                                    Replacing{Root: 2, Device: "d", Proposal: "p", Sealed: 3, Missing: 1},
 		`{"ready":true}`: Ready{Ready: true},
 	} {
 		b, err := json.Marshal(v)
