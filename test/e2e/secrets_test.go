@@ -293,7 +293,7 @@ func (h *hunt) genuine(m *keyring.Material, key state.Key, v state.Version) {
 	if key.Purpose != kms.Encrypt || key.Keyring != "coalition" {
 		return
 	}
-	c, err := m.Encrypt(t.Context(), nil, []byte("control"))
+	c, err := m.Encrypt(h.t.Context(), nil, []byte("control"))
 	if err != nil {
 		h.t.Fatal(err)
 	}
