@@ -48,13 +48,16 @@ func sampleProposal(a kms.Action) Proposal {
 	case kms.ActionCustodian:
 		p.Target, p.Policy = "custodian/fr-1", kms.Governance
 		p.Parameters = canon.Marshal(CustodianParams{Custodian: sampleCustodian()})
+	case kms.ActionNode:
+		p.Target, p.Policy = NodeTarget("fr-1"), kms.Governance
+		p.Parameters = canon.Marshal(NodeParams{Root: sampleRoot(), Possession: bytes.Repeat([]byte{0x11}, 64), Leave: true})
 	}
 	return p
 }
 
 var proposable = []kms.Action{
 	kms.ActionRotate, kms.ActionSuspend, kms.ActionResume, kms.ActionDeactivate, kms.ActionCompromise,
-	kms.ActionDestroy, kms.ActionPolicy, kms.ActionCustodian,
+	kms.ActionDestroy, kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode,
 }
 
 func TestProposalRoundTrip(t *testing.T) {
@@ -144,14 +147,14 @@ func TestProposalValidateRefuses(t *testing.T) {
 
 func TestTargets(t *testing.T) {
 	for s, want := range map[string][2]string{
-		KeyTarget("a", "b"): {"key", "a/b"}, "policy/governance": {"policy", "governance"}, "custodian/fr-1": {"custodian", "fr-1"},
+		KeyTarget("a", "b"): {"key", "a/b"}, "policy/governance": {"policy", "governance"}, "custodian/fr-1": {"custodian", "fr-1"}, NodeTarget("a"): {"node", "a"},
 	} {
 		kind, name, err := ParseTarget(s)
 		if err != nil || kind != want[0] || name != want[1] {
 			t.Errorf("%s: %s %s %v", s, kind, name, err)
 		}
 	}
-	for _, s := range []string{"", "key", "key/", "key/a", "key/a/", "key/a/b/c", "keys/a/b", "policy/", "policy/a/b", "custodian/A", "/policy/a", "node/a"} {
+	for _, s := range []string{"", "key", "key/", "key/a", "key/a/", "key/a/b/c", "keys/a/b", "policy/", "policy/a/b", "custodian/A", "/policy/a", "node/", "node/a/b", "nodes/a"} {
 		if _, _, err := ParseTarget(s); !errors.Is(err, kms.Invalid) {
 			t.Errorf("%q: %v", s, err)
 		}

@@ -121,6 +121,16 @@ func TestVectors(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+	message := RootMessage("00112233445566778899aabbccddeeff", "fr-1", 2, sampleRoot())
+	if *update {
+		var out strings.Builder
+		fmt.Fprintf(&out, "# what the signing key of node fr-1's root number 2 signs, in the context %s\n", RootContext)
+		annotate(message, 0, &out)
+		store(t, "message-node-root.txt", out.String())
+	}
+	if !bytes.Equal(message, load(t, "message-node-root.txt")) {
+		t.Error("message-node-root.txt: the message has changed")
+	}
 	rotate := load(t, "proposal-rotate.txt")
 	if got, want := ProposalID(rotate), "6bbd19e6bce4d2c660e6ba1cccff16a6"; got != want {
 		t.Errorf("proposal id %s, want %s", got, want)
