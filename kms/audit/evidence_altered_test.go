@@ -320,9 +320,16 @@ func carriedGovernance(t *testing.T, w *statetest.World) string {
 func TestEveryByteOfTheFileCounts(t *testing.T) {
 	t.Parallel()
 	w, _, e := rotated(t)
+	everyByte(t, e, w.State().Cluster())
+	w = vault(t)
+	w.Rekey(de1)
+	everyByte(t, mustBuild(t, w, rotate(w, sealTarget)), w.State().Cluster())
+}
+
+func everyByte(t *testing.T, e Evidence, cluster string) {
+	t.Helper()
 	file := e.Marshal()
-	cluster := w.State().Cluster()
-	step := max(1, len(file)/250) | 1
+	step := max(1, len(file)/210) | 1
 	flipped, verified := 0, 0
 	for i := 0; i < len(file); i += step {
 		bad := bytes.Clone(file)

@@ -96,6 +96,9 @@ func FuzzParseEvidence(f *testing.F) {
 	f.Add(e.Marshal())
 	cluster := w.State().Cluster()
 	good := e.Marshal()
+	hard := vault(f)
+	hard.Rekey(de1)
+	f.Add(mustBuild(f, hard, rotate(hard, sealTarget)).Marshal())
 	f.Fuzz(func(t *testing.T, b []byte) {
 		e, err := ParseEvidence(b)
 		if err != nil {
