@@ -34,6 +34,7 @@ type Options struct {
 	Access            []byte                   // Cedar policies
 	Address           func(node string) string // host:port between nodes
 	API               func(node string) string // https URL
+	Attested          map[string]string        // nodes of the genesis with an attestation document, and the nodes that witness it
 	Amend             func(*state.Node)        // changes the record of a node or of its next root before it is signed
 	Hooks             Hooks
 }
@@ -179,6 +180,16 @@ func (w *World) found() {
 		for i := range o.CustodiansPerSite {
 			id := fmt.Sprintf("%s-%d", site, i+1)
 			g.Custodians = append(g.Custodians, Record(id, site, 1, w.AddCustodianKey(id)))
+		}
+	}
+	if o.Attested != nil {
+		w.vendor = w.newCA("the vendor")
+		g.Vendors = [][]byte{w.vendor.Certificate.Raw}
+	}
+	for i, n := range g.Nodes {
+		if witness, ok := o.Attested[n.ID]; ok {
+			w.Attest(w.Node(n.ID), witness)
+			g.Nodes[i] = w.Node(n.ID).Record
 		}
 	}
 	slices.SortFunc(g.Nodes, func(a, b state.Node) int { return strings.Compare(a.ID, b.ID) })

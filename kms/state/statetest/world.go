@@ -26,6 +26,7 @@ type World struct {
 	signed     state.SignedGenesis
 	nodes      map[string][]*Node // every root that a node had, has or may have
 	cas        map[string]*CA
+	vendor     *CA // of TPMs, nil without Options.Attested
 	custodians map[string]*pqc.HybridKey
 
 	mu    sync.Mutex
