@@ -37,9 +37,18 @@ var (
 	// ErrPCRs: the platform configuration registers of Config.PCRs do not hold
 	// approved values; see UpdatePCRPolicy.
 	ErrPCRs = errors.New("platform configuration not approved")
+	// ErrUnsupported: the TPM cannot do that at all.
+	ErrUnsupported error = unsupportedError{}
 	// ErrInvalid: an argument, a configuration value or a wrapped key is wrong.
 	ErrInvalid = errors.New("invalid input")
 )
+
+type unsupportedError struct{}
+
+func (unsupportedError) Error() string { return "not supported by the TPM" }
+
+// Unsupported tells callers that know no kinds of this package.
+func (unsupportedError) Unsupported() bool { return true }
 
 func invalid(format string, args ...any) error {
 	return fmt.Errorf("tpm: %w: %s", ErrInvalid, fmt.Sprintf(format, args...))
@@ -92,7 +101,7 @@ func classify(op string, err error) error {
 }
 
 func isKind(err error) bool {
-	for _, kind := range []error{ErrUnavailable, ErrAuth, ErrNotProvisioned, ErrProvisioned, ErrUnsafe, ErrPCRs, ErrInvalid} {
+	for _, kind := range []error{ErrUnavailable, ErrAuth, ErrNotProvisioned, ErrProvisioned, ErrUnsafe, ErrPCRs, ErrUnsupported, ErrInvalid} {
 		if errors.Is(err, kind) {
 			return true
 		}

@@ -1,7 +1,9 @@
 package tpm
 
 import (
+	"bytes"
 	"context"
+	"slices"
 
 	"github.com/google/go-tpm/tpm2"
 )
@@ -102,4 +104,32 @@ func ECDHRaw(ctx context.Context, d *Device, x, y []byte) ([]byte, error) {
 		})
 		return z, err
 	}})
+}
+
+// DuplicateTo has the TPM duplicate a generated key to a storage key, with the
+// policy as far as it can be satisfied for that.
+func DuplicateTo(ctx context.Context, d *Device, blob, parent []byte) error {
+	k, err := d.importBlob(ctx, importHMAC, blob)
+	if err != nil {
+		return err
+	}
+	b, _ := d.suite.parseImport(blob)
+	names, _ := d.suite.parseNames(b.label)
+	to, err := d.suite.parseRecipients([][]byte{parent})
+	if err != nil {
+		return err
+	}
+	return d.run(ctx, "duplicate", func(c *conn) error {
+		return d.withKeyAuth(c, encryptOut(), func(s tpm2.Session) error {
+			o, err := d.loadObject(c, s, k)
+			if err != nil {
+				return err
+			}
+			defer c.flush(o.handle)
+			if i := slices.IndexFunc(names, func(n []byte) bool { return bytes.Equal(n, to[0].name) }); i < 0 {
+				names[0] = to[0].name // as if it were one
+			}
+			return d.duplicateFor(c, o, to[0], names, &importBlob{})
+		})
+	})
 }

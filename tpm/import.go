@@ -106,6 +106,15 @@ func (d *Device) importObject(c *conn, b *importBlob) (*importedKey, error) {
 		return nil, err
 	}
 	defer c.flush(obj.handle)
+	if k.private, err = d.takeOver(c, obj); err != nil {
+		return nil, err
+	}
+	return k, nil
+}
+
+// takeOver gives a key with the empty authorization value that of the others and
+// returns its new private area.
+func (d *Device) takeOver(c *conn, obj *object) (private []byte, err error) {
 	err = c.withSession(d.storage, func(s tpm2.Session) error {
 		rsp, err := (tpm2.ObjectChangeAuth{
 			ObjectHandle: obj.auth(s),
@@ -115,14 +124,10 @@ func (d *Device) importObject(c *conn, b *importBlob) (*importedKey, error) {
 		if err != nil {
 			return err
 		}
-		// The response is wiped at the end of the call.
-		k.private = bytes.Clone(rsp.OutPrivate.Buffer)
+		private = bytes.Clone(rsp.OutPrivate.Buffer) // the response is wiped at the end of the call
 		return nil
 	}, encryptInOut())
-	if err != nil {
-		return nil, err
-	}
-	return k, nil
+	return private, err
 }
 
 func (d *Device) loadObject(c *conn, s tpm2.Session, k *importedKey) (*object, error) {

@@ -13,22 +13,25 @@ import (
 	"github.com/conclave-kms/conclave/kms/secret"
 )
 
-// The key blob, version 2, which WrapHMAC and WrapSigner make and TPM2_Import
-// opens. The parts have two-byte lengths:
+// The key blob, which TPM2_Import opens: version 2 from WrapHMAC and WrapSigner,
+// version 3 from GenerateHMAC and GenerateSigner. The parts have two-byte lengths:
 //
-//	version byte 2
+//	version byte    2 or 3
 //	type byte       1 HMAC-SHA-256, 2 ECDSA P-256, 3 ECDSA P-384
-//	label           0 to 64 bytes
-//	TPM2B_PUBLIC    the public area; its policy is the label's digest
+//	label           version 2: 0 to 64 bytes
+//	names           version 3: of the storage keys that it was made for, ascending
+//	TPM2B_PUBLIC    the public area; its policy follows from label or names
 //	TPM2B_PRIVATE   the duplicate: HMAC ‖ encrypted sensitive area
 //	TPM2B_ENCRYPTED_SECRET  the ephemeral point that the seed comes from
 //
-// A type has one accepted public area per label, and every length is fixed.
+// A type has one accepted public area per label or names, and every length is fixed.
 const (
-	importVersion = 2
-	maxLabel      = 64
-	hmacKeyLen    = 32
-	labelDomain   = "conclave tpm v1 label"
+	importVersion    = 2
+	generatedVersion = 3
+
+	maxLabel    = 64
+	hmacKeyLen  = 32
+	labelDomain = "conclave tpm v1 label"
 )
 
 // ImportKind is the kind that ImportKey returns.
@@ -66,12 +69,14 @@ func (t importType) signer() *suite {
 
 // importBlob is a parsed key blob.
 type importBlob struct {
-	kind                         importType
-	label, pub, duplicate, point []byte
+	version               byte
+	kind                  importType
+	label                 []byte // or the names
+	pub, duplicate, point []byte
 }
 
 func (b *importBlob) encode() []byte {
-	out := []byte{importVersion, byte(b.kind)}
+	out := []byte{b.version, byte(b.kind)}
 	for _, part := range [][]byte{b.label, b.pub, b.duplicate, b.point} {
 		out = binary.BigEndian.AppendUint16(out, uint16(len(part)))
 		out = append(out, part...)
@@ -80,12 +85,12 @@ func (b *importBlob) encode() []byte {
 }
 
 // parseImport splits a key blob for a storage key of this suite. It accepts no
-// public area, length or point but those that the Wrap functions make.
+// public area, length or point but those that the Wrap and Generate functions make.
 func (s *suite) parseImport(b []byte) (*importBlob, bool) {
-	if len(b) < 2 || b[0] != importVersion {
+	if len(b) < 2 || b[0] != importVersion && b[0] != generatedVersion {
 		return nil, false
 	}
-	p := &importBlob{kind: importType(b[1])}
+	p := &importBlob{version: b[0], kind: importType(b[1])}
 	if p.kind < importHMAC || p.kind > importP384 {
 		return nil, false
 	}
@@ -95,19 +100,31 @@ func (s *suite) parseImport(b []byte) (*importBlob, bool) {
 			return nil, false
 		}
 	}
-	if len(rest) != 0 || len(p.label) > maxLabel || len(p.duplicate) != s.duplicateLen(p.kind) {
+	if len(rest) != 0 || !s.duplicateFits(p) {
 		return nil, false
 	}
 	if _, ok := parsePoint(s, p.point); !ok {
 		return nil, false
 	}
-	return p, s.importedPublic(p.kind, p.label, p.pub)
+	template, ok := s.templateOf(p)
+	return p, ok && s.importedPublic(p.kind, template, p.pub)
 }
 
-// importedPublic compares a public area with the one template of its type and
-// label.
-func (s *suite) importedPublic(kind importType, label, pub []byte) bool {
-	want := tpm2.Marshal(s.imported(kind, label))
+// templateOf is the one template of a blob's version, type and label or names.
+func (s *suite) templateOf(b *importBlob) (tpm2.TPMTPublic, bool) {
+	if b.version == importVersion {
+		return s.imported(b.kind, b.label), len(b.label) <= maxLabel
+	}
+	names, ok := s.parseNames(b.label)
+	if !ok {
+		return tpm2.TPMTPublic{}, false
+	}
+	return s.generated(b.kind, names), true
+}
+
+// importedPublic compares a public area with the template.
+func (s *suite) importedPublic(kind importType, template tpm2.TPMTPublic, pub []byte) bool {
+	want := tpm2.Marshal(template)
 	if curve := kind.signer(); curve != nil {
 		_, ok := parseECC(curve, want, pub)
 		return ok
@@ -155,6 +172,17 @@ func (s *suite) duplicateLen(kind importType) int {
 		return s.digest + sizes + curve.field
 	}
 	return s.digest + sizes + s.digest + hmacKeyLen
+}
+
+// duplicateFits checks the length of the duplicate. A TPM fills up the empty
+// authorization value with zeros, and may give a signing key a seed; a Wrap
+// function does neither.
+func (s *suite) duplicateFits(b *importBlob) bool {
+	more := len(b.duplicate) - s.duplicateLen(b.kind)
+	if b.version == importVersion {
+		return more == 0
+	}
+	return more == 0 || more == s.digest || more == 2*s.digest
 }
 
 func (s *suite) sum(parts ...[]byte) []byte {
@@ -272,7 +300,7 @@ func importTarget(public, label []byte) (*suite, tpm2.LabeledEncapsulationKey, e
 }
 
 func (s *suite) duplicate(storage tpm2.LabeledEncapsulationKey, kind importType, label []byte, pub tpm2.TPMTPublic, sensitive tpm2.TPMTSensitive) ([]byte, error) {
-	b := &importBlob{kind: kind, label: label, pub: tpm2.Marshal(pub)}
+	b := &importBlob{version: importVersion, kind: kind, label: label, pub: tpm2.Marshal(pub)}
 	plain := tpm2.Marshal(sensitive)
 	defer secret.Wipe(plain)
 	var err error

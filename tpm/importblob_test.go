@@ -59,7 +59,45 @@ func TestParseImport(t *testing.T) {
 					t.Errorf("%s, type %d: the other suite accepts the blob", s.name, kind)
 				}
 				refuseVariants(t, s, p)
+				g := asGenerated(t, s, p)
+				if _, ok := s.parseImport(g.encode()); !ok {
+					t.Fatalf("%s, type %d: a right blob of version 3 is refused", s.name, kind)
+				}
+				refuseVariants(t, s, g)
+				refuseNames(t, s, g)
 			}
+		}
+	}
+}
+
+// asGenerated gives a blob the form of version 3, for two recipients.
+func asGenerated(t testing.TB, s *suite, b *importBlob) *importBlob {
+	t.Helper()
+	names := namesOf([]recipient{{name: s.objectName(target(t, s))}, {name: s.objectName(target(t, s))}})
+	pub, err := tpm2.Unmarshal[tpm2.TPMTPublic](b.pub)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := s.generated(b.kind, names)
+	pub.ObjectAttributes, pub.AuthPolicy = template.ObjectAttributes, template.AuthPolicy
+	g := *b
+	g.version, g.label, g.pub = generatedVersion, bytes.Join(names, nil), tpm2.Marshal(pub)
+	return &g
+}
+
+// refuseNames changes the list of recipients.
+func refuseNames(t *testing.T, s *suite, good *importBlob) {
+	t.Helper()
+	n := 2 + s.digest
+	first, second := good.label[:n], good.label[n:]
+	for name, names := range map[string][]byte{
+		"none": nil, "one less": first, "the other way round": append(bytes.Clone(second), first...), "one twice": append(bytes.Clone(good.label), second...),
+		"a cut one": good.label[:2*n-1], "too many": bytes.Repeat(first, MaxRecipients+1), "another algorithm": append([]byte{0, 4}, good.label[2:]...),
+	} {
+		b := *good
+		b.label = names
+		if _, ok := s.parseImport(b.encode()); ok {
+			t.Errorf("%s, type %d: accepted names: %s", s.name, good.kind, name)
 		}
 	}
 }
@@ -71,6 +109,8 @@ func refuseVariants(t *testing.T, s *suite, good *importBlob) {
 		"type 0":          func(b *importBlob) { b.kind = 0 },
 		"type 4":          func(b *importBlob) { b.kind = 4 },
 		"another type":    func(b *importBlob) { b.kind = 1 + b.kind%3 },
+		"another version": func(b *importBlob) { b.version ^= 1 },
+		"version 4":       func(b *importBlob) { b.version = 4 },
 		"another label":   func(b *importBlob) { b.label = append(bytes.Clone(b.label), 1)[len(b.label)/maxLabel:] },
 		"a long label":    func(b *importBlob) { b.label = make([]byte, maxLabel+1) },
 		"short duplicate": func(b *importBlob) { b.duplicate = b.duplicate[1:] },
@@ -136,6 +176,12 @@ func FuzzParseImport(f *testing.F) {
 			f.Add(b)
 		}
 	}
+	for _, s := range suites {
+		for _, b := range blobsFor(f, s, nil) {
+			p, _ := s.parseImport(b)
+			f.Add(asGenerated(f, s, p).encode())
+		}
+	}
 	f.Add([]byte{})
 	f.Add([]byte{2, 1, 0, 0, 0, 0, 0, 0, 0, 0})
 	f.Add([]byte{2, 3, 0xff, 0xff, 0})
@@ -148,8 +194,12 @@ func FuzzParseImport(f *testing.F) {
 			if !bytes.Equal(p.encode(), b) {
 				t.Error("an accepted blob does not encode to itself")
 			}
+			template, ok := s.templateOf(p)
+			if a := template.ObjectAttributes; !ok || a.FixedTPM || a.FixedParent || a.Decrypt || a.Restricted || !a.NoDA || len(template.AuthPolicy.Buffer) == 0 {
+				t.Errorf("attributes of an accepted public area: %+v", a)
+			}
 			pub, err := tpm2.Unmarshal[tpm2.TPMTPublic](p.pub)
-			if err != nil || !sameTemplate(*pub, s.imported(p.kind, p.label)) {
+			if err != nil || !sameTemplate(*pub, template) {
 				t.Errorf("an accepted public area is not that of an imported key: %v", err)
 			}
 		}

@@ -72,17 +72,13 @@ func (s *suite) branch(pcrs []int, digest []byte) tpm2.TPM2BDigest {
 	})}
 }
 
-// branches lists those of all approved sets, at least two: TPM2_PolicyOR takes no
-// fewer.
+// branches lists those of all approved sets.
 func (s *suite) branches(a *approved) tpm2.TPMLDigest {
 	var l tpm2.TPMLDigest
 	for _, set := range a.sets {
 		l.Digests = append(l.Digests, s.branch(a.pcrs, set.digest))
 	}
-	if len(l.Digests) == 1 {
-		l.Digests = append(l.Digests, l.Digests[0])
-	}
-	return l
+	return atLeastTwo(l)
 }
 
 // withDeviceKey runs fn with a session for the agreement or the signing key.
@@ -116,13 +112,13 @@ func (d *Device) withPolicy(c *conn, crypt tpm2.AuthOption, fn func(tpm2.Session
 			d.approved = a
 		}
 		refused := false
-		err := d.withPolicySession(c, crypt, func(s tpm2.Session) error {
+		err := d.withPolicySession(c, func(s tpm2.Session) error {
 			if err := d.satisfy(c, s, a); err != nil {
 				refused = saidNo(c, err)
 				return err
 			}
 			return fn(s)
-		})
+		}, crypt, tpm2.Auth(d.auth.key.Reveal()))
 		if !refused {
 			return err
 		}
@@ -130,9 +126,11 @@ func (d *Device) withPolicy(c *conn, crypt tpm2.AuthOption, fn func(tpm2.Session
 	}
 }
 
-func (d *Device) withPolicySession(c *conn, crypt tpm2.AuthOption, fn func(tpm2.Session) error) error {
-	s, _, err := tpm2.PolicySession(c, d.suite.hash, 16,
-		tpm2.Salted(d.storage.handle, d.storage.public), crypt, tpm2.Auth(d.auth.key.Reveal()))
+// withPolicySession runs fn with a salted policy session and flushes the session
+// afterwards.
+func (d *Device) withPolicySession(c *conn, fn func(tpm2.Session) error, opts ...tpm2.AuthOption) error {
+	opts = append([]tpm2.AuthOption{tpm2.Salted(d.storage.handle, d.storage.public)}, opts...)
+	s, _, err := tpm2.PolicySession(c, d.suite.hash, 16, opts...)
 	if err != nil {
 		return err
 	}
