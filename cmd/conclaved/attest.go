@@ -72,7 +72,9 @@ the node, and policies can ask for it. The files go from site to site as the car
   2. the challenged node:  conclaved attest answer --challenge challenge.json -o answer.json
   3. the witness:          conclaved attest witness --answer answer.json -o witness.json
 
-witness.json goes beside the node's card into the plan of the genesis document.`,
+witness.json goes beside the node's card into the plan of the genesis document. For the
+next root of a node of a running cluster (conclaved rekey): the same with next-node.json
+and answer --next, then conclaved rekey prepare --witness witness.json.`,
 	}
 	cmd.AddCommand(attestChallengeCommand(), attestAnswerCommand(), attestWitnessCommand())
 	return cmd

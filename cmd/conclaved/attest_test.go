@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/conclave-kms/conclave/kms/attest"
 	"github.com/conclave-kms/conclave/tpm/tpmtest"
@@ -85,6 +86,7 @@ func TestAttest(t *testing.T) {
 	f.answers()
 	f.witnesses()
 	f.plans()
+	f.nextRoot()
 }
 
 // cards holds that cards carry the attestation that fits their device.
@@ -298,5 +300,45 @@ witness = "witness.json"
 		f.write(strings.Replace(full, cut, "", 1), "genesis.toml")
 		accepted(t, create...)
 		f.shows("node      jp-1  hardware NOT attested", "could be software")
+	}
+}
+
+// nextRoot has another TPM, which is to take the place of jp's, witnessed by de.
+func (f *founding) nextRoot() {
+	t := f.t
+	t.Helper()
+	soft := tpmtest.New(t)
+	cfg := soft.Config()
+	config := f.read("jp", "conclaved.toml")
+	f.write(config+fmt.Sprintf("[next_device]\ntype = \"tpm\"\npath = %q\nauth_file = %q\n", cfg.Path, cfg.AuthFile), "jp", "conclaved.toml")
+	defer f.write(config, "jp", "conclaved.toml")
+	accepted(t, "rekey", "prepare", "-c", f.config("jp"))
+	next := f.path("jp", "data", "next-node.json")
+	accepted(t, "attest", "challenge", "-c", f.config("de"), "--card", next, "-o", f.path("challenge2.json"))
+	answer := []string{"attest", "answer", "-c", f.config("jp"), "--challenge", f.path("challenge2.json"), "-o", f.path("answer2.json")}
+	refused(t, answer, "challenge2.json")
+	refused(t, append(answer, "--card", next), "another signing key")
+	accepted(t, append(answer, "--next")...)
+	accepted(t, "attest", "witness", "-c", f.config("de"), "--answer", f.path("answer2.json"), "-o", f.path("witness2.json"))
+	refused(t, []string{"rekey", "prepare", "-c", f.config("jp"), "--witness", f.path("answer2.json")}, "answer2.json")
+	accepted(t, "rekey", "prepare", "-c", f.config("jp"), "--witness", f.path("witness2.json"))
+
+	c, err := readCard(next)
+	if err != nil {
+		t.Fatal(err)
+	}
+	subject, err := c.subject()
+	if err != nil {
+		t.Fatal(err)
+	}
+	by, err := f.card("de").subject()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := attest.Verify(c.Attestation, subject, attest.Context{
+		Time: time.Now(), Vendors: [][]byte{soft.EndorsementRoot()}, Witness: func(id string) (attest.Subject, bool) { return by, id == "de-1" },
+	})
+	if err != nil || !r.Attested {
+		t.Errorf("%+v, %v", r, err)
 	}
 }

@@ -127,13 +127,16 @@ func TestDevConfig(t *testing.T) {
 	if err := d.writeConfig("fr", deviceSection{Type: "pkcs11", URI: "pkcs11:token=x", SoftHSMConf: "/conf"}); err != nil {
 		t.Fatal(err)
 	}
-	if err := d.writeConfig("jp", deviceSection{Type: "tpm", Path: "unix:/sock", AuthFile: "/auth"}); err != nil {
+	if err := d.writeConfig("jp", deviceSection{Type: "tpm", Path: "unix:/sock", AuthFile: "/auth", EKChain: devEKChain}); err != nil {
 		t.Fatal(err)
 	}
 	for site, node := range map[string]string{"fr": "fr-1", "jp": "jp-1"} {
 		c, err := loadConfig(d.path(site, "conclaved.toml"))
 		if err != nil || c.Node != node || c.Site != site || c.Genesis != d.path("genesis.cbor") || c.DataDir != d.path(site, "data") {
 			t.Errorf("%+v, %v", c, err)
+		}
+		if site == "jp" && c.Device.EKChain != d.path("jp", devEKChain) {
+			t.Errorf("chain of the endorsement key: %s", c.Device.EKChain)
 		}
 	}
 	if err := d.writeConfig("uk", deviceSection{}); err == nil {
@@ -146,6 +149,14 @@ func TestDevConfig(t *testing.T) {
 	var p genesisPlan
 	if err := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields().Decode(&p); err != nil {
 		t.Fatalf("%v in\n%s", err, b)
+	}
+	for _, n := range p.Nodes {
+		if witnessed := n.Witness != ""; witnessed != strings.HasPrefix(n.Card, "jp/") {
+			t.Errorf("%+v", n)
+		}
+	}
+	if !slices.Equal(p.Vendors, []string{devVendor}) {
+		t.Errorf("vendors %q", p.Vendors)
 	}
 	for _, r := range p.Policies[1].Rules {
 		if slices.Contains(r.Actions, "destroy") && (r.Delay.Duration != 7*24*time.Hour || r.Lifetime.Duration != 28*24*time.Hour) {
