@@ -48,7 +48,8 @@ type Adoption struct {
 	cfg    AdoptionConfig
 	opened map[string]bool // copies that were opened with root
 	root   uint32
-	last   AdoptionProgress
+	logged AdoptionProgress
+	told   AdoptionProgress
 }
 
 // NewAdoption checks the configuration. Errors: kms.Invalid.
@@ -133,27 +134,28 @@ func (a *Adoption) step(ctx context.Context) (done bool, err error) {
 	if r.Root != a.root {
 		a.root, a.opened = r.Root, map[string]bool{}
 	}
+	p.Root = r.Root
+	for _, u := range st.Unsealed(a.cfg.Node) {
+		if u.Key != "" && r.Leave {
+			p.Left++
+		} else {
+			p.Missing++
+		}
+	}
+	if p.Missing > 0 {
+		p.Note = "other nodes have to seal their copies to it"
+	}
 	for _, c := range copiesFor(st, a.cfg.Node, r.Root) {
 		if err := a.check(ctx, st, c); err != nil {
 			return false, err
 		}
-	}
-	p.Root, p.Opened = r.Root, len(a.opened)
-	blocked := false
-	for _, u := range st.Unsealed(a.cfg.Node) {
-		if u.Key != "" && r.Leave {
-			p.Left++
-			continue
-		}
-		p.Missing++
-		blocked = true
-	}
-	if blocked {
-		p.Note = "other nodes have to seal their copies to it"
-		a.report(p)
-		return false, nil
+		p.Opened = len(a.opened)
+		a.tell(p)
 	}
 	a.report(p)
+	if p.Missing > 0 {
+		return false, nil
+	}
 	return a.adopt(ctx, st, r)
 }
 
@@ -173,15 +175,20 @@ func (a *Adoption) adopt(ctx context.Context, st *state.State, r state.Replaceme
 	return false, err
 }
 
+// report logs progress, and tells of it.
 func (a *Adoption) report(p AdoptionProgress) {
-	if p == a.last {
-		return
+	if p != a.logged {
+		a.logged = p
+		a.cfg.Logger.Info("next hardware root", "root", p.Root, "opened", p.Opened, "missing", p.Missing, "left", p.Left, "note", p.Note)
 	}
-	a.last = p
-	a.cfg.Logger.Info("next hardware root", "root", p.Root, "opened", p.Opened, "missing", p.Missing, "left", p.Left, "note", p.Note)
-	if a.cfg.Progress != nil {
+	a.tell(p)
+}
+
+func (a *Adoption) tell(p AdoptionProgress) {
+	if p != a.told && a.cfg.Progress != nil {
 		a.cfg.Progress(p)
 	}
+	a.told = p
 }
 
 // nodeCopy is a copy that is sealed to a root of a node: of a key version, or of a
