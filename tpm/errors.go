@@ -38,17 +38,23 @@ var (
 	// approved values; see UpdatePCRPolicy.
 	ErrPCRs = errors.New("platform configuration not approved")
 	// ErrUnsupported: the TPM cannot do that at all.
-	ErrUnsupported error = unsupportedError{}
+	ErrUnsupported error = &kind{"not supported by the TPM"}
 	// ErrInvalid: an argument, a configuration value or a wrapped key is wrong.
-	ErrInvalid = errors.New("invalid input")
+	ErrInvalid error = &kind{"invalid input"}
 )
 
-type unsupportedError struct{}
+// kind is an error kind that tells callers what it means who know no names of
+// this package.
+type kind struct{ text string }
 
-func (unsupportedError) Error() string { return "not supported by the TPM" }
+func (k *kind) Error() string { return k.text }
 
-// Unsupported tells callers that know no kinds of this package.
-func (unsupportedError) Unsupported() bool { return true }
+// Unsupported reports whether the TPM cannot do it at all.
+func (k *kind) Unsupported() bool { return k == ErrUnsupported }
+
+// Invalid reports whether what was given is wrong, such as a key blob that does
+// not open.
+func (k *kind) Invalid() bool { return k == ErrInvalid }
 
 func invalid(format string, args ...any) error {
 	return fmt.Errorf("tpm: %w: %s", ErrInvalid, fmt.Sprintf(format, args...))
@@ -81,28 +87,28 @@ func classify(op string, err error) error {
 	if isKind(err) {
 		return err
 	}
-	kind, means := ErrUnavailable, ""
+	of, means := ErrUnavailable, ""
 	switch {
 	case errors.Is(err, tpm2.TPMRCBadAuth), errors.Is(err, tpm2.TPMRCAuthFail):
-		kind, means = ErrAuth, meansAuth
+		of, means = ErrAuth, meansAuth
 	case errors.Is(err, tpm2.TPMRCLockout):
 		means = meansLockout
 	case errors.Is(err, tpm2.TPMRCFailure):
 		means = meansFailure
 	case handleMissing(err):
-		kind, means = ErrNotProvisioned, meansGone
+		of, means = ErrNotProvisioned, meansGone
 	case errors.Is(err, tpm2.TPMRCECCPoint), errors.Is(err, tpm2.TPMRCCurve):
-		kind = ErrInvalid
+		of = ErrInvalid
 	}
 	if means != "" {
-		return fmt.Errorf("tpm: %s: %w: %s (%w)", op, kind, means, err)
+		return fmt.Errorf("tpm: %s: %w: %s (%w)", op, of, means, err)
 	}
-	return fmt.Errorf("tpm: %s: %w: %w", op, kind, err)
+	return fmt.Errorf("tpm: %s: %w: %w", op, of, err)
 }
 
 func isKind(err error) bool {
-	for _, kind := range []error{ErrUnavailable, ErrAuth, ErrNotProvisioned, ErrProvisioned, ErrUnsafe, ErrPCRs, ErrUnsupported, ErrInvalid} {
-		if errors.Is(err, kind) {
+	for _, k := range []error{ErrUnavailable, ErrAuth, ErrNotProvisioned, ErrProvisioned, ErrUnsafe, ErrPCRs, ErrUnsupported, ErrInvalid} {
+		if errors.Is(err, k) {
 			return true
 		}
 	}

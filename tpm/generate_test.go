@@ -171,8 +171,12 @@ func TestGenerateRefuses(t *testing.T) {
 		_, _, _, _, err = d.GenerateSigner(t.Context(), ecdh.P256(), c.to)
 		wantErr(t, name, err, c.want)
 		var cannot interface{ Unsupported() bool }
-		if errors.As(err, &cannot) != (c.want == tpm.ErrUnsupported) {
+		if errors.As(err, &cannot) && cannot.Unsupported() != (c.want == tpm.ErrUnsupported) {
 			t.Errorf("%s: Unsupported is not told by method", name)
+		}
+		var wrong interface{ Invalid() bool }
+		if !errors.As(err, &wrong) || wrong.Invalid() != (c.want == tpm.ErrInvalid) {
+			t.Errorf("%s: Invalid is not told by method", name)
 		}
 	}
 	for _, c := range []ecdh.Curve{nil, ecdh.X25519(), ecdh.P521()} {
