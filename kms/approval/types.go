@@ -104,7 +104,8 @@ type NodeParams struct {
 	// nobody proposes a key that is not theirs.
 	Possession []byte `cbor:"possession" json:"possession"`
 	// Leave lets the node adopt the root although key versions of protection
-	// hardware could not be moved to it; it cannot use those any more.
+	// hardware, or KEKs of keyrings at this node alone, could not be moved to it;
+	// it cannot use those any more.
 	Leave bool `cbor:"leave" json:"leave,omitempty"`
 }
 

@@ -277,3 +277,24 @@ func TestAlteredHardwareEvidence(t *testing.T) {
 		})
 	}
 }
+
+// TestEvidenceOfAttestedRoots: the document of a new root holds under the root that
+// its witness had then.
+func TestEvidenceOfAttestedRoots(t *testing.T) {
+	w := statetest.New(t, statetest.Options{Attested: map[string]string{}})
+	n := w.NewRoot(fr1)
+	w.Attest(n, de1)
+	ids := []string{w.Carry(kms.ActionNode, approval.NodeTarget(fr1), w.NodeParams(fr1, n, false))}
+	next := w.NewRoot(de1)
+	w.Attest(next, "node-jp-1")
+	ids = append(ids, w.Carry(kms.ActionNode, approval.NodeTarget(de1), w.NodeParams(de1, next, false)))
+	w.Do(de1, w.AdoptCommand(de1))
+	w.Do(fr1, w.AdoptCommand(fr1))
+	n = w.NewRoot(fr1)
+	w.Attest(n, de1)
+	ids = append(ids, w.Carry(kms.ActionNode, approval.NodeTarget(fr1), w.NodeParams(fr1, n, false)))
+	w.Do(fr1, w.AdoptCommand(fr1))
+	for _, id := range ids {
+		verifies(t, w, mustBuild(t, w, id), 0)
+	}
+}

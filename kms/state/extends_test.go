@@ -42,6 +42,15 @@ func TestExtendsEveryEarlierState(t *testing.T) {
 		func() {
 			w.Carry(kms.ActionPolicy, "policy/standard", approval.PolicyParams{Rules: statetest.Policies(2)[1].Rules})
 		},
+		func() { w.CreateHardwareKeyring("vault", "fr", "de") },
+		func() { w.CreateKey("vault", "sig", kms.Sign) },
+		func() { w.Replace(fr, false) },
+		func() { w.Do(de, w.ResealCommand(fr, w.State().Unsealed(fr)[0])) },
+		func() { w.Replace(fr, false) },
+		func() { w.Reseal(fr) },
+		func() { w.Do(fr, w.AdoptCommand(fr)) },
+		func() { w.Rotate("vault", "sig") },
+		func() { w.Rekey(fr) },
 		func() { w.Carry(kms.ActionCustodian, "custodian/de-1", record("de-1", true)) },
 		func() { w.Apply([]byte("noise")) },
 		func() { w.Advance(25 * time.Hour) },
@@ -82,12 +91,22 @@ func TestExtendsRefusesThinned(t *testing.T) {
 		"another policy": func(w *statetest.World) {
 			w.Carry(kms.ActionPolicy, "policy/other", approval.PolicyParams{Rules: statetest.Policies(3)[1].Rules})
 		},
+		"a new root": func(w *statetest.World) {
+			w.Carry(kms.ActionNode, approval.NodeTarget(de), w.NodeParams(de, w.NewRoot(de), false))
+		},
+		"a copy for it": func(w *statetest.World) { w.Do(fr, w.ResealCommand("node-jp-1", w.State().Unsealed("node-jp-1")[0])) },
+		"its adoption": func(w *statetest.World) {
+			w.Reseal("node-jp-1")
+			w.Do("node-jp-1", w.AdoptCommand("node-jp-1"))
+		},
 		"nothing but a nonce": func(w *statetest.World) {
 			w.Do("node-fr-1", state.Tick{})
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := small(t)
+			w.CreateKeyring("wide", "fr", "de", "jp")
+			w.Replace("node-jp-1", false)
 			w.Propose(kms.ActionRotate, mail, nil)
 			thinned := w.State()
 			last(w)

@@ -166,7 +166,7 @@ func (c AdoptRoot) apply(t *tx) error {
 	case next.Root != c.Root:
 		return kms.Errorf(kms.Conflict, "the next root of node %s has number %d, not %d", n.ID, next.Root, c.Root)
 	}
-	if lacks := r.unsealed(n, next); !t.replay && blocked(lacks, next.Leave) {
+	if lacks := r.wanted(n, next); !t.replay && len(lacks) > 0 {
 		return kms.Errorf(kms.Conflict, "node %s has no copy for its next root of %s; resident nodes reseal them", n.ID, pendingText(lacks))
 	}
 	// A keyring may have come since the root was approved that it cannot serve.
@@ -191,10 +191,15 @@ func (c AdoptRoot) apply(t *tx) error {
 	return nil
 }
 
-// blocked reports whether what lacks a copy keeps a node from its next root: a KEK
-// always does, a key version does unless the custodians let it be left behind.
-func blocked(lacks []Pending, leave bool) bool {
-	return slices.ContainsFunc(lacks, func(p Pending) bool { return p.Key == "" || !leave })
+// wanted lists what keeps a node from its next root because it has no copy for it.
+// Where the custodians let it leave things behind, that is only the KEKs that
+// another node can still reseal: key versions may be beyond every other device,
+// and a keyring at this node alone may be lost with its device.
+func (r reader) wanted(n Node, next Replacement) []Pending {
+	return slices.DeleteFunc(r.unsealed(n, next), func(p Pending) bool {
+		k, _ := r.keyring(p.Keyring)
+		return next.Leave && (p.Key != "" || len(r.residents(k.Residency)) == 1)
+	})
 }
 
 // pendingText names up to three versions.

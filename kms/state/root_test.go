@@ -283,7 +283,7 @@ func TestRootChangeVoids(t *testing.T) {
 }
 
 // TestLeave adopts without the key versions that cannot be moved, never without a
-// KEK.
+// KEK that can.
 func TestLeave(t *testing.T) {
 	w := vault(t)
 	w.CreateKeyring("europe", "fr", "de")
@@ -307,6 +307,25 @@ func TestLeave(t *testing.T) {
 	w.Do(fr, w.AdoptCommand(fr))
 	w.Rotate("vault", "code") // from the next version on it has everything again
 	restoreBoth(t, w.State())
+}
+
+// TestLeaveSole: a keyring at a node alone whose device is dead is lost; the node
+// goes on without it if the custodians say so.
+func TestLeaveSole(t *testing.T) {
+	w := vault(t)
+	w.CreateKeyring("home", "fr")
+	w.CreateKeyring("europe", "fr", "de")
+	w.Replace(fr, false)
+	refused(t, w, kms.Conflict, w.Command(fr, w.AdoptCommand(fr)))
+	w.Replace(fr, true)
+	refused(t, w, kms.Conflict, w.Command(fr, w.AdoptCommand(fr))) // de can reseal europe
+	w.Do(de, w.ResealCommand(fr, state.Pending{Keyring: "europe", Version: 1}))
+	w.Do(fr, w.AdoptCommand(fr))
+	if kek, _ := w.State().KEK("home", 1); len(kek.Copies) != 0 {
+		t.Errorf("%d copies", len(kek.Copies))
+	}
+	restoreBoth(t, w.State())
+	w.Rekey(fr)
 }
 
 // TestRaceWithAdoption: what was sealed to the old root is refused after the
