@@ -259,6 +259,15 @@ voter = true
 witness = "witness.json"
 [[custodian]]`, 1)
 	full = strings.Replace(full, "[[site]]", "vendors = [\"jp/vendor.pem\"]\n[[site]]", 1)
+	full += `[[policy]]
+name = "vault"
+attested = true
+  [[policy.rule]]
+  actions = ["create", "rotate", "suspend", "resume", "deactivate", "compromise", "destroy"]
+  approvals = 1
+  sites = 1
+  lifetime = "72h"
+`
 	create := []string{"genesis", "create", "--plan", f.path("genesis.toml"), "--out", f.path("genesis.cbor")}
 	for _, x := range []struct{ old, new, says string }{
 		{`vendors = ["jp/vendor.pem"]`, `vendors = ["none.pem"]`, "vendors: "},
@@ -290,7 +299,7 @@ witness = "witness.json"
 	f.write(full, "genesis.toml")
 	accepted(t, create...)
 	f.shows("node      jp-1  hardware attested", "node      jp-1  proven: ", "node fr-1 of site fr challenged it", "vendor    SHA-256", "swtpm-localca-rootca",
-		"node      fr-1  hardware NOT attested", "node      fr-1  only claimed: the vendor's attestation, 22 bytes", "node      de-1  only claimed: of its signing key")
+		"node      fr-1  hardware NOT attested", "node      fr-1  only claimed: the vendor's attestation, 22 bytes", "node      de-1  only claimed: of its signing key", "policy    vault  keyrings under it: only on nodes")
 
 	// Founders who do not trust the vendor, or have no witness, are told so.
 	for _, cut := range []string{`vendors = ["jp/vendor.pem"]`, `witness = "witness.json"`} {

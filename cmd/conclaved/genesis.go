@@ -55,8 +55,9 @@ type custodianPlan struct {
 }
 
 type policyPlan struct {
-	Name  string     `toml:"name"`
-	Rules []rulePlan `toml:"rule"`
+	Name     string     `toml:"name"`
+	Attested bool       `toml:"attested,omitempty"` // keyrings under it: only on nodes whose hardware is attested
+	Rules    []rulePlan `toml:"rule"`
 }
 
 type rulePlan struct {
@@ -164,7 +165,7 @@ func (c custodianPlan) build(at func(string) string) (approval.Custodian, error)
 }
 
 func (p policyPlan) build() approval.Policy {
-	out := approval.Policy{Name: p.Name, Revision: 1}
+	out := approval.Policy{Name: p.Name, Revision: 1, Attested: p.Attested}
 	for _, r := range p.Rules {
 		for _, action := range r.Actions {
 			rule := approval.Rule{

@@ -72,6 +72,9 @@ func showGenesis(w io.Writer, s state.SignedGenesis, g state.Genesis) {
 	}
 	showAccess(w, g.Access)
 	for _, p := range g.Policies {
+		if p.Attested {
+			fmt.Fprintf(w, "policy    %s  keyrings under it: only on nodes whose hardware is attested\n", p.Name)
+		}
 		for _, r := range p.Rules {
 			b, _ := json.Marshal(r) // plain data
 			fmt.Fprintf(w, "policy    %s  %s\n", p.Name, b)
