@@ -37,11 +37,11 @@ const (
 type flight struct {
 	o     callOptions
 	phase phase
-	since time.Time     // of the phase
-	left  bool          // nobody waits any more: the worker wipes the result
-	late  bool          // given up by the watchdog on a worker
-	done  chan struct{} // gets one value: landed, or given up
-	err   error         // of the landed or given up flight
+	since time.Time      // of the phase
+	left  bool           // nobody waits any more: the worker wipes the result
+	late  bool           // given up by the watchdog on a worker
+	done  chan []*flight // gets one value: landed, or given up; the caller passes the news on to these
+	err   error          // of the landed or given up flight
 }
 
 // passenger is a flight with the function and the result that it carries.
@@ -73,16 +73,17 @@ func call[T any](ctx context.Context, d *Device, o callOptions, f func(*session)
 		o.released()
 		return zero, err
 	}
-	c := &carrier[T]{flight: flight{o: o, done: make(chan struct{}, 1)}, f: f}
+	c := &carrier[T]{flight: flight{o: o, done: make(chan []*flight, 1)}, f: f}
 	if err := d.enqueue(c); err != nil {
 		o.released()
 		return zero, err
 	}
 	if end := ctx.Done(); end == nil {
-		<-c.done
+		tell(<-c.done)
 	} else {
 		select {
-		case <-c.done:
+		case others := <-c.done:
+			tell(others)
 		case <-end:
 			if d.leave(c) {
 				return zero, contextError(o.op, ctx.Err())
@@ -135,9 +136,9 @@ func wipe(v any) {
 // fly runs f on the worker goroutine, and once more on a new session when the
 // session, login or handles turn out to be gone.
 func (c *carrier[T]) fly(d *Device, w *worker) error {
-	v, err := attempt(d, w, c.o, c.f)
+	v, err := attempt(d, w, c.o, c.since, c.f)
 	if err != nil && isLost(err) && !c.o.once {
-		v, err = attempt(d, w, c.o, c.f)
+		v, err = attempt(d, w, c.o, c.since, c.f)
 	}
 	c.o.released()
 	if err != nil {
@@ -150,12 +151,12 @@ func (c *carrier[T]) fly(d *Device, w *worker) error {
 	return err
 }
 
-func attempt[T any](d *Device, w *worker, o callOptions, f func(*session) (T, error)) (v T, err error) {
+func attempt[T any](d *Device, w *worker, o callOptions, now time.Time, f func(*session) (T, error)) (v T, err error) {
 	if err := d.mod.enter(d.set.timeout); err != nil {
 		return v, err
 	}
 	gen := d.mod.gen
-	s, err := d.take(w, o)
+	s, err := d.take(w, o, now)
 	if err == nil {
 		s.hook = nil
 		if hook := d.hook.Load(); hook != nil {

@@ -234,7 +234,7 @@ func (d *Device) Close() error {
 	d.mu.Unlock()
 	for _, p := range queue {
 		p.base().o.released()
-		p.base().done <- struct{}{}
+		tell([]*flight{p.base()})
 	}
 	if first {
 		close(d.closing)

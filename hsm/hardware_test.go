@@ -226,7 +226,7 @@ func TestLoadedUnderDisturbance(t *testing.T) {
 // TestLoadedAfterHang: a call that hangs voids the keeper; afterwards keys load anew.
 func TestLoadedAfterHang(t *testing.T) {
 	tok, _ := openNew(t)
-	tok.cfg.CallTimeout = 300 * time.Millisecond
+	tok.cfg.CallTimeout = 2 * time.Second
 	d := tok.open(t)
 	d.probeEvery = 0
 	mac, unload, err := d.LoadHMAC(context.Background(), wrapFor(t, d, make([]byte, 32)))

@@ -11,8 +11,7 @@ func uninitialized(err error) bool { return isRV(err, pkcs11.CKR_CRYPTOKI_NOT_IN
 
 // take returns the session for a call: that of the worker, or a new one. It runs
 // inside the gate. A worker has one session at a time.
-func (d *Device) take(w *worker, o callOptions) (*session, error) {
-	now := time.Now()
+func (d *Device) take(w *worker, o callOptions, now time.Time) (*session, error) {
 	special := o.rw || o.bare || o.own
 	if s := w.s; s != nil {
 		if !special && !o.fresh && d.current(s) && (now.Sub(s.used) < idleCheck || s.alive()) {

@@ -1,6 +1,9 @@
 package hsm
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // Bounds of the watchdog's period while calls are under way; in between it is a
 // tenth of the call deadline.
@@ -40,7 +43,7 @@ func (d *Device) patrol() {
 	d.mu.Lock()
 	d.watching = false
 	hung, waiters := d.overdue(now)
-	stale := d.stale(now)
+	stale, news := d.stale(now), d.undelivered(now)
 	// A light call that waits for long waits behind one that is not light.
 	if len(d.queue) > 0 && d.busy < d.set.maxSessions && now.Sub(d.queue[0].base().since) > shortestWatch {
 		d.board(d.pop())
@@ -57,13 +60,23 @@ func (d *Device) patrol() {
 		d.objects.suspect()
 		d.markUnhealthy(unavailablef("a call got no answer in time"))
 	}
-	for _, fl := range waiters {
-		fl.done <- struct{}{}
-	}
 	for _, fl := range stale {
 		fl.o.released()
-		fl.done <- struct{}{}
 	}
+	tell(slices.Concat(news, waiters, stale))
+}
+
+// undelivered takes over the results that wait with a worker for its next call, when
+// that takes long. It runs under mu.
+func (d *Device) undelivered(now time.Time) []*flight {
+	var news []*flight
+	for _, w := range d.workers {
+		if len(w.told) > 0 && w.now != nil && now.Sub(w.now.base().since) > shortestWatch {
+			news = append(news, w.told...)
+			w.told = nil
+		}
+	}
+	return news
 }
 
 // overdue abandons the calls past their deadline: their workers and sessions are

@@ -18,11 +18,16 @@ type worker struct {
 	// Under Device.mu.
 	now    passenger // flying; nil when parked
 	parked time.Time
+	told   []*flight // landed; their callers are to be told
 }
 
 // burst is how many light calls may wait for one worker on a token that makes them
 // one after the other anyway.
 const burst = 64
+
+// batch is how many callers are told of their results at a time. A sleeping thread
+// has to be woken for each news, which takes as long as a light call.
+const batch = 16
 
 // enqueue gives the flight to a worker, now or when one is free.
 func (d *Device) enqueue(p passenger) error {
@@ -142,16 +147,41 @@ func (d *Device) land(w *worker, p passenger, err error) passenger {
 		}
 	}
 	stay := !late && !d.closed || next != nil
+	if !left {
+		if w.told == nil {
+			w.told = make([]*flight, 0, batch)
+		}
+		w.told = append(w.told, fl)
+	}
+	var news []*flight
+	if !d.delays(w, next) {
+		news, w.told = w.told, nil
+	}
 	d.mu.Unlock()
 	if left {
 		p.wipe()
-	} else {
-		fl.done <- struct{}{}
 	}
+	tell(news)
 	if next == nil && stay {
 		next = <-w.wake
 	}
 	return next
+}
+
+// delays reports whether news may wait until more have come together: on a token
+// that makes light calls one after the other, while others wait for theirs. Half of
+// those under way are told at a time, so that the worker has the other half to do
+// meanwhile. It runs under mu.
+func (d *Device) delays(w *worker, next passenger) bool {
+	return d.serial && next != nil && next.base().o.light && len(w.told) < min(batch, 3*len(d.queue))
+}
+
+// tell wakes the caller of the first flight and leaves the others to it: waking takes
+// time that a worker has better uses for.
+func tell(news []*flight) {
+	if len(news) > 0 {
+		news[0].done <- news[1:]
+	}
 }
 
 // leave is called by a caller whose context has ended. It reports whether that
@@ -161,7 +191,7 @@ func (d *Device) leave(p passenger) bool {
 	d.mu.Lock()
 	if fl.phase == landed || fl.left {
 		d.mu.Unlock()
-		<-fl.done // there or on its way
+		tell(<-fl.done) // there or on its way
 		return false
 	}
 	fl.left = true

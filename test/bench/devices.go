@@ -27,7 +27,7 @@ type rated interface {
 // devices measures fresh devices, P-384, one caller.
 func devices(ctx context.Context, dir string, span time.Duration) error {
 	fmt.Printf("\n%-10s %12s %12s %12s %12s %14s\n", "device", "ECDH/s", "sign/s", "wrap/s", "unwrap/s", "random 32 B/s")
-	soft, err := softHSM(ctx, filepath.Join(dir, "token"))
+	soft, _, err := softHSM(ctx, filepath.Join(dir, "token"))
 	if err != nil {
 		return err
 	}
@@ -42,20 +42,21 @@ func devices(ctx context.Context, dir string, span time.Duration) error {
 	return rates(ctx, "swtpm", swtpm, span)
 }
 
-func softHSM(ctx context.Context, dir string) (rated, error) {
+func softHSM(ctx context.Context, dir string) (*hsm.Device, *hsm.SoftToken, error) {
 	pin, err := secret.Copy([]byte(rand.Text()))
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	token, err := hsm.CreateSoftToken(ctx, dir, "bench", pin)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	cfg := hsm.Config{URI: token.URI, PIN: pin, SoftHSMConf: token.ConfFile}
 	if err := hsm.Provision(ctx, cfg); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return hsm.Open(ctx, cfg)
+	d, err := hsm.Open(ctx, cfg)
+	return d, token, err
 }
 
 func softTPM(ctx context.Context, dir string) (rated, func(), error) {

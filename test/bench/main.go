@@ -1,6 +1,7 @@
 // Command bench measures a development cluster on this machine: what a request
 // costs as a ratio to a bare TLS server in the same run, key creations through
-// three nodes, and the devices' raw rates.
+// three nodes, the devices' raw rates, and what encryption with a key of protection
+// hardware gets out of a token.
 //
 //	make bench
 //
@@ -26,6 +27,7 @@ import (
 func main() {
 	bin := flag.String("bin", "bin", "directory with conclaved and conclave")
 	span := flag.Duration("time", 3*time.Second, "length of one measurement")
+	only := flag.Bool("hardware", false, "measure a key of protection hardware on SoftHSM and nothing else")
 	bare := flag.String("bare", "", "internal: serve as the bare server with certificate FILE,FILE")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
@@ -33,6 +35,8 @@ func main() {
 	var err error
 	if *bare != "" {
 		err = serveBare(*bare)
+	} else if *only {
+		err = hardwareOnly(ctx)
 	} else {
 		err = measure(ctx, *bin, *span)
 	}
@@ -71,7 +75,10 @@ func measure(ctx context.Context, bin string, span time.Duration) error {
 	if err := creations(ctx, c, span); err != nil {
 		return err
 	}
-	return devices(ctx, dir, span/3)
+	if err := devices(ctx, dir, span/3); err != nil {
+		return err
+	}
+	return hardware(ctx, dir)
 }
 
 // residentMiB reads a process's resident set.
