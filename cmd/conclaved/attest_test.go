@@ -263,10 +263,16 @@ witness = "witness.json"
 name = "vault"
 attested = true
   [[policy.rule]]
-  actions = ["create", "rotate", "suspend", "resume", "deactivate", "compromise", "destroy"]
+  actions = ["create", "rotate", "suspend", "resume", "deactivate", "compromise"]
   approvals = 1
   sites = 1
   lifetime = "72h"
+  [[policy.rule]]
+  actions = ["destroy"]
+  approvals = 2
+  sites = 2
+  delay = "168h"
+  lifetime = "336h"
 `
 	create := []string{"genesis", "create", "--plan", f.path("genesis.toml"), "--out", f.path("genesis.cbor")}
 	for _, x := range []struct{ old, new, says string }{
