@@ -14,7 +14,6 @@ import (
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/state"
-	"github.com/conclave-kms/conclave/pqc"
 )
 
 // Node is a running member of the cluster. Its methods may be called
@@ -160,22 +159,12 @@ func (n *Node) buildMachine(genesis *state.State, snapshots *snapshotStore) {
 		log: n.cfg.Logger, known: map[uint64][]byte{}}
 	n.machine = &machine{
 		cluster: genesis.Cluster(), onApply: n.cfg.OnApply, onRestore: n.cfg.OnRestore, onSnapshot: n.cfg.OnSnapshot,
-		trust:  n.newTrust(genesis),
+		trust:  newTrust(n.ctx, n.cfg, n.self, genesis.Cluster(), n.dir.file(trustDir)),
 		hashes: n.hashes, snapshots: snapshots, watch: n.watch, log: n.cfg.Logger,
 		onHalt: n.halted, background: n.loops.Go,
 	}
 	n.hashes.halt = n.machine.halt
 	n.machine.state.Store(genesis)
-}
-
-// newTrust makes what signs and verifies hashes of states by the device's key.
-func (n *Node) newTrust(genesis *state.State) *trust {
-	t := &trust{ctx: n.ctx, dir: n.dir.file(trustDir), cluster: genesis.Cluster(), node: n.cfg.NodeID,
-		suite: pqc.SuiteID(n.cfg.SigningSuite), signing: n.cfg.Signing, signer: n.cfg.Sign}
-	if n.cfg.Signing == nil {
-		t.suite, t.signing = pqc.SuiteID(n.self.SigningSuite), n.self.Signing
-	}
-	return t
 }
 
 // openRaft starts Raft, with the first configuration if the log is empty.

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/conclave-kms/conclave/kms/canon"
+	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/pqc"
 )
 
@@ -32,6 +33,15 @@ type trust struct {
 	suite   pqc.SuiteID // of the signing key in the device
 	signing []byte      // its public half
 	signer  func(ctx context.Context, digest []byte) ([]byte, error)
+}
+
+// newTrust is the trust of the node self of the genesis.
+func newTrust(ctx context.Context, cfg Config, self state.Node, cluster, dir string) *trust {
+	t := &trust{ctx: ctx, dir: dir, cluster: cluster, node: cfg.NodeID, suite: pqc.SuiteID(cfg.SigningSuite), signing: cfg.Signing, signer: cfg.Sign}
+	if cfg.Signing == nil {
+		t.suite, t.signing = pqc.SuiteID(self.SigningSuite), self.Signing
+	}
+	return t
 }
 
 // statement is what the device signs.

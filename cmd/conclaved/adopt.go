@@ -58,6 +58,7 @@ func (n *node) checkRoot(st *state.State, caughtUp bool) (rootVerdict, error) {
 // one it runs on, and takes the next one into use when custodians have approved it.
 func (n *node) watchRoot(ctx context.Context) {
 	var a attempts
+	known := sync.OnceFunc(func() { close(n.inForce) })
 	for {
 		changed := n.cluster.Changed() // before the state is read, so that no change is missed
 		caughtUp := n.cluster.Fresh() < math.MaxInt64
@@ -70,6 +71,8 @@ func (n *node) watchRoot(ctx context.Context) {
 		case verdict == rootReplaced:
 			n.takeOver(ctx)
 			return
+		case verdict == rootInForce:
+			known()
 		}
 		var again <-chan time.Time
 		if r, ok := st.Replacement(n.cfg.Node); ok && verdict == rootInForce {
@@ -143,9 +146,6 @@ func (n *node) runAdoption(ctx context.Context) error {
 	_, suite := next.cfg.Device.suites()
 	a, err := engine.NewAdoption(engine.AdoptionConfig{
 		Node: n.cfg.Node, Cluster: n.cluster, Watch: n.cluster, Root: next.root, Signer: next.dev, SigningSuite: suite, Logger: n.log,
-		Progress: func(p engine.AdoptionProgress) {
-			n.log.Info("adopting the next hardware root", "root", p.Root, "opened", p.Opened, "missing", p.Missing, "left", p.Left, "note", p.Note)
-		},
 	})
 	if err != nil {
 		return err

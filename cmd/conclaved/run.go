@@ -99,6 +99,7 @@ type node struct {
 	engine     *engine.Engine
 	registry   *prometheus.Registry
 	failed     chan error
+	inForce    chan struct{} // closed when the state has shown the root that the node runs on
 	closers    []func() error
 }
 
@@ -131,7 +132,7 @@ func runNode(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 // runOnce starts the node's parts on the roots that are held, and takes them down
 // again in reverse order.
 func runOnce(ctx context.Context, cfg Config, log *slog.Logger, roots *heldRoots) (err error) {
-	n := &node{cfg: cfg, log: log, roots: roots, registry: prometheus.NewRegistry(), failed: make(chan error, 1)}
+	n := &node{cfg: cfg, log: log, roots: roots, registry: prometheus.NewRegistry(), failed: make(chan error, 1), inForce: make(chan struct{})}
 	defer func() {
 		for i := len(n.closers) - 1; i >= 0; i-- {
 			err = errors.Join(err, n.closers[i]())
@@ -339,7 +340,13 @@ func (n *node) serve(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var wg sync.WaitGroup
-	wg.Go(func() { agent.Run(ctx) })
+	wg.Go(func() { // whose commands the cluster would not take before
+		select {
+		case <-n.inForce:
+			agent.Run(ctx)
+		case <-ctx.Done():
+		}
+	})
 	wg.Go(func() { n.watchRoot(ctx) })
 	wg.Go(func() {
 		if err := server.Serve(tlsListener); !errors.Is(err, http.ErrServerClosed) {
