@@ -1,8 +1,12 @@
 // Package tpm is a hardware root in a TPM 2.0: an agreement key (ECDH), a
 // signing key (ECDSA) and a storage key under which small secrets are
 // TPM-sealed. These keys are generated in the TPM and never leave it. HMAC and
-// ECDSA keys that software made come in wrapped for the storage key, and from
-// then on are used in the TPM alone.
+// ECDSA keys come in wrapped for the storage key, by software or by the TPM that
+// generated them, and from then on are used in the TPM alone.
+//
+// An attestation key lets the TPM testify to the others (Attest, Activate), and
+// a policy can bind the use of the agreement and signing key to what the machine
+// booted (Config.PCRs, UpdatePCRPolicy).
 //
 // It speaks to a Linux resource manager device (/dev/tpmrm0) or to a software
 // TPM on a Unix domain socket. Every command that carries a secret travels in a

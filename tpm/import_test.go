@@ -377,7 +377,7 @@ func BenchmarkImported(b *testing.B) {
 	_, mac2, _ := loadHMAC(b, d)
 	_, sign, _ := loadSigner(b, d, elliptic.P256())
 	_, sign384, _ := loadSigner(b, d, elliptic.P384())
-	msg := make([]byte, 128)
+	msg, long := make([]byte, 128), make([]byte, tpm.MaxMessage)
 	key := newSecret(b, make([]byte, 32))
 	_, public := d.ImportKey()
 	blob := hmacBlob(b, d, bytes.Repeat([]byte{5}, 32))
@@ -392,6 +392,9 @@ func BenchmarkImported(b *testing.B) {
 	}{
 		{"HMAC", func() { _, err := mac(ctx, msg); must(err) }},
 		{"HMAC/2keys", func() { _, err := mac(ctx, msg); must(err); _, err = mac2(ctx, msg); must(err) }},
+		{"HMAC/64KiB", func() { _, err := mac(ctx, long); must(err) }},
+		{"GenerateHMAC", func() { _, _, unload, err := d.GenerateHMAC(ctx, [][]byte{public}); must(err); unload() }},
+		{"Attest", func() { _, err := d.Attest(ctx, msg[:32]); must(err) }},
 		{"SignP256", func() { _, err := sign(ctx, msg[:32]); must(err) }},
 		{"SignP384", func() { _, err := sign384(ctx, msg[:48]); must(err) }},
 		{"WrapHMAC", func() { _, err := tpm.WrapHMAC(public, key, nil); must(err) }},

@@ -49,7 +49,23 @@ func runNode(config string) error {
 		if err := everything(ctx, d); err != nil {
 			return err
 		}
-		if _, err := d.Attest(ctx, []byte("q")); err != nil {
+		ev, err := d.Attest(ctx, []byte("q"))
+		if err != nil {
+			return err
+		}
+		ak, err := tpm2.Unmarshal[tpm2.TPMTPublic](ev.AK)
+		if err != nil {
+			return err
+		}
+		name, err := tpm2.ObjectName(ak)
+		if err != nil {
+			return err
+		}
+		credential, encrypted, err := tpm.MakeCredential(ev.EKPublic, name.Buffer, []byte("secret"))
+		if err != nil {
+			return err
+		}
+		if _, err := d.Activate(ctx, credential, encrypted); err != nil {
 			return err
 		}
 	}
@@ -82,7 +98,7 @@ func TestNodeKilled(t *testing.T) {
 	cfg := p.Config()
 	cfg.PCRs = []int{7}
 	var first *tpm.Device
-	for round, commands := range []int{1, 4, 11, 19, 37, 64} {
+	for round, commands := range []int{1, 4, 11, 19, 64, 120, 131} {
 		cmd := startNode(t, wired)
 		reached, n := make(chan struct{}), 0
 		w.setRefuse(func([]byte) []byte {

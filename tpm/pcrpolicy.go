@@ -114,7 +114,7 @@ func (d *Device) withPolicy(c *conn, crypt tpm2.AuthOption, fn func(tpm2.Session
 		refused := false
 		err := d.withPolicySession(c, func(s tpm2.Session) error {
 			if err := d.satisfy(c, s, a); err != nil {
-				refused = saidNo(c, err)
+				refused = saidNo(c, err) && !errors.Is(err, tpm2.TPMRCCommandCode)
 				return err
 			}
 			return fn(s)

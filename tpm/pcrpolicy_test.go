@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/ecdh"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"path/filepath"
 	"strings"
@@ -253,6 +254,24 @@ func TestPCRConfig(t *testing.T) {
 	}
 	bound.PersistentBase = 0x81400000
 	wantErr(t, "handles without an index", openErr(t, bound), tpm.ErrInvalid)
+}
+
+// TestPCRUnsupported: a TPM without TPM2_PolicyAuthorizeNV gets no keys bound to a
+// policy that it could never satisfy, and keys without PCRs as before.
+func TestPCRUnsupported(t *testing.T) {
+	p := tpmtest.New(t)
+	w, cfg := tap(t, p.Config())
+	w.setRefuse(func(cmd []byte) []byte {
+		if commandCode(cmd) != tpm2.TPMCCPolicyAuthorizeNV {
+			return nil
+		}
+		return binary.BigEndian.AppendUint32([]byte{0x80, 1, 0, 0, 0, 10}, uint32(tpm2.TPMRCCommandCode))
+	})
+	bound := cfg
+	bound.PCRs = []int{7}
+	wantErr(t, "provisioning with PCRs", tpm.Provision(t.Context(), bound), tpm.ErrUnsupported)
+	wantErr(t, "opening", openErr(t, bound), tpm.ErrNotProvisioned)
+	usable(t, p.Open(cfg))
 }
 
 // TestPCRCancelled: callers that give up leave nothing in the TPM.

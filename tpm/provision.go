@@ -137,7 +137,8 @@ func (d *Device) takeHierarchy(c *conn, salt *object, h tpm2.TPMHandle, value *s
 }
 
 // makeKeys creates the storage key and under it the others. The signing key is
-// made persistent last: only then does the TPM count as provisioned.
+// made persistent last: only then does the TPM count as provisioned. No key is
+// bound to a policy that the TPM has not been seen to satisfy.
 func (d *Device) makeKeys(c *conn, salt *object) error {
 	storage, err := d.makeStorage(c, salt, d.handleOf(0))
 	if err != nil {
@@ -146,6 +147,10 @@ func (d *Device) makeKeys(c *conn, salt *object) error {
 	if len(d.cfg.PCRs) > 0 {
 		if err := d.approve(c, salt, nil); err != nil {
 			return err
+		}
+		d.storage = storage // salts the session
+		if err := d.withPolicy(c, encryptIn(), func(tpm2.Session) error { return nil }); err != nil {
+			return fmt.Errorf("policy of the PCRs, before any key is bound to it: %w", unsupported(err))
 		}
 	}
 	templates := d.keyTemplates()
