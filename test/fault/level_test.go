@@ -14,7 +14,7 @@ import (
 )
 
 // levels are the protection levels that every fault meets.
-var levels = []kms.Protection{kms.Software}
+var levels = []kms.Protection{kms.Software, kms.Hardware}
 
 // stock is what a fault finds in use at one protection level: two keyrings
 // resident everywhere, of which the victim has used one and not the other.
@@ -27,7 +27,8 @@ type stock struct {
 	warm, cold string // keyrings
 	before     map[string]wire.EncryptResponse
 	version    uint32 // of the key "rotated" before the fault
-	proposal   wire.Proposal
+
+	home, homeRotation string // keyring resident at the victim alone, and a proposal, where a test has made them
 }
 
 const text = "what was protected before the fault"
@@ -146,9 +147,9 @@ func (s *stock) othersServe() {
 }
 
 // refuses asks the victim for what it needs its device for, as a client and with
-// the command, and wants an answer that names the cause. What is in its cache it
-// does all the same.
-func (s *stock) refuses(cause []string) {
+// the command, and wants an answer that names the cause. What is in its cache a
+// node that lives does all the same.
+func (s *stock) refuses(cause []string, lives bool) {
 	t := s.w.t
 	t.Helper()
 	for name, err := range map[string]error{
@@ -172,19 +173,22 @@ func (s *stock) refuses(cause []string) {
 		t.Error("the command conclave signed without the device")
 	}
 	mustName(t, "conclave sign", r.Stderr, cause)
-	if s.level == kms.Software {
+	if lives && s.level == kms.Software {
 		s.decrypt(s.victim, s.warm, s.before[s.warm])
 		s.sign(s.victim, s.warm)
 	}
 }
 
 // rotate has custodians approve a rotation of a key in use.
-func (s *stock) rotate() {
+func (s *stock) rotate() { s.w.t.Helper(); s.approveRotation(s.warm, "rotated") }
+
+// approveRotation has custodians approve the rotation of a key.
+func (s *stock) approveRotation(ring, key string) (proposal string) {
 	t := s.w.t
 	t.Helper()
 	operator := s.w.client("de", "operator")
 	p, err := operator.OpenProposal(t.Context(), wire.OpenProposalRequest{
-		Action: string(kms.ActionRotate), Target: approval.KeyTarget(s.warm, "rotated"), Reason: "a rotation during a fault",
+		Action: string(kms.ActionRotate), Target: approval.KeyTarget(ring, key), Reason: "a rotation during a fault",
 	})
 	s.w.do(err)
 	for _, id := range []string{"fr-1", "de-1"} {
@@ -193,10 +197,10 @@ func (s *stock) rotate() {
 		st, err := k.Statement(approval.Approve, p)
 		k.Key.Destroy()
 		s.w.do(err)
-		p, err = operator.Vote(t.Context(), p.ID, wire.VoteRequest{Statement: st})
+		_, err = operator.Vote(t.Context(), p.ID, wire.VoteRequest{Statement: st})
 		s.w.do(err)
 	}
-	s.proposal = p
+	return p.ID
 }
 
 // key reads the rotated key at a node.

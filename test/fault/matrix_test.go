@@ -10,10 +10,20 @@ import (
 	"github.com/conclave-kms/conclave/kms/wire"
 )
 
+// effect is what a fault does to the node.
+type effect int
+
+const (
+	unready  effect = iota // it lives and says that it is not ready
+	dead                   // its process ends
+	harmless               // none
+)
+
 // fault is what happens to the device of one node while all three run.
 type fault struct {
 	name   string
 	victim string // site
+	effect effect
 	strike func(w *world)
 	repair func(w *world)
 	// One of these words must be in what readiness, clients and the log of the node say.
@@ -29,27 +39,53 @@ func TestFaults(t *testing.T) {
 
 func (f fault) run(w *world) {
 	stocks := w.stocks(f.victim)
+	node := w.c.Nodes[f.victim]
 	mark := w.mark(f.victim)
-	f.strike(w)
 	repaired := false
+	repair := func() {
+		repaired = true
+		f.repair(w)
+		if f.effect == dead {
+			w.do(node.Launch())
+		}
+	}
 	w.t.Cleanup(func() {
 		if !repaired {
-			f.repair(w)
+			repair()
 		}
 	})
-	w.unready(f.victim, f.ready)
+	f.strike(w)
+	switch f.effect {
+	case unready:
+		w.unready(f.victim, f.ready)
+	case dead:
+		w.do(node.Process().Ended(w.t.Context()))
+	}
 	for _, s := range stocks {
 		s.rotate()
-		s.refuses(f.api)
+		if f.effect == harmless {
+			s.intact()
+		} else {
+			s.refuses(f.api, f.effect == unready)
+		}
 	}
 	for _, s := range stocks {
 		s.othersServe()
-		s.halfWay()
+		if f.effect == harmless {
+			s.whole(recovery)
+		} else {
+			s.halfWay()
+		}
 	}
-	mustName(w.t, "the log of "+f.victim, w.since(f.victim, mark), f.log)
-	f.repair(w)
-	repaired = true
+	if f.effect != harmless {
+		mustName(w.t, "the log of "+f.victim, w.since(f.victim, mark), f.log)
+	}
+	process := node.Process()
+	repair()
 	w.recovered(f.victim, stocks)
+	if f.effect != dead && (node.Process() != process || !process.Running()) {
+		w.t.Errorf("%s is another process than before the fault", f.victim)
+	}
 }
 
 // unready waits until the node says that it is not ready, and why.

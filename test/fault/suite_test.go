@@ -34,6 +34,7 @@ var suite struct {
 	bin     harness.Binaries
 	remove  func()
 	cluster *harness.Cluster
+	tried   bool
 	shim    shim
 }
 
@@ -90,6 +91,10 @@ func cluster(t *testing.T) *world {
 	suite.Lock()
 	defer suite.Unlock()
 	if suite.cluster == nil {
+		if suite.tried {
+			t.Fatal("the cluster did not start before")
+		}
+		suite.tried = true
 		start(t)
 	}
 	w := &world{t, suite.cluster, suite.shim}
@@ -129,7 +134,7 @@ func start(t *testing.T) {
 	suite.shim = buildShim(t, filepath.Join(dir, "shim"))
 	fr, jp := c.Nodes["fr"], c.Nodes["jp"]
 	w := &world{t: t, c: c}
-	w.configure(fr, map[string]any{"device.uri": w.uri(fr, suite.shim.library), "device.call_timeout": callTimeout})
+	w.configure(fr, map[string]any{"device.uri": w.uri(fr, suite.shim.library), "device.call_timeout": callTimeout, "device.isolate": false})
 	w.configure(jp, map[string]any{"device.call_timeout": callTimeout})
 	for _, n := range []*harness.Node{fr, jp} {
 		w.do(n.Restart(t.Context()))

@@ -8,45 +8,64 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 )
 
 const (
-	memoryChunk   = 1 << 20
-	memoryOverlap = 4096 // longer than any pattern
-	pageSize      = 4096
+	memoryChunk = 1 << 20
+	pageSize    = 4096
 )
 
 // Memory looks through everything that the process can read in its own memory:
 // more than a core dump has, since what is marked to be left out of one
-// (MADV_DONTDUMP) is read here too. The process is stopped meanwhile. A page that
-// the kernel does not give out (a device's, the vvar page) is passed over; that
-// one which holds data is not is an error.
-func (s *Scanner) Memory(ctx context.Context, p Process) (found []Finding, n Scanned, err error) {
+// (MADV_DONTDUMP) is read here too. The process is stopped while its memory is
+// copied. A page that the kernel does not give out (a device's, the vvar page) is
+// passed over.
+func (s *Scanner) Memory(ctx context.Context, p Process) ([]Finding, Scanned, error) {
+	pieces, err := copyMemory(ctx, p)
+	if err != nil {
+		return nil, Scanned{}, err
+	}
+	var n Scanned
+	var found []Finding
+	for _, piece := range pieces {
+		n.Files++
+		n.Bytes += int64(len(piece.b))
+		found = append(found, s.Bytes(fmt.Sprintf("the memory of %s from %#x on (%s)", p.Name, piece.at, piece.what), piece.b)...)
+	}
+	return found, n, nil
+}
+
+// copyMemory returns the memory of a process in pieces without gaps.
+func copyMemory(ctx context.Context, p Process) (pieces []memoryPiece, err error) {
 	if err := p.Pause(ctx); err != nil {
-		return nil, n, err
+		return nil, err
 	}
 	defer func() { err = errors.Join(err, p.Resume()) }()
 	ranges, err := readable(p.PID)
 	if err != nil {
-		return nil, n, err
+		return nil, err
 	}
 	mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", p.PID))
 	if err != nil {
-		return nil, n, fmt.Errorf("read the memory of %s: %w", p.Name, err)
+		return nil, fmt.Errorf("read the memory of %s: %w", p.Name, err)
 	}
 	defer mem.Close()
 	for _, r := range ranges {
-		f, size, err := s.mapping(mem, p, r)
-		if err != nil {
-			return found, n, err
+		if pieces, err = r.read(mem, pieces); err != nil {
+			return nil, fmt.Errorf("read the memory of %s: %w", p.Name, err)
 		}
-		found = append(found, f...)
-		n.Bytes += size
-		n.Files++
 	}
-	return found, n, nil
+	return pieces, nil
+}
+
+// memoryPiece is a stretch of memory in which no page is all zero.
+type memoryPiece struct {
+	at   int64
+	what string
+	b    []byte
 }
 
 // memoryRange is a mapping of a process as in proc(5).
@@ -90,45 +109,40 @@ func readable(pid int) ([]memoryRange, error) {
 	return out, nil
 }
 
-// mapping looks through one mapping, in pieces that overlap.
-func (s *Scanner) mapping(mem *os.File, p Process, r memoryRange) ([]Finding, int64, error) {
-	name := fmt.Sprintf("the memory of %s at %#x (%s)", p.Name, r.from, orAnonymous(r.what))
-	var found []Finding
-	var size int64
-	buf := make([]byte, memoryOverlap+memoryChunk)
-	kept := 0 // bytes of the piece before, at the start of buf
-	for at := r.from; at < r.to; {
-		want := min(memoryChunk, r.to-at)
-		got, err := mem.ReadAt(buf[kept:kept+int(want)], at)
-		if err != nil && !errors.Is(err, io.EOF) && !refusedPage(err) {
-			return found, size, fmt.Errorf("%s: %w", name, err)
-		}
-		for _, f := range s.Bytes(name, buf[:kept+got]) {
-			if f.Offset += int(at-r.from) - kept; len(found) == 0 || found[len(found)-1].Offset < f.Offset || found[len(found)-1].What != f.What {
-				found = append(found, f)
-			}
-		}
-		size += int64(got)
-		at += int64(got)
-		if int64(got) < want { // pass over one page that is not given out
-			at = (at/pageSize + 1) * pageSize
-			kept = 0
-			continue
-		}
-		keep := min(memoryOverlap, kept+got)
-		copy(buf, bytes.Clone(buf[kept+got-keep:kept+got]))
-		kept = keep
+// read appends the mapping's pieces. Pages of zeros end a piece, as do those that
+// are not given out: no secret lies across them.
+func (r memoryRange) read(mem *os.File, pieces []memoryPiece) ([]memoryPiece, error) {
+	what := r.what
+	if what == "" {
+		what = "anonymous"
 	}
-	return found, size, nil
+	buf := make([]byte, memoryChunk)
+	open := false // the last piece goes on
+	for at := r.from; at < r.to; {
+		got, err := mem.ReadAt(buf[:min(memoryChunk, r.to-at)], at)
+		if err != nil && !errors.Is(err, io.EOF) && !refusedPage(err) {
+			return nil, fmt.Errorf("at %#x (%s): %w", at, what, err)
+		}
+		for page := range slices.Chunk(buf[:got], pageSize) {
+			if bytes.Equal(page, zeroPage[:len(page)]) {
+				open = false
+			} else if open {
+				last := &pieces[len(pieces)-1]
+				last.b = append(last.b, page...)
+			} else {
+				pieces, open = append(pieces, memoryPiece{at, what, bytes.Clone(page)}), true
+			}
+			at += int64(len(page))
+		}
+		if err != nil { // pass over one page that is not given out
+			at, open = (at/pageSize+1)*pageSize, false
+		}
+	}
+	return pieces, nil
 }
+
+var zeroPage [pageSize]byte
 
 func refusedPage(err error) bool {
 	return errors.Is(err, syscall.EIO) || errors.Is(err, syscall.EFAULT)
-}
-
-func orAnonymous(what string) string {
-	if what == "" {
-		return "anonymous"
-	}
-	return what
 }

