@@ -76,8 +76,16 @@ func (f *founding) writeJSON(v any, parts ...string) {
 func TestAttest(t *testing.T) {
 	f := newFounding(t)
 	f.addTPM()
-	f.write("what the vendor signed", "fr", "vendor.bin")
 	f.write(f.read("fr", "conclaved.toml")+"vendor_attestation = \"vendor.bin\"\n", "fr", "conclaved.toml")
+	refused(t, []string{"init", "-c", f.config("fr")}, "device.vendor_attestation", "vendor.bin")
+	f.write("what the vendor signed", "fr", "vendor.bin")
+	if err := os.Rename(f.path("jp", "chain.pem"), f.path("away")); err != nil {
+		t.Fatal(err)
+	}
+	refused(t, []string{"init", "-c", f.config("jp")}, "device.ek_chain", "chain.pem")
+	if err := os.Rename(f.path("away"), f.path("jp", "chain.pem")); err != nil {
+		t.Fatal(err)
+	}
 	for _, site := range []string{"fr", "de", "jp"} {
 		accepted(t, "init", "-c", f.config(site))
 	}
