@@ -36,7 +36,7 @@ type AdoptionProgress struct {
 	Root    uint32 // number of the next root, 0 until the custodians have approved it
 	Missing int    // copies that other nodes have still to seal to it
 	Opened  int    // copies that were opened with it and are right
-	Left    int    // key versions of protection hardware that stay behind
+	Left    int    // versions that stay behind
 	Note    string // what it waits for
 }
 
@@ -136,7 +136,7 @@ func (a *Adoption) step(ctx context.Context) (done bool, err error) {
 	}
 	p.Root = r.Root
 	for _, u := range st.Unsealed(a.cfg.Node) {
-		if u.Key != "" && r.Leave {
+		if leaves(st, r, u) {
 			p.Left++
 		} else {
 			p.Missing++
@@ -157,6 +157,20 @@ func (a *Adoption) step(ctx context.Context) (done bool, err error) {
 		return false, nil
 	}
 	return a.adopt(ctx, st, r)
+}
+
+// leaveAfter is how long, in milliseconds of the cluster's clock, what other nodes
+// can still move is waited for where the custodians let things be left behind.
+const leaveAfter = 10 * 60 * 1000
+
+// leaves reports whether a node adopts its next root without this version: the
+// custodians let it, nobody else holds the KEK, and nobody can move it or nobody
+// has in time.
+func leaves(st *state.State, r state.Replacement, p state.Pending) bool {
+	if !r.Leave || p.Key == "" && len(st.ResidentNodes(p.Keyring)) > 1 {
+		return false
+	}
+	return len(resealers(st, r, p)) == 0 || st.Clock() >= r.Time+leaveAfter
 }
 
 func (a *Adoption) adopt(ctx context.Context, st *state.State, r state.Replacement) (bool, error) {

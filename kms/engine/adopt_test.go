@@ -260,6 +260,22 @@ func TestDeviceCannotRewrap(t *testing.T) {
 	if r := w.node("de-1").Replacing; r == nil || r.Missing != 1 {
 		t.Errorf("replacing %+v", r)
 	}
+	// Custodians let the key be left behind: it is, but not before others had time.
+	p = w.propose(kms.ActionNode, "node/de-1", next.parameters(w, "de-1", true))
+	w.vote(p, approval.Approve, "fr-a", "de-a")
+	for range siteIDs {
+		w.settle(as)
+		w.clock.Advance(2 * time.Second)
+	}
+	a := next.adoption(w, "de-1", nil)
+	if done, err := a.step(bg); done || err != nil {
+		t.Fatalf("left at once: %v, %v", done, err)
+	}
+	w.clock.Advance(leaveAfter * time.Millisecond)
+	w.tick()
+	if done, err := a.step(bg); !done || err != nil {
+		t.Errorf("not left in the end: %v, %v", done, err)
+	}
 }
 
 // cannotDo is what a device says of what it cannot do at all.

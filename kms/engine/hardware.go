@@ -42,6 +42,9 @@ func (e *Engine) newDeviceVersion(ctx context.Context, st *state.State, kr state
 	if err != nil {
 		return v, err
 	}
+	if made.Generated == kms.OnHost {
+		defer e.cfg.Cache.Scrub()
+	}
 	defer made.Material.Destroy()
 	v.public, v.generated = made.Public, made.Generated
 	for _, c := range made.Copies {

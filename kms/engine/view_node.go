@@ -36,7 +36,7 @@ func replacingView(st *state.State, r state.Replacement) *wire.Replacing {
 	v := &wire.Replacing{Root: r.Root, Device: r.New.Device, Proposal: r.Proposal, Sealed: len(copiesFor(st, r.Node, r.Root))}
 	stuck := 0
 	for _, p := range st.Unsealed(r.Node) {
-		if p.Key != "" && r.Leave {
+		if leaves(st, r, p) {
 			continue
 		}
 		v.Missing++

@@ -223,6 +223,7 @@ func (e *Engine) newKEK(ctx context.Context, b keyring.KEKBinding, nodes []state
 		return nil, nil, err
 	}
 	defer entropy.Destroy()
+	defer e.cfg.Cache.Scrub()
 	kek, err := keyring.GenerateKEK(entropy.Reveal())
 	if err != nil {
 		return nil, nil, err
@@ -348,6 +349,7 @@ func (e *Engine) newVersion(ctx context.Context, st *state.State, kr state.Keyri
 		return v, err
 	}
 	defer entropy.Destroy()
+	defer e.cfg.Cache.Scrub()
 	m, public, err := keyring.Generate(b.Algorithm, entropy.Reveal())
 	if err != nil {
 		return v, err

@@ -33,6 +33,7 @@ type Cache struct {
 	keks    *store[KEKBinding, *secret.Bytes]
 	keys    []*store[KeyBinding, *Material] // shards by key id, a power of two of them
 	handles *store[KeyBinding, *Material]   // of protection hardware
+	scrub   scrubber
 }
 
 const (
@@ -60,13 +61,21 @@ func NewCache(root *Root, limits Limits) (*Cache, error) {
 	if now == nil {
 		now = time.Now
 	}
-	c := &Cache{root: root, keks: newStore[KEKBinding](limits.MaxKEKs, limits.TTL, now, (*secret.Bytes).Destroy)}
+	c := &Cache{root: root}
+	c.keks = newStore[KEKBinding](limits.MaxKEKs, limits.TTL, now, func(kek *secret.Bytes) {
+		kek.Destroy()
+		c.scrub.soon()
+	})
+	forget := func(m *Material) {
+		m.Destroy()
+		c.scrub.soon()
+	}
 	shards := 1
 	for shards < maxShards && limits.MaxKeys/(2*shards) >= keysPerShard {
 		shards *= 2
 	}
 	for range shards {
-		c.keys = append(c.keys, newStore[KeyBinding](limits.MaxKeys/shards, limits.TTL, now, (*Material).Destroy))
+		c.keys = append(c.keys, newStore[KeyBinding](limits.MaxKeys/shards, limits.TTL, now, forget))
 	}
 	// Unloading waits for the device, which may hang: nobody waits with it.
 	c.handles = newStore[KeyBinding](limits.MaxHandles, limits.TTL, now, func(m *Material) { go m.Destroy() })
@@ -204,6 +213,10 @@ func (c *Cache) Sweep() {
 	c.keks.sweep()
 	c.stores((*store[KeyBinding, *Material]).sweep)
 }
+
+// Scrub has memory collected soon, as after an eviction: for who used key material
+// that did not come from the Cache.
+func (c *Cache) Scrub() { c.scrub.soon() }
 
 // Stats are the counters of a Cache.
 type Stats struct {
