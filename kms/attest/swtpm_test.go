@@ -26,11 +26,11 @@ type node struct {
 	subject attest.Subject
 }
 
-func newNode(t *testing.T, id, site string, curve ecdh.Curve) node {
+func newNode(t *testing.T, id, site string, curve ecdh.Curve, pcrs ...int) node {
 	t.Helper()
 	soft := tpmtest.New(t)
 	cfg := soft.Config()
-	cfg.Curve = curve
+	cfg.Curve, cfg.PCRs = curve, pcrs
 	n := node{dev: soft.Open(cfg), root: soft.EndorsementRoot()}
 	suite, sig := pqc.MLKEM1024P384, pqc.ECDSAP384SHA384
 	if curve == ecdh.P256() {
@@ -162,6 +162,28 @@ func TestSoftTPM(t *testing.T) {
 				t.Errorf("another vendor: %+v, %v", r, err)
 			}
 		})
+	}
+}
+
+// TestBoundToRegisters: keys that are bound to platform registers are reported as
+// such.
+func TestBoundToRegisters(t *testing.T) {
+	jp := newNode(t, "jp-1", "jp", ecdh.P256(), 0, 7)
+	by, key := newWitness(t)
+	d := jp.document(t, jp.subject)
+	w := jp.witness(t, d, jp.subject, by, key)
+	d.Witness = &w
+	r, err := attest.Verify(d.Marshal(), jp.subject, attest.Context{
+		Time: time.Now(), Vendors: [][]byte{jp.root}, Witness: func(id string) (attest.Subject, bool) { return by, id == by.Node },
+	})
+	if err != nil || !r.Attested {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	all := strings.Join(r.Proven, "\n")
+	for _, what := range []string{"agreement", "signing"} {
+		if !strings.Contains(all, "its "+what+" key can be used only under the TPM's authorization policy ") {
+			t.Errorf("%s key: proven:\n%s", what, all)
+		}
 	}
 }
 

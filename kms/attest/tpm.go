@@ -62,7 +62,7 @@ func (t *TPM) report(r *Report, ek endorsement, keys deviceKeys, witness *Subjec
 	if witness != nil {
 		say("attestation key and endorsement key are in one TPM: node %s of site %s challenged it and got the answer", witness.Node, witness.Site)
 	}
-	if p := keys.policy(); p != "" {
+	for _, p := range keys.policies() {
 		say("%s", p)
 	}
 	say("when the document was made, %s", quoted)
@@ -159,16 +159,18 @@ func sameKey(pub *tpm2.TPMTPublic, k key) bool {
 	return bytes.Equal(tpm2.Marshal(&a), tpm2.Marshal(k.public))
 }
 
-// policy says under which authorization policy the keys are, where it is the only
-// way to use them.
-func (k deviceKeys) policy() string {
-	digest := k.signing.public.AuthPolicy.Buffer
-	for _, x := range []key{k.storage, k.agreement, k.signing} {
-		if x.public.ObjectAttributes.UserWithAuth || len(digest) == 0 || !bytes.Equal(x.public.AuthPolicy.Buffer, digest) {
-			return ""
+// policies say which keys can be used only under an authorization policy. What the
+// policy is does not follow from its digest.
+func (k deviceKeys) policies() (out []string) {
+	for _, x := range []struct {
+		what string
+		key
+	}{{"storage", k.storage}, {"agreement", k.agreement}, {"signing", k.signing}} {
+		if digest := x.public.AuthPolicy.Buffer; len(digest) > 0 && !x.public.ObjectAttributes.UserWithAuth {
+			out = append(out, fmt.Sprintf("its %s key can be used only under the TPM's authorization policy %x", x.what, digest))
 		}
 	}
-	return fmt.Sprintf("the keys can be used only under the authorization policy %x", digest)
+	return out
 }
 
 // verify checks the quote and returns its words for the report.

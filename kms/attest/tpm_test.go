@@ -338,3 +338,75 @@ func n(s string) (sum int) {
 	}
 	return sum
 }
+
+// TestSparse: certificates and quotes that say little are taken, and said to.
+func TestSparse(t *testing.T) {
+	s := newSoft(t, elliptic.P256(), false)
+	s.pcrs, s.cert.ExtraExtensions, s.cert.UnknownExtKeyUsage = nil, nil, nil
+	s.cert.Subject = pkix.Name{CommonName: "a TPM"}
+	s.publics[2].ObjectAttributes.UserWithAuth = false
+	s.publics[2].AuthPolicy = tpm2.TPM2BDigest{Buffer: bytes.Repeat([]byte{7}, 32)}
+	c := s.context()
+	c.Vendors = [][]byte{s.middle.cert.Raw} // an anchor need not be a root
+	d := s.document()
+	d.EKChain = nil
+	r, err := Verify(s.witnessed(d).Marshal(), s.subject, c)
+	if err != nil || !r.Attested {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	for _, words := range []string{"does not name", "no platform register", "its signing key can be used only under the TPM's authorization policy 0707"} {
+		if !contains(r.Proven, words) {
+			t.Errorf("not proven: %q in %q", words, r.Proven)
+		}
+	}
+	if contains(r.Proven, "agreement key can be used only") {
+		t.Errorf("%q", r.Proven)
+	}
+}
+
+// TestMaker reads names of makers as certificates have them, and what is none.
+func TestMaker(t *testing.T) {
+	s := newSoft(t, elliptic.P256(), false)
+	cert := issue(t, &s.cert, s.middle.cert, s.ek.Public(), s.middle.key)
+	if got := maker(cert); got != `made by "AMD (id:414D4400)", model "soft", version "id:00010002"` {
+		t.Error(got)
+	}
+	for _, value := range [][]byte{nil, {1}, {0x30, 0}, {0x30, 2, 0x82, 0}, {0x30, 3, 0xa4, 1, 5}} {
+		c := &x509.Certificate{Extensions: []pkix.Extension{{Id: oidSAN, Value: value}}}
+		if got := maker(c); got != "of a maker that the certificate does not name" {
+			t.Errorf("%x: %s", value, got)
+		}
+	}
+}
+
+// TestSchemes: a signature is of the one scheme that the attestation key is bound to.
+func TestSchemes(t *testing.T) {
+	s := newSoft(t, elliptic.P256(), false)
+	d := s.document()
+	ak, err := d.attestationKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	good, err := decode[tpm2.TPMTSignature](d.Quote.Signature)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ecc, err := good.Signature.ECDSA()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sha384 := *ecc
+	sha384.Hash = tpm2.TPMAlgSHA384
+	rsa := tpm2.TPMTSignature{SigAlg: tpm2.TPMAlgRSASSA, Signature: tpm2.NewTPMUSignature(tpm2.TPMAlgRSASSA, &tpm2.TPMSSignatureRSA{Hash: tpm2.TPMAlgSHA256, Sig: tpm2.TPM2BPublicKeyRSA{Buffer: make([]byte, 256)}})}
+	for name, sig := range map[string][]byte{
+		"another hash": tpm2.Marshal(tpm2.TPMTSignature{SigAlg: tpm2.TPMAlgECDSA, Signature: tpm2.NewTPMUSignature(tpm2.TPMAlgECDSA, &sha384)}),
+		"RSA":          tpm2.Marshal(rsa),
+	} {
+		if _, err := ak.statement("quote", d.Quote.Attest, sig); !errors.Is(err, kms.Invalid) || !strings.Contains(err.Error(), "scheme") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, err := ak.statement("quote", d.Quote.Attest, d.Quote.Signature); err != nil {
+		t.Error(err)
+	}
+}
