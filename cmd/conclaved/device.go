@@ -62,7 +62,7 @@ func (c DeviceConfig) pkcs11() []hsm.Config {
 }
 
 func (c DeviceConfig) tpm() tpm.Config {
-	return tpm.Config{Path: c.Path, AuthFile: c.AuthFile, Curve: c.curve(), CallTimeout: c.CallTimeout.Duration}
+	return tpm.Config{Path: c.Path, AuthFile: c.AuthFile, OwnerFile: c.OwnerFile, PCRs: c.PCRs, Curve: c.curve(), CallTimeout: c.CallTimeout.Duration}
 }
 
 // provisionDevice makes the device keys, once in a device's life. In a group it makes

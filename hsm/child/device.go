@@ -31,6 +31,10 @@ type Config struct {
 	Log *slog.Logger
 }
 
+// underWay is how many requests may be under way for each session of the device: one
+// is in the library, the others are where it finds them at once.
+const underWay = 2
+
 // startLimit bounds the start-up self test. On a slow device it takes a while; the
 // library's own calls have their deadline besides.
 const startLimit = 5 * time.Minute
@@ -123,7 +127,7 @@ func (d *Device) launch(ctx context.Context) (*generation, identity, error) {
 		return nil, identity{}, err
 	}
 	g := &generation{p: p, ended: make(chan struct{})}
-	if g.link, err = newLink(p.conn, d.slots, d.timeout); err == nil {
+	if g.link, err = newLink(p.conn, underWay*d.slots, d.timeout); err == nil {
 		g.hung = func(o op) { g.kill(fmt.Sprintf("it was killed because a call (%s) hung in the library", opNames[o])) }
 		g.note = d.notice
 		err = g.link.start(g.lost)
@@ -214,14 +218,22 @@ func (d *Device) PID() int {
 	return 0
 }
 
+// failure is what a call returns when there is no process, nil when there is one.
+func (c *current) failure(ctx context.Context, o op) error {
+	if c.err == nil {
+		return nil
+	}
+	if err := ctx.Err(); err != nil {
+		return contextError(opNames[o], err)
+	}
+	return fmt.Errorf("%s: %w", opNames[o], c.err)
+}
+
 // call makes a request of the process that there is.
 func (d *Device) call(ctx context.Context, m message, take func(reply message) error) error {
 	c := d.state.Load()
-	if c.err != nil {
-		if err := ctx.Err(); err != nil {
-			return contextError(opNames[m.op], err)
-		}
-		return fmt.Errorf("%s: %w", opNames[m.op], c.err)
+	if err := c.failure(ctx, m.op); err != nil {
+		return err
 	}
 	return c.g.call(ctx, m, d.timeout, take)
 }

@@ -60,10 +60,7 @@ func (d *Device) load(ctx context.Context, o op, curve byte, blob []byte) (use, 
 // living returns the process that there is.
 func (d *Device) living(ctx context.Context, o op) (*generation, error) {
 	c := d.state.Load()
-	if c.err == nil {
-		return c.g, nil
-	}
-	return nil, d.call(ctx, request(o, 0), nil) // fails in the words of a call
+	return c.g, c.failure(ctx, o)
 }
 
 // ensure loads the key into the process g unless it is there.

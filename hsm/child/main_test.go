@@ -53,10 +53,12 @@ func (l *logged) String() string {
 	return l.buf.String()
 }
 
+func newLog(l *logged) *slog.Logger { return slog.New(slog.NewTextHandler(l, nil)) }
+
 // inChild is the configuration of cfg in a child process.
 func inChild(cfg hsm.Config) (child.Config, *logged) {
 	log := &logged{}
-	return child.Config{Command: []string{os.Args[0], childArgument}, HSM: cfg, Log: slog.New(slog.NewTextHandler(log, nil))}, log
+	return child.Config{Command: []string{os.Args[0], childArgument}, HSM: cfg, Log: newLog(log)}, log
 }
 
 // open opens cfg in a child process and closes it with the test.
@@ -124,4 +126,9 @@ func hmacKey(t testing.TB, d *child.Device) (blob []byte, check func(mac func(co
 		}
 		return nil
 	}
+}
+
+func openChild(cfg hsm.Config) (*child.Device, error) {
+	c, _ := inChild(cfg)
+	return child.Open(context.Background(), c)
 }
