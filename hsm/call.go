@@ -153,7 +153,7 @@ func (c *carrier[T]) fly(d *Device, w *worker) error {
 
 func attempt[T any](d *Device, w *worker, o callOptions, now time.Time, f func(*session) (T, error)) (v T, err error) {
 	if err := d.mod.enter(d.set.timeout); err != nil {
-		return v, err
+		return v, d.sinceOpen(err)
 	}
 	gen := d.mod.gen
 	s, err := d.take(w, o, now)
@@ -176,7 +176,7 @@ func attempt[T any](d *Device, w *worker, o callOptions, now time.Time, f func(*
 			ctx, cancel := context.WithTimeout(context.Background(), d.set.timeout)
 			defer cancel()
 			if e := d.mod.reinitialize(ctx, gen); e != nil {
-				return v, e
+				return v, d.sinceOpen(e)
 			}
 		}
 	}

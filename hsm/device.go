@@ -20,7 +20,6 @@ import (
 	"time"
 	"unicode"
 
-	"github.com/conclave-kms/conclave/kms/secret"
 	"github.com/miekg/pkcs11"
 	"golang.org/x/sync/semaphore"
 )
@@ -29,7 +28,7 @@ import (
 type Device struct {
 	set  *settings
 	mod  *module
-	pin  *secret.Bytes
+	pin  *userPIN // under loginMu
 	info pkcs11.TokenInfo
 
 	agreement    *ecdh.PublicKey
@@ -41,7 +40,6 @@ type Device struct {
 	objects   objects
 
 	loginMu sync.Mutex
-	pinErr  error // the token refused the PIN: never send it again
 
 	probing    *semaphore.Weighted // one health check at a time
 	probeEvery time.Duration
@@ -81,7 +79,7 @@ func attach(cfg Config) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	pin, err := cfg.readPIN(set.uri)
+	pin, err := cfg.userPIN(set.uri)
 	if err != nil {
 		return nil, err
 	}
@@ -260,7 +258,7 @@ func (d *Device) dismantle() {
 		d.objects.end(d)
 		d.mod.gate.Release(1)
 	}
-	d.pin.Destroy()
+	d.pin.destroy()
 	d.mod.release(ctx)
 	close(d.finished)
 }

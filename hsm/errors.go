@@ -118,7 +118,7 @@ func classify(op string, err error) error {
 	case typed(err):
 		return err
 	case isPIN(err):
-		return fmt.Errorf("%w: %s: %w (not tried again; correct the PIN in the file or descriptor that pin-source or the configuration names, and start anew)", ErrPIN, op, err)
+		return fmt.Errorf("%w: %s: %w", ErrPIN, op, err)
 	case isRV(err, pkcs11.CKR_MECHANISM_INVALID, pkcs11.CKR_MECHANISM_PARAM_INVALID, pkcs11.CKR_FUNCTION_NOT_SUPPORTED):
 		return fmt.Errorf("%w: %s: %w", ErrUnsupported, op, err)
 	default:

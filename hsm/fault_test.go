@@ -207,8 +207,8 @@ func TestWrongPIN(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Were a PIN sent again after one refusal, this right one would pass.
-	d.pin.Destroy()
-	if d.pin, err = secret.Copy(tok.cfg.PIN.Reveal()); err != nil {
+	d.pin.now.Destroy()
+	if d.pin.now, err = secret.Copy(tok.cfg.PIN.Reveal()); err != nil {
 		t.Fatal(err)
 	}
 	if err := d.learn(context.Background()); !errors.Is(err, ErrPIN) {

@@ -20,13 +20,18 @@ func (d *Device) markUnhealthy(why error) {
 	defer d.mu.Unlock()
 	d.sick = why
 	d.unwell.Store(true)
-	d.probeAt = time.Now().Add(max(min(d.probeEvery<<d.failures, longestProbe), d.probeEvery))
+	d.probeAt = time.Now().Add(probeDelay(d.probeEvery, d.failures))
 	d.failures = min(d.failures+1, 8)
 	if !d.nursed && !d.closed {
 		d.nursed = true
 		d.holds++
 		go d.nurse()
 	}
+}
+
+// probeDelay is the time to the next probe after so many failures before this one.
+func probeDelay(every time.Duration, failures int) time.Duration {
+	return max(min(every<<failures, longestProbe), every)
 }
 
 // markSuspect makes the next call probe the device first.

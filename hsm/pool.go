@@ -43,13 +43,13 @@ func (s *session) alive() bool {
 	return err == nil
 }
 
-// sinceOpen turns an error that says that token or keys are not there into
+// sinceOpen turns an error that says that library, token or keys are not there into
 // ErrUnavailable once the device was open: then they were there before.
 func (d *Device) sinceOpen(err error) error {
-	if d.agreement == nil || !(errors.Is(err, ErrTokenNotFound) || errors.Is(err, ErrNotProvisioned) || errors.Is(err, ErrUnsafeToken)) {
+	if d.agreement == nil || !(errors.Is(err, ErrTokenNotFound) || errors.Is(err, ErrNotProvisioned) || errors.Is(err, ErrUnsafeToken) || errors.Is(err, ErrModule)) {
 		return err
 	}
-	return unavailablef("the token or its keys have gone: %v", err)
+	return unavailablef("the token, its keys or what the library needs have gone: %v", err)
 }
 
 // current reports whether a session is of the present initialisation and was not

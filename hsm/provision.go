@@ -17,11 +17,72 @@ func Provision(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	err = d.provision(ctx, role.templates)
+	if err = d.provision(ctx, role.templates); err == nil {
+		err = d.confirm(ctx)
+	}
 	if e := d.Close(); err == nil {
 		err = e
 	}
 	return err
+}
+
+// confirm makes the library read its storage anew and uses each key once. SoftHSM
+// does not notice that a disk is full: it goes on with keys that were never written.
+func (d *Device) confirm(ctx context.Context) error {
+	err := d.reread(ctx)
+	for _, test := range []func(context.Context) error{d.learn, d.testECDH, d.testSign, d.testWrap} {
+		if err == nil {
+			err = test(ctx)
+		}
+	}
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	left := d.remove()
+	if errors.Is(err, ErrNotProvisioned) || errors.Is(err, ErrUnavailable) {
+		return fmt.Errorf("%w: the token did not keep the keys: is its disk full? (%v)%s", ErrUnavailable, err, left)
+	}
+	return fmt.Errorf("%w%s", err, left)
+}
+
+// reread initialises the library anew when no other device of the process uses it.
+func (d *Device) reread(ctx context.Context) error {
+	d.mod.mu.Lock()
+	alone := d.mod.refs == 1
+	d.mod.mu.Unlock()
+	if !alone {
+		return nil
+	}
+	return d.restart(ctx)
+}
+
+// remove destroys what there is of the device keys, where the token lets it, and
+// says what it does not. The public objects that are left are of no use to anybody.
+func (d *Device) remove() string {
+	ctx, cancel := context.WithTimeout(context.Background(), d.set.timeout)
+	defer cancel()
+	left, err := call(ctx, d, callOptions{op: "remove the keys", rw: true, bare: true, once: true}, func(s *session) (int, error) {
+		left := 0
+		for _, r := range roles {
+			found, err := s.find([]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, r.label(d.set.label))})
+			if err != nil {
+				return 0, err
+			}
+			for _, h := range found {
+				if s.p11.DestroyObject(s.h, h) != nil {
+					left++
+				}
+			}
+		}
+		return left, nil
+	})
+	switch {
+	case err != nil:
+		return "; what there is of them cannot be removed now: initialise the token anew"
+	case left > 0:
+		return fmt.Sprintf("; %d of their objects cannot be removed: provision under another label, or initialise the token anew", left)
+	}
+	return ""
 }
 
 // templateFunc is role.templates, or a looser one in tests.

@@ -116,9 +116,6 @@ func (s *session) close() { _ = s.p11.CloseSession(s.h) } // a session that cann
 func (d *Device) login(s *session) error {
 	d.loginMu.Lock()
 	defer d.loginMu.Unlock()
-	if d.pinErr != nil {
-		return d.pinErr
-	}
 	si, err := s.p11.GetSessionInfo(s.h)
 	if err != nil {
 		return fmt.Errorf("C_GetSessionInfo: %w", err)
@@ -126,15 +123,19 @@ func (d *Device) login(s *session) error {
 	if si.State == pkcs11.CKS_RO_USER_FUNCTIONS || si.State == pkcs11.CKS_RW_USER_FUNCTIONS {
 		return nil
 	}
-	pin := d.pin.Reveal()
+	if d.pin.refused != nil {
+		if err := d.pin.renew(); err != nil {
+			return err
+		}
+	}
+	pin := d.pin.now.Reveal()
 	// The string shares the locked memory, so that no copy stays on the Go heap.
 	err = s.p11.Login(s.h, pkcs11.CKU_USER, unsafe.String(unsafe.SliceData(pin), len(pin)))
 	switch {
 	case err == nil, isRV(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN):
 		return nil
 	case isPIN(err):
-		d.pinErr = classify("C_Login", err)
-		return d.pinErr
+		return d.pin.refuse(err)
 	}
 	return fmt.Errorf("C_Login: %w", err)
 }

@@ -105,14 +105,22 @@ func (d *Device) overdue(now time.Time) (any bool, waiters []*flight) {
 	return any, waiters
 }
 
-// stale takes the flights out of the queue that waited as long as a call may take.
+// stale takes the flights out of the queue that waited as long as a call may take,
+// and all when as many calls hang as there may be sessions.
 // It runs under mu.
 func (d *Device) stale(now time.Time) []*flight {
 	var all []*flight
-	for len(d.queue) > 0 && now.Sub(d.queue[0].base().since) > d.set.timeout {
+	for len(d.queue) > 0 {
+		hung := d.abandoned >= d.set.maxSessions
+		if !hung && now.Sub(d.queue[0].base().since) <= d.set.timeout {
+			break
+		}
 		fl := d.pop().base()
 		fl.left = true
 		fl.err = unavailablef("%s: all %d sessions are busy", fl.o.op, d.set.maxSessions)
+		if hung {
+			fl.err = d.allHang(fl.o.op)
+		}
 		all = append(all, fl)
 	}
 	return all

@@ -38,7 +38,7 @@ func (d *Device) enqueue(p passenger) error {
 	case d.closed:
 		err = unavailablef("%s: the device is closed", fl.o.op)
 	case d.abandoned >= d.set.maxSessions:
-		err = unavailablef("%s: %d calls hang in the device; no more until one returns", fl.o.op, d.abandoned)
+		err = d.allHang(fl.o.op)
 	}
 	if err != nil {
 		d.mu.Unlock()
@@ -53,6 +53,10 @@ func (d *Device) enqueue(p passenger) error {
 	d.watch()
 	d.mu.Unlock()
 	return nil
+}
+
+func (d *Device) allHang(op string) error {
+	return unavailablef("%s: %d calls hang in the device; no more until one returns", op, d.abandoned)
 }
 
 // admits reports whether a call may go to one more worker. Light calls to a token
