@@ -25,6 +25,7 @@ func rekeyCommand() *cobra.Command {
 		Long: `Give this node another HSM or TPM. The present one is not needed: it may be dead.
 
   1. write the new device into conclaved.toml as [next_device], with the fields of [device]
+     (for a second SoftHSM configuration also isolate = true: its library takes one per process)
   2. at this node:         conclaved rekey prepare     makes the keys there and writes DATA_DIR/next-node.json
   3. start the node again, so that it knows [next_device]
   4. as an operator:       conclave node rekey NODE --card next-node.json --reason TEXT --wait

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"sync"
 	"syscall"
@@ -114,6 +115,11 @@ func runNode(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 	}
 	debug.SetGCPercent(800) // the live heap is a few MiB: collect less often
 	debug.SetMemoryLimit(memoryTarget)
+	if cfg.Device.Type == "pkcs11" && !cfg.Device.isolated() {
+		// A processor blocked in a device call would be taken from its worker whenever
+		// all others are busy.
+		runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + 1)
+	}
 	log = log.With("node", cfg.Node)
 	roots, err := openRoots(ctx, cfg, log)
 	if err != nil {

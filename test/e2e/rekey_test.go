@@ -75,7 +75,7 @@ func (r *rekeyed) newToken(n *harness.Node) (table string) {
 	if err := os.WriteFile(pinFile, pin.Reveal(), 0o600); err != nil {
 		r.t.Fatal(err)
 	}
-	return fmt.Sprintf("type = \"pkcs11\"\nuri = \"%s&pin-source=file:%s\"\nsofthsm_conf = %q\n", token.URI, pinFile, token.ConfFile)
+	return fmt.Sprintf("type = \"pkcs11\"\nuri = \"%s&pin-source=file:%s\"\nsofthsm_conf = %q\nisolate = true\n", token.URI, pinFile, token.ConfFile)
 }
 
 func (r *rekeyed) configure(n *harness.Node, change func(config string) string) {
