@@ -47,6 +47,12 @@ var faults = []fault{
 		api:    []string{"cannot be reached"}, log: []string{"PKCS#11 library not usable"},
 	},
 	{
+		name: "the PIN is changed on the token and later in the file", victim: "fr",
+		strike: func(w *world) { w.changePIN() },
+		repair: func(w *world) { w.do(os.Rename(w.newPIN(), w.pinFile())) },
+		ready:  []string{"PIN refused"}, api: []string{"device"}, log: []string{"PIN refused"},
+	},
+	{
 		name: "the TPM dies and is started again", victim: "jp",
 		strike: func(w *world) { w.do(w.tpm().Kill(context.Background())) },
 		repair: func(w *world) { w.do(w.tpm().Start(context.Background())) },
