@@ -77,6 +77,8 @@ func Generate(algorithm kms.Algorithm, entropy []byte) (material *secret.Bytes, 
 	if size == 0 {
 		return nil, nil, kms.Errorf(kms.Invalid, "unknown algorithm %q", string(algorithm))
 	}
+	cleanStack()
+	defer cleanStack()
 	// An EC scalar must lie in [1, n-1]: testing candidates, FIPS 186-5 A.2.2.
 	// One candidate in 2^32 fails on P-256; sixteen in a row do not happen.
 	for attempt := uint32(0); attempt < 16; attempt++ {

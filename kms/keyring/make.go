@@ -131,6 +131,8 @@ func generateOnHost(ctx context.Context, random Random, importers map[string]Imp
 				Fix: "run a release at this node that does"}
 		}
 	}
+	cleanStack()
+	defer cleanStack()
 	entropy, err := Entropy(ctx, random)
 	if err != nil {
 		return nil, nil, err

@@ -56,6 +56,11 @@ func newMaterial(b KeyBinding, p kms.Protection, bytes *secret.Bytes) (*Material
 		return nil, kms.Errorf(kms.Invalid, "material of %s has %d bytes, not %d", b.Algorithm, want, bytes.Len())
 	}
 	m := &Material{binding: b, protection: p, bytes: bytes, source: memoryHMAC{bytes}}
+	if b.Purpose != kms.Sign {
+		return m, nil
+	}
+	cleanStack()
+	defer cleanStack()
 	var err error
 	if m.signer, err = parseSigner(b.Algorithm, bytes); err != nil || m.signer == nil {
 		return m, err

@@ -19,6 +19,22 @@ type scrubber struct {
 	again   bool // material went meanwhile
 }
 
+// stackRoom is more than the deepest of the calls that put key material on the
+// stack needs, in bytes.
+const stackRoom = 16 << 10
+
+// cleanStack overwrites what lies below the caller's frame. Called before the
+// standard library computes with a private key it makes the stack large enough,
+// for one that grows leaves a copy behind; called after, it removes what dead
+// frames hold.
+//
+//go:noinline
+func cleanStack() {
+	var room [stackRoom]byte
+	clear(room[:])
+	runtime.KeepAlive(&room)
+}
+
 const (
 	scrubRounds = 3
 	scrubEvery  = time.Second

@@ -24,6 +24,8 @@ func digest(a kms.Algorithm, message []byte) []byte {
 }
 
 func (s *signer) sign(a kms.Algorithm, message []byte) ([]byte, error) {
+	cleanStack()
+	defer cleanStack()
 	if s.ecdsa == nil {
 		return ed25519.Sign(s.ed25519, message), nil
 	}
