@@ -185,16 +185,23 @@ func (s *suite) duplicateFits(b *importBlob) bool {
 	return more == 0 || more == s.digest || more == 2*s.digest
 }
 
-func (s *suite) sum(parts ...[]byte) []byte {
-	hash := crypto.SHA384
+func (s *suite) digestOf() crypto.Hash {
 	if s.hash == tpm2.TPMAlgSHA256 {
-		hash = crypto.SHA256
+		return crypto.SHA256
 	}
-	h := hash.New()
+	return crypto.SHA384
+}
+
+// sum hashes parts, which may be secret: the hash's own memory is overwritten
+// afterwards.
+func (s *suite) sum(parts ...[]byte) []byte {
+	h := s.digestOf().New()
 	for _, p := range parts {
 		h.Write(p)
 	}
-	return h.Sum(nil)
+	out := h.Sum(nil)
+	h.Write(make([]byte, 2*h.BlockSize()))
+	return out
 }
 
 // imported is the template of a key that comes from outside: it signs with one
@@ -241,11 +248,7 @@ func WrapHMAC(public []byte, key *secret.Bytes, label []byte) ([]byte, error) {
 	}
 	pub := s.imported(importHMAC, label)
 	pub.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgKeyedHash, &tpm2.TPM2BDigest{Buffer: s.sum(seed, key.Reveal())})
-	return s.duplicate(storage, importHMAC, label, pub, tpm2.TPMTSensitive{
-		SensitiveType: tpm2.TPMAlgKeyedHash,
-		SeedValue:     tpm2.TPM2BDigest{Buffer: seed},
-		Sensitive:     tpm2.NewTPMUSensitiveComposite(tpm2.TPMAlgKeyedHash, &tpm2.TPM2BSensitiveData{Buffer: key.Reveal()}),
-	})
+	return s.duplicate(storage, importHMAC, label, pub, seed, key)
 }
 
 // WrapSigner wraps an ECDSA private key on P-256 or P-384, a big-endian scalar of
@@ -269,10 +272,7 @@ func WrapSigner(public []byte, curve ecdh.Curve, scalar *secret.Bytes, label []b
 	}
 	pub := s.imported(kind, label)
 	pub.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, eccPoint(on, private.PublicKey()))
-	return s.duplicate(storage, kind, label, pub, tpm2.TPMTSensitive{
-		SensitiveType: tpm2.TPMAlgECC,
-		Sensitive:     tpm2.NewTPMUSensitiveComposite(tpm2.TPMAlgECC, &tpm2.TPM2BECCParameter{Buffer: scalar.Reveal()}),
-	})
+	return s.duplicate(storage, kind, label, pub, nil, scalar)
 }
 
 // importTarget reads what ImportKey returned: the public area of a storage key
@@ -297,18 +297,6 @@ func importTarget(public, label []byte) (*suite, tpm2.LabeledEncapsulationKey, e
 		return s, key, nil
 	}
 	return nil, nil, invalid("the import key is not the public area of a storage key of this package")
-}
-
-func (s *suite) duplicate(storage tpm2.LabeledEncapsulationKey, kind importType, label []byte, pub tpm2.TPMTPublic, sensitive tpm2.TPMTSensitive) ([]byte, error) {
-	b := &importBlob{version: importVersion, kind: kind, label: label, pub: tpm2.Marshal(pub)}
-	plain := tpm2.Marshal(sensitive)
-	defer secret.Wipe(plain)
-	var err error
-	b.duplicate, b.point, err = tpm2.CreateDuplicate(rand.Reader, storage, s.objectName(b.pub), plain)
-	if err != nil {
-		return nil, fmt.Errorf("tpm: making a key blob: %w", err)
-	}
-	return b.encode(), nil
 }
 
 // objectName is the name algorithm and digest of a public area (Part 1, 16).
