@@ -99,19 +99,23 @@ const (
 )
 
 // OpenGroup opens the tokens of all configurations, in this process, as one device.
-// Their PINs are read once. Errors are those of NewGroup.
+// Errors are those of NewGroup.
 func OpenGroup(ctx context.Context, cfgs []Config) (*Group, error) {
 	var openers []Opener
 	var pins []*secret.Bytes
 	for i, c := range cfgs {
-		held, err := c.Hold()
-		if err != nil {
-			destroyAll(pins)
-			return nil, fmt.Errorf("member %d: %w", i+1, err)
+		// A member may be opened later, when the caller's PIN and its descriptor are
+		// gone. A file stays where it is.
+		if c.PIN != nil || c.PINFD != 0 {
+			var err error
+			if c, err = c.Hold(); err != nil {
+				destroyAll(pins)
+				return nil, fmt.Errorf("member %d: %w", i+1, err)
+			}
+			pins = append(pins, c.PIN)
 		}
-		pins = append(pins, held.PIN)
-		openers = append(openers, Opener{fmt.Sprintf("%d (%s)", i+1, held.URI), func(ctx context.Context) (Member, error) {
-			d, err := Open(ctx, held)
+		openers = append(openers, Opener{fmt.Sprintf("%d (%s)", i+1, c.URI), func(ctx context.Context) (Member, error) {
+			d, err := Open(ctx, c)
 			if err != nil {
 				return nil, err // and not a nil *Device in an interface
 			}
@@ -177,7 +181,7 @@ func (g *Group) openAll(ctx context.Context) error {
 		absent = append(absent, err)
 	}
 	if len(absent) == len(g.members) {
-		return errors.Join(absent...)
+		return memberErrors(absent)
 	}
 	return nil
 }

@@ -5,11 +5,25 @@ import (
 	"crypto/ecdh"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/conclave-kms/conclave/kms/secret"
 )
+
+// memberErrors are what is wrong with each member, in one line.
+type memberErrors []error
+
+func (e memberErrors) Error() string {
+	var all []string
+	for _, err := range e {
+		all = append(all, err.Error())
+	}
+	return strings.Join(all, "; ")
+}
+
+func (e memberErrors) Unwrap() []error { return e }
 
 // order returns the members with a device in the order in which a call tries them:
 // first those that work, beginning with the one that calls go to, then those that
@@ -83,7 +97,7 @@ func (g *Group) each(ctx context.Context, f func(m *member) error) error {
 	if failures == nil {
 		return unavailablef("no member of the device group is there")
 	}
-	return errors.Join(failures...)
+	return memberErrors(failures)
 }
 
 // late looks after a member on which a call ran into its own deadline: it may hang.
@@ -256,7 +270,7 @@ func (g *Group) Check(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return contextError("check", err)
 	}
-	return errors.Join(errs...)
+	return memberErrors(errs)
 }
 
 func (g *Group) checkMember(ctx context.Context, m *member) error {

@@ -100,11 +100,7 @@ func openAny(ctx context.Context, c DeviceConfig) (device, error) {
 	}
 	var members []hsm.Opener
 	for i, t := range tokens {
-		held, err := t.Hold() // so that a member can be opened later than now
-		if err != nil {
-			return nil, fmt.Errorf("member %d of device.uris: %w", i+1, err)
-		}
-		members = append(members, hsm.Opener{Name: fmt.Sprintf("%d (%s)", i+1, held.URI), Open: func(ctx context.Context) (hsm.Member, error) { return c.openToken(ctx, held) }})
+		members = append(members, hsm.Opener{Name: fmt.Sprintf("%d (%s)", i+1, t.URI), Open: func(ctx context.Context) (hsm.Member, error) { return c.openToken(ctx, t) }})
 	}
 	return hsm.NewGroup(ctx, members, slog.Default())
 }
