@@ -10,7 +10,8 @@ import (
 
 // Validate checks the policy's name and rules: sorted by action, exactly one for
 // every action that a policy of its name decides (kms.GovernanceActions for the
-// policy kms.Governance, else kms.KeyActions). Errors: kms.Invalid.
+// policy kms.Governance, which has no keyrings and so is not Attested, else
+// kms.KeyActions). Errors: kms.Invalid.
 func (p Policy) Validate() error {
 	if err := kms.CheckName("policy", p.Name); err != nil {
 		return err
@@ -18,6 +19,9 @@ func (p Policy) Validate() error {
 	decides := kms.KeyActions
 	if p.Name == kms.Governance {
 		decides = kms.GovernanceActions
+		if p.Attested {
+			return kms.Errorf(kms.Invalid, "policy %s decides about no keyring, so it cannot ask for attested hardware; write it in the keyrings' policies", p.Name)
+		}
 	}
 	for i, r := range p.Rules {
 		if !slices.Contains(decides, r.Action) {

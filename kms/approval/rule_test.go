@@ -100,6 +100,7 @@ func TestPolicyValidate(t *testing.T) {
 		"a bad rule":                func(p *Policy) { p.Rules[2].Sites = 0 },
 		"a rule it does not decide": func(p *Policy) { p.Rules[0].Action = kms.ActionCustodian },
 		"governance of keys":        func(p *Policy) { p.Name = kms.Governance },
+		"attested governance":       func(p *Policy) { *p = policyOf(kms.Governance, kms.GovernanceActions); p.Attested = true },
 	} {
 		p := policyOf("keys", kms.KeyActions)
 		change(&p)

@@ -150,16 +150,18 @@ func (a *actor) carry(t *rapid.T, node string) []byte {
 // reseal brings a replacement on, or sends a copy that may be for nobody.
 func (a *actor) reseal(t *rapid.T, node string, some state.Pending) []byte {
 	w, s := a.w, a.w.State()
-	for _, next := range s.Replacements() {
-		if lacks := s.Unsealed(next.Node); len(lacks) > 0 {
-			p := rapid.SampledFrom(lacks).Draw(t, "unsealed")
-			return w.Command(w.Resealer(next.Node, p.Keyring), w.ResealCommand(next.Node, p), now(s))
-		}
-		return w.Command(next.Node, w.AdoptCommand(next.Node), now(s))
+	all := s.Replacements()
+	if len(all) == 0 {
+		c := w.ResealCommand("node-fr-1", some)
+		c.Root = 2
+		return w.Command(node, c, now(s))
 	}
-	c := w.ResealCommand("node-fr-1", some)
-	c.Root = 2
-	return w.Command(node, c, now(s))
+	next := rapid.SampledFrom(all).Draw(t, "replacement")
+	if lacks := s.Unsealed(next.Node); len(lacks) > 0 {
+		p := rapid.SampledFrom(lacks).Draw(t, "unsealed")
+		return w.Command(w.Resealer(next.Node, p.Keyring), w.ResealCommand(next.Node, p), now(s))
+	}
+	return w.Command(next.Node, w.AdoptCommand(next.Node), now(s))
 }
 
 // spoil returns a replay, a mutation or a stranger's command, none of which may

@@ -20,6 +20,7 @@ import (
 // TestProperties draws logs and checks, command by command and for the whole, what
 // must hold for every log.
 func TestProperties(t *testing.T) {
+	t.Parallel()
 	world, first := start(t)
 	begin := world.w.State()
 	rapid.Check(t, func(rt *rapid.T) {

@@ -154,6 +154,7 @@ var erasedClaims = []string{
 // TestUntrustedRefusesAlterations alters every field of every record of an
 // untrusted snapshot, one at a time.
 func TestUntrustedRefusesAlterations(t *testing.T) {
+	t.Parallel()
 	s := rich(t).State()
 	records := split(t, snapshot(t, s))
 	names := append([]string{"header"}, state.VerifiedTables()...)
