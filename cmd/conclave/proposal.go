@@ -201,6 +201,9 @@ func parameters(p approval.Proposal) string {
 	if err != nil {
 		return "NOT READABLE: " + err.Error()
 	}
+	if pp, ok := v.(approval.PolicyParams); ok {
+		return string(b) + map[bool]string{true: "; every node of its keyrings needs ATTESTED hardware", false: "; attested hardware is not asked for"}[pp.Attested]
+	}
 	if np, err := p.NodeParams(); p.Action == kms.ActionNode && err == nil && np.Leave {
 		return string(b) + ", which means that the node MAY LOSE KEYS of protection hardware"
 	}
