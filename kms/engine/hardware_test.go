@@ -2,6 +2,7 @@ package engine
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"strings"
 	"testing"
@@ -271,6 +272,40 @@ func TestHardwareDeviceFails(t *testing.T) {
 	if err := hard(); err != nil {
 		t.Errorf("after the device's return: %v", err)
 	}
+}
+
+// A device that hangs keeps only those waiting who need it, and as long as they
+// want to.
+func TestHardwareDeviceHangs(t *testing.T) {
+	w := newWorld(t, "")
+	w.hardware("hard", "fr", "de")
+	w.threeKeys("hard")
+	w.keyring("soft", "fr")
+	w.key("soft", "data", kms.Encrypt)
+	fr, svc := w.at("fr"), caller("service", "fr")
+	soft := func() {
+		check[wire.EncryptResponse](t)(fr.engine.Encrypt(bg, svc, "soft", "data", wire.EncryptRequest{}))
+	}
+	soft() // opens its key
+	fr.dev.Hang(func(string) bool { return true })
+	ctx, cancel := context.WithCancel(bg)
+	const waiting = 8
+	errs := make(chan error, waiting)
+	for range waiting {
+		go func() { // loads the key, or waits for who does
+			_, err := fr.engine.Encrypt(ctx, svc, "hard", "encrypt", wire.EncryptRequest{})
+			errs <- err
+		}()
+	}
+	for range 10 {
+		soft()
+	}
+	cancel()
+	for range waiting {
+		wantKind(t, <-errs, kms.Unavailable)
+	}
+	fr.dev.Hang(nil)
+	w.useHardware("hard", "fr", "de")
 }
 
 func TestCauseIsOneShortLine(t *testing.T) {
