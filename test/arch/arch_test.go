@@ -79,7 +79,7 @@ var allowed = map[string][]string{
 	"kms/approval":        {"kms", "kms/canon", "pqc"},
 	"kms/attest":          {"kms", "kms/canon", "pqc"},
 	"kms/state":           {"kms", "kms/canon", "kms/approval", "kms/attest", "pqc"},
-	"kms/state/statetest": {"kms", "kms/canon", "kms/approval", "kms/secret", "kms/state", "pqc"},
+	"kms/state/statetest": {"kms", "kms/canon", "kms/approval", "kms/attest", "kms/secret", "kms/state", "pqc"},
 	"kms/audit":           {"kms", "kms/canon", "kms/approval", "kms/attest", "kms/state", "pqc"},
 	"kms/keyring":         {"kms", "kms/canon", "kms/secret", "pqc"},
 	"kms/engine":          {"kms", "kms/canon", "kms/secret", "kms/approval", "kms/state", "kms/audit", "kms/keyring", "kms/wire", "pqc"},
