@@ -104,6 +104,13 @@ func checkReason(s string) error {
 	return nil
 }
 
+// targetKinds are the actions that can be proposed, with what they are about.
+var targetKinds = map[kms.Action]string{
+	kms.ActionRotate: TargetKey, kms.ActionSuspend: TargetKey, kms.ActionResume: TargetKey,
+	kms.ActionDeactivate: TargetKey, kms.ActionCompromise: TargetKey, kms.ActionDestroy: TargetKey,
+	kms.ActionPolicy: TargetPolicy, kms.ActionCustodian: TargetCustodian, kms.ActionNode: TargetNode,
+}
+
 // validateAction checks that the target is of the action's kind and that the
 // parameters are the action's.
 func (p Proposal) validateAction(bad func(string, ...any) error) error {
@@ -111,18 +118,8 @@ func (p Proposal) validateAction(bad func(string, ...any) error) error {
 	if err != nil {
 		return bad("%v", err)
 	}
-	want := ""
-	switch p.Action {
-	case kms.ActionRotate, kms.ActionSuspend, kms.ActionResume,
-		kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
-		want = TargetKey
-	case kms.ActionPolicy:
-		want = TargetPolicy
-	case kms.ActionCustodian:
-		want = TargetCustodian
-	case kms.ActionNode:
-		want = TargetNode
-	default:
+	want, ok := targetKinds[p.Action]
+	if !ok {
 		return bad("action %q cannot be proposed", p.Action)
 	}
 	if kind != want {

@@ -64,7 +64,13 @@ func rich(t testing.TB) *statetest.World {
 	rules := statetest.Policies(3)[1].Rules
 	rules[5].Delay = time.Hour.Milliseconds()
 	w.Carry(kms.ActionPolicy, "policy/standard", approval.PolicyParams{Rules: rules})
-	// And some that are not finished: open, withdrawn, authorised, committed.
+	unfinished(w)
+	return w
+}
+
+// unfinished leaves proposals and a root on their way.
+func unfinished(w *statetest.World) {
+	// Open, withdrawn, authorised, committed.
 	w.Propose(kms.ActionCompromise, target("vpn"), approval.VersionParams{Version: 1})
 	withdrawn := w.Propose(kms.ActionResume, target("vpn"), nil)
 	w.Approve(withdrawn, "fr-1", "de-1", "fr-2")
@@ -79,7 +85,6 @@ func rich(t testing.TB) *statetest.World {
 	for _, p := range w.State().Unsealed("node-fr-1")[1:] {
 		w.Do(w.Resealer("node-fr-1", p.Keyring), w.ResealCommand("node-fr-1", p))
 	}
-	return w
 }
 
 func key(t *testing.T, s *state.State, ring, name string) state.Key {

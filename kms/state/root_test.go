@@ -309,6 +309,38 @@ func TestLeave(t *testing.T) {
 	restoreBoth(t, w.State())
 }
 
+// TestLeftWithoutReceipt: a node that was left without a copy owes no receipt, and
+// its signature of one is not taken.
+func TestLeftWithoutReceipt(t *testing.T) {
+	w := vault(t)
+	for _, name := range []string{"mail", "seal"} {
+		id := w.Propose(kms.ActionRotate, vaultKey(name), nil)
+		w.ApproveAll(id)
+		w.Commit(id)
+	}
+	w.Replace(fr, true)
+	if got := w.State().Pending(fr); len(got) != 2 {
+		t.Errorf("pending: %v", got)
+	}
+	receipt := w.ReceiptCommand(fr, "vault", "seal", 2)
+	w.Do(fr, w.AdoptCommand(fr))
+	if got := w.State().Pending(fr); len(got) != 0 {
+		t.Errorf("pending without copies: %v", got)
+	}
+	refused(t, w, kms.NotFound, w.Command(fr, receipt))
+	w.GiveReceipts()
+	for _, name := range []string{"mail", "seal"} {
+		if k, _ := w.State().Key("vault", name); k.Primary != 1 {
+			t.Errorf("%s: version %d is primary without the receipt of a node", name, k.Primary)
+		}
+		w.Rotate("vault", name) // the next version has a copy for everybody
+		if k, _ := w.State().Key("vault", name); k.Primary != 3 {
+			t.Errorf("%s: version %d is primary", name, k.Primary)
+		}
+	}
+	restoreBoth(t, w.State())
+}
+
 // TestLeaveSole: a keyring at a node alone whose device is dead is lost; the node
 // goes on without it if the custodians say so.
 func TestLeaveSole(t *testing.T) {

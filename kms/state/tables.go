@@ -186,8 +186,8 @@ func pendingVersion(r *Version) [][]byte {
 	if r.State.Gone() {
 		return nil
 	}
-	if r.signsReceipts() {
-		return missing(r.Copies, func(c SealedCopy) string { return c.Node }, r.Receipts)
+	if r.Generated != "" && (r.signsReceipts() || len(r.Checks) > 0) {
+		return missing(r.Copies, func(c SealedCopy) string { return c.Node }, r.Receipts) // a node may have been left without one
 	}
 	return missing(r.Checks, checkNode, r.Receipts)
 }
