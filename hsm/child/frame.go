@@ -9,10 +9,9 @@ import (
 
 // A frame is
 //
-//	length (4, of the whole frame) ‖ op (1) ‖ arg (1) ‖ parts (1) ‖ load (1) ‖ id (8) ‖ key (8) ‖ parts × (length (4) ‖ bytes)
+//	length (4, of the whole frame) ‖ op (1) ‖ arg (1) ‖ parts (1) ‖ 0 (1) ‖ id (8) ‖ key (8) ‖ parts × (length (4) ‖ bytes)
 //
-// with big-endian numbers. load says how many requests are under way, this one included;
-// it is 0 in replies. A reply has the id of its request and the op opReply; arg is
+// with big-endian numbers. A reply has the id of its request and the op opReply; arg is
 // 0 or the kind of the error whose text is the one part.
 const (
 	protocol   = 1         // version, in key of opOpen
@@ -52,7 +51,6 @@ var opNames = [opEnd]string{"reply", "open", "ecdh", "sign", "wrap", "unwrap", "
 type message struct {
 	op    op
 	arg   byte
-	load  byte
 	id    uint64
 	key   uint64
 	n     int
@@ -80,7 +78,7 @@ func (m *message) size() int {
 // append writes the frame behind b.
 func (m *message) append(b []byte) []byte {
 	b = binary.BigEndian.AppendUint32(b, uint32(m.size()))
-	b = append(b, byte(m.op), m.arg, byte(m.n), m.load)
+	b = append(b, byte(m.op), m.arg, byte(m.n), 0)
 	b = binary.BigEndian.AppendUint64(b, m.id)
 	b = binary.BigEndian.AppendUint64(b, m.key)
 	for _, p := range m.parts[:m.n] {
@@ -113,9 +111,9 @@ func parse(frame []byte) (message, error) {
 	if err != nil || n == 0 || n != len(frame) {
 		return m, errFrame
 	}
-	m.op, m.arg, m.n, m.load = op(frame[4]), frame[5], int(frame[6]), frame[7]
+	m.op, m.arg, m.n = op(frame[4]), frame[5], int(frame[6])
 	m.id, m.key = frameID(frame), binary.BigEndian.Uint64(frame[16:])
-	if m.op >= opEnd || m.n > maxParts || m.op == opReply && m.load != 0 {
+	if m.op >= opEnd || m.n > maxParts || frame[7] != 0 {
 		return message{}, errFrame
 	}
 	rest := frame[headerSize:]

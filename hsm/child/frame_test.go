@@ -20,7 +20,7 @@ func seeds() [][]byte {
 	failed := errorReply(unavailablef("gone"))
 	failed.id = 3
 	use := request(opUse, 7, make([]byte, 100))
-	use.id, use.load = 1<<40, 16
+	use.id = 1 << 40
 	return [][]byte{frameOf(open), frameOf(failed), frameOf(use), frameOf(request(opCheck, 0)), frameOf(request(opWrap, 0, nil, []byte("k"))),
 		frameOf(request(opGenerateHMAC, 1, joinList([][]byte{[]byte("a"), nil, []byte("b")})))}
 }
@@ -45,14 +45,14 @@ func TestFrame(t *testing.T) {
 	}
 	good := frameOf(request(opSign, 0, []byte("digest")))
 	for name, f := range map[string]func(b []byte){
-		"unknown op":      func(b []byte) { b[4] = byte(opEnd) },
-		"too many parts":  func(b []byte) { b[6] = maxParts + 1 },
-		"fewer parts":     func(b []byte) { b[6] = 0 },
-		"more parts":      func(b []byte) { b[6] = 2 },
-		"long part":       func(b []byte) { b[headerSize] = 0xff },
-		"load in a reply": func(b []byte) { b[4], b[7] = 0, 1 },
-		"short length":    func(b []byte) { b[3] = 3 },
-		"long length":     func(b []byte) { b[0] = 1 },
+		"unknown op":     func(b []byte) { b[4] = byte(opEnd) },
+		"too many parts": func(b []byte) { b[6] = maxParts + 1 },
+		"fewer parts":    func(b []byte) { b[6] = 0 },
+		"more parts":     func(b []byte) { b[6] = 2 },
+		"long part":      func(b []byte) { b[headerSize] = 0xff },
+		"reserved byte":  func(b []byte) { b[7] = 1 },
+		"short length":   func(b []byte) { b[3] = 3 },
+		"long length":    func(b []byte) { b[0] = 1 },
 	} {
 		b := bytes.Clone(good)
 		f(b)

@@ -77,11 +77,11 @@ func newLink(conn *os.File, slots int, limit time.Duration) (*link, error) {
 		return nil, unavailablef("%v", err)
 	}
 	l.w, err = newWriter(func(b []byte) ([]byte, error) { return tryWrite(raw, b) },
-		func(b []byte) error { _, err := conn.Write(b); return err })
+		func(b []byte) error { _, err := conn.Write(b); return err },
+		func() bool { return len(l.free) < slots-1 })
 	if err != nil {
 		return nil, err
 	}
-	l.w.yield = func() bool { return len(l.free) < slots-1 }
 	for i := range slots {
 		buf, err := secret.New(slotBuffer)
 		if err != nil {
@@ -232,7 +232,7 @@ func (l *link) occupy(s *slot, m *message, limit time.Duration) error {
 	l.seq++
 	l.users++
 	s.id, s.op, s.state, s.started, s.limit = l.seq<<indexBits|uint64(s.index), m.op, slotWaiting, time.Since(l.base), limit
-	m.id, m.load = s.id, byte(min(len(l.slots)-len(l.free), 255))
+	m.id = s.id
 	return nil
 }
 

@@ -193,31 +193,6 @@ func TestLinkRefuses(t *testing.T) {
 	}
 }
 
-// TestLead: a leader that takes long in a light call loses the lead, one that does
-// not keeps it.
-func TestLead(t *testing.T) {
-	stolen := make(chan struct{}, 1)
-	var l lead
-	l.init(func() { stolen <- struct{}{} })
-	defer l.end()
-	a, b := &worker{}, &worker{}
-	l.take(a)
-	l.begin(a)
-	<-stolen
-	l.take(b)
-	if l.done(a) {
-		t.Error("the lead has two holders")
-	}
-	l.begin(b)
-	if !l.done(b) {
-		t.Error("the lead was lost")
-	}
-	l.leave(a) // which has it no more
-	l.take(b)
-	l.leave(b)
-	l.take(a)
-}
-
 func TestLogWriter(t *testing.T) {
 	var out bytes.Buffer
 	now := time.Unix(0, 0)

@@ -47,12 +47,6 @@ func (r *reader) next() ([]byte, error) {
 	}
 }
 
-// buffered reports whether next has a frame without waiting.
-func (r *reader) buffered() bool {
-	n, err := frameLength(r.buf.Reveal()[r.from:r.to])
-	return err == nil && n > 0 && r.to-r.from >= n
-}
-
 // compact moves what is left to the front and wipes what was taken.
 func (r *reader) compact(b []byte) {
 	if r.from == 0 {

@@ -8,7 +8,6 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/conclave-kms/conclave/hsm"
 	"github.com/conclave-kms/conclave/kms/secret"
@@ -18,10 +17,11 @@ import (
 type server struct {
 	device *hsm.Device
 	w      *writer
-	lead   lead
-	r      *reader // the leader's
-	ended  error   // the leader's: nothing more comes
-	cost   [2 * opEnd]atomic.Int64
+	busy   atomic.Int32 // workers with a request
+
+	readMu sync.Mutex
+	r      *reader
+	ended  error // under readMu: nothing more comes
 
 	keysMu sync.RWMutex
 	keys   map[uint64]key
@@ -29,7 +29,6 @@ type server struct {
 
 // key is a loaded key by its closures.
 type key struct {
-	signer bool
 	use    use
 	unload func()
 }
@@ -37,27 +36,25 @@ type key struct {
 // serve opens the device that the first frame on conn names, answers requests and
 // ends, with the device closed, when the other side hangs up.
 func serve(conn *os.File) error {
-	w, err := newWriter(func(b []byte) ([]byte, error) { _, err := conn.Write(b); return nil, err }, nil)
-	if err != nil {
+	s := &server{keys: map[uint64]key{}}
+	var err error
+	if s.w, err = newWriter(func(b []byte) ([]byte, error) { _, err := conn.Write(b); return nil, err }, nil,
+		func() bool { return s.busy.Load() > 1 }); err != nil {
 		return err
 	}
-	r, err := newReader(conn)
-	if err != nil {
+	if s.r, err = newReader(conn); err != nil {
 		return err
 	}
-	s := &server{w: w, r: r, keys: map[uint64]key{}}
-	s.lead.init(w.flushPending)
 	sessions, err := s.open()
 	if err != nil {
 		return err
 	}
 	var wg sync.WaitGroup
-	for range sessions {
+	for range underWay * sessions {
 		wg.Go(s.work)
 	}
 	wg.Wait()
-	s.lead.end()
-	r.end()
+	s.r.end()
 	if err := s.device.Close(); err != nil {
 		return err
 	}
@@ -112,90 +109,46 @@ func parseOpening(m message) (hsm.Config, error) {
 		CallTimeout: l.timeout, MaxSessions: l.sessions, MaxLoaded: l.loaded}, nil
 }
 
-// light is how long a call may take, as a rule, to be made by the leader itself.
-const light = 100 * time.Microsecond
-
-// work takes one request after the other. One worker, the leader, waits for the next
-// frame. It makes light calls itself, since waking another goroutine would take as
-// long again, and leaves the lead to another worker for all others.
+// work takes one request after the other. One worker waits for the next frame, the
+// others are in the library or wait for their turn.
 func (s *server) work() {
 	buf, err := secret.New(slotBuffer)
 	if err != nil {
 		return
 	}
 	defer buf.Destroy()
-	me := &worker{}
-	held := 0 // replies that wait for more
 	for {
-		s.lead.take(me)
+		s.readMu.Lock()
 		frame, large, err := s.take(buf)
+		s.readMu.Unlock()
 		if err != nil {
-			s.lead.leave(me)
 			return
 		}
-		m, bad := parse(frame)
-		class := s.class(&m)
-		inline := bad == nil && s.cost[class].Load() < int64(light) && s.cost[class].Load() > 0
-		if inline {
-			s.lead.begin(me)
-		} else {
-			s.w.flushPending()
-			s.lead.leave(me)
+		s.busy.Add(1)
+		m, err := parse(frame)
+		reply := message{}
+		if err == nil {
+			reply, err = s.handle(&m)
 		}
-		reply := s.answer(&m, bad, class)
+		if err != nil {
+			reply = errorReply(err)
+		}
 		reply.op, reply.id = opReply, frameID(frame)
 		secret.Wipe(frame)
 		large.Destroy()
-		held++
-		// Half of the replies go out together, so that both processes have something to do.
-		more := inline && s.lead.done(me) && 2*held < int(m.load) && s.r.buffered()
-		err = s.w.put(context.Background(), &reply, more)
-		if !more {
-			held = 0
-		}
+		err = s.w.send(context.Background(), &reply)
 		for _, p := range reply.parts[:reply.n] {
 			secret.Wipe(p)
 		}
 		reply.held.Destroy()
+		s.busy.Add(-1)
 		if err != nil {
-			s.lead.leave(me)
 			return // the parent has gone
 		}
 	}
 }
 
-// class groups calls that take as long as one another.
-func (s *server) class(m *message) int {
-	if m.op != opUse {
-		return int(m.op)
-	}
-	s.keysMu.RLock()
-	defer s.keysMu.RUnlock()
-	if s.keys[m.key].signer {
-		return int(opEnd + m.op)
-	}
-	return int(m.op)
-}
-
-// answer makes the call and remembers how long it took.
-func (s *server) answer(m *message, bad error, class int) message {
-	if bad != nil {
-		return errorReply(bad)
-	}
-	begin := time.Now()
-	reply, err := s.handle(m)
-	if err != nil {
-		return errorReply(err)
-	}
-	took := max(int64(time.Since(begin)), 1)
-	if old := s.cost[class].Load(); old > 0 {
-		took = (7*old + took) / 8
-	}
-	s.cost[class].Store(took)
-	return reply
-}
-
-// take copies the next frame into buf, or into memory of its own. It is the leader's.
+// take copies the next frame into buf, or into memory of its own. It runs under readMu.
 func (s *server) take(buf *secret.Bytes) (frame []byte, large *secret.Bytes, err error) {
 	if s.ended != nil {
 		return nil, nil, s.ended
@@ -265,10 +218,10 @@ func (s *server) handleKey(ctx context.Context, m *message) (message, error) {
 	switch m.op {
 	case opLoadHMAC:
 		f, unload, err := s.device.LoadHMAC(ctx, m.parts[0])
-		return message{}, s.keep(m.key, key{false, f, unload}, err)
+		return message{}, s.keep(m.key, key{f, unload}, err)
 	case opLoadSigner:
 		f, unload, err := s.device.LoadSigner(ctx, curveOf(m.arg), m.parts[0])
-		return message{}, s.keep(m.key, key{true, f, unload}, err)
+		return message{}, s.keep(m.key, key{f, unload}, err)
 	case opUse:
 		s.keysMu.RLock()
 		k, ok := s.keys[m.key]
@@ -321,7 +274,6 @@ func (s *server) generate(ctx context.Context, m *message) (message, error) {
 		blobs, k.use, k.unload, err = s.device.GenerateHMAC(ctx, recipients)
 	} else {
 		var pub *ecdsa.PublicKey
-		k.signer = true
 		if blobs, pub, k.use, k.unload, err = s.device.GenerateSigner(ctx, curveOf(m.arg), recipients); err == nil {
 			public, err = pub.Bytes()
 		}

@@ -16,7 +16,7 @@ type writer struct {
 	write func(b []byte) (rest []byte, err error)
 	// writeAll waits. It runs on a goroutine of its own.
 	writeAll func(b []byte) error
-	// yield reports whether others are likely to add frames at once. It may be nil.
+	// yield reports whether others are likely to add frames at once.
 	yield func() bool
 
 	mu       sync.Mutex
@@ -28,8 +28,8 @@ type writer struct {
 	drained  chan struct{} // closed when there is room again; nil when nobody waits
 }
 
-func newWriter(write func([]byte) ([]byte, error), writeAll func([]byte) error) (*writer, error) {
-	w := &writer{write: write, writeAll: writeAll}
+func newWriter(write func([]byte) ([]byte, error), writeAll func([]byte) error, yield func() bool) (*writer, error) {
+	w := &writer{write: write, writeAll: writeAll, yield: yield}
 	for i := range w.buffers {
 		var err error
 		if w.buffers[i], err = secret.New(maxFrame); err != nil {
@@ -43,22 +43,13 @@ func newWriter(write func([]byte) ([]byte, error), writeAll func([]byte) error) 
 
 // send puts a frame on its way. It waits where the other side does not read. The
 // error is that of ctx, or says that nothing can be written any more.
-func (w *writer) send(ctx context.Context, m *message) error { return w.put(ctx, m, false) }
-
-// put is send. Where more comes soon, the frame waits for it.
-func (w *writer) put(ctx context.Context, m *message, more bool) error {
+func (w *writer) send(ctx context.Context, m *message) error {
 	size := m.size()
 	if size > maxFrame {
 		return errFrame
 	}
 	w.mu.Lock()
 	for w.err == nil && len(w.pending)+size > maxFrame {
-		if !w.flushing {
-			w.flushing = true
-			w.flush()
-			w.mu.Lock()
-			continue
-		}
 		if w.drained == nil {
 			w.drained = make(chan struct{})
 		}
@@ -76,29 +67,18 @@ func (w *writer) put(ctx context.Context, m *message, more bool) error {
 		return w.err
 	}
 	w.pending = m.append(w.pending)
-	if w.flushing || more {
+	if w.flushing {
 		w.mu.Unlock()
 		return nil
 	}
 	w.flushing = true
-	if w.yield != nil && w.yield() {
+	if w.yield() {
 		w.mu.Unlock()
 		runtime.Gosched() // others have frames to add
 		w.mu.Lock()
 	}
 	w.flush()
 	return nil
-}
-
-// flushPending sends what waits for more.
-func (w *writer) flushPending() {
-	w.mu.Lock()
-	if w.err != nil || w.flushing || len(w.pending) == 0 {
-		w.mu.Unlock()
-		return
-	}
-	w.flushing = true
-	w.flush()
 }
 
 // flush writes what is pending until nothing is, or leaves that to a goroutine where
