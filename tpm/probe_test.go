@@ -102,10 +102,29 @@ func TestProbeTPMInUse(t *testing.T) {
 		t.Errorf("the key in use: %v", err)
 	}
 
-	cfg := p.Config()
+	cfg := p.Config() // other keys than are asked for
+	cfg.PCRs = []int{7}
+	if r, err := tpm.Probe(t.Context(), cfg); err != nil || r.Root || !strings.Contains(r.Reason, "made without PCRs") {
+		t.Errorf("with PCRs: %v, %q, %v", r.Root, r.Reason, err)
+	}
+	cfg = p.Config()
 	cfg.Curve = ecdh.P256()
 	if r, err := tpm.Probe(t.Context(), cfg); err != nil || r.Root || !strings.Contains(r.Reason, "P-256") {
 		t.Errorf("another curve: %v, %q, %v", r.Root, r.Reason, err)
+	}
+}
+
+// TestProbePCRs probes a TPM whose keys are bound to registers.
+func TestProbePCRs(t *testing.T) {
+	p := tpmtest.New(t)
+	cfg := p.Config()
+	cfg.PCRs = []int{0, 7}
+	p.Open(cfg)
+	if r, err := tpm.Probe(t.Context(), cfg); err != nil || !r.Root || !r.Keys.Provisioned {
+		t.Errorf("%v, %q, %+v, %v", r.Root, r.Reason, r.Keys, err)
+	}
+	if r, err := tpm.Probe(t.Context(), p.Config()); err != nil || r.Root || !strings.Contains(r.Reason, "made with PCRs") {
+		t.Errorf("without the registers: %v, %q, %v", r.Root, r.Reason, err)
 	}
 }
 

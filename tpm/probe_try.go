@@ -45,6 +45,7 @@ func (p *prober) trials() []trial {
 		{nameSigner + "P-256", "ecdsa-p256 keys, level hardware", false, p.trySigner(ecdh.P256())},
 		{nameSigner + "P-384", "ecdsa-p384 keys, level hardware", false, p.trySigner(ecdh.P384())},
 		{"certify and quote", "attestation", false, p.tryAttest},
+		{"policy of registers", "device.pcrs", len(p.cfg.PCRs) > 0, p.tryPolicy},
 	}
 }
 
@@ -347,12 +348,56 @@ func (p *prober) tryAttest(c *conn) (string, error) {
 	return "works; no endorsement certificate in the TPM, so its maker vouches for nothing", nil
 }
 
+// tryPolicy reads registers and compares the policy that the TPM computes of them with
+// ours. That it can take approved values from an index is looked up alone: defining one
+// needs the owner.
+func (p *prober) tryPolicy(c *conn) (string, error) {
+	pcrs := p.cfg.PCRs
+	if len(pcrs) == 0 {
+		pcrs = []int{0, 2, 4, 7}
+	}
+	values, err := c.readPCRs(pcrs)
+	if err != nil {
+		return "", err
+	}
+	if len(values) != len(pcrs) {
+		return "", errors.New("the TPM does not keep the SHA-256 bank")
+	}
+	s, _, err := tpm2.PolicySession(c, p.suite.hash, 16, tpm2.Trial())
+	if err != nil {
+		return "", err
+	}
+	defer c.flush(s.Handle())
+	if _, err := (tpm2.PolicyPCR{PolicySession: s.Handle(), Pcrs: selectPCRs(pcrs)}).Execute(c); err != nil {
+		return "", err
+	}
+	got, err := (tpm2.PolicyGetDigest{PolicySession: s.Handle()}).Execute(c)
+	if err != nil {
+		return "", err
+	}
+	if want := p.suite.branch(pcrs, p.suite.pcrDigest(values)); !bytes.Equal(got.PolicyDigest.Buffer, want.Buffer) {
+		return "", errors.New("the TPM computes another policy of the registers than we do")
+	}
+	caps, err := c.capability(tpm2.TPMCapCommands, uint32(tpm2.TPMCCPolicyAuthorizeNV))
+	if err != nil {
+		return "", err
+	}
+	commands, err := caps.Command()
+	if err != nil {
+		return "", err
+	}
+	if len(commands.CommandAttributes) == 0 || tpm2.TPMCC(commands.CommandAttributes[0].CommandIndex) != tpm2.TPMCCPolicyAuthorizeNV {
+		return "", errors.New("TPM2_PolicyAuthorizeNV is not listed")
+	}
+	return "policies agree with ours; TPM2_PolicyAuthorizeNV is listed", nil
+}
+
 // keys looks at our handles.
 func (p *prober) keys(c *conn) error {
 	k := &p.report.Keys
 	k.Base, k.Curve = p.cfg.PersistentBase, p.suite.name
-	templates := (&Device{suite: p.suite}).keyTemplates()
-	for i, t := range templates {
+	d := &Device{cfg: p.cfg, suite: p.suite}
+	for i, t := range d.keyTemplates() {
 		o, err := c.readObject(tpm2.TPMHandle(p.cfg.PersistentBase) + tpm2.TPMHandle(i))
 		if handleMissing(err) {
 			k.Missing = append(k.Missing, t.what)
@@ -361,7 +406,7 @@ func (p *prober) keys(c *conn) error {
 		if err != nil {
 			return err
 		}
-		if err := p.suite.checkKey(t.what, o, t.template); err != nil {
+		if err := d.checkKey(t.what, o, t.template); err != nil {
 			k.Problem = strings.TrimPrefix(err.Error(), "tpm: ")
 			return nil
 		}

@@ -71,6 +71,7 @@ type deviceConfig struct {
 	SoftHSMConf  string   `toml:"softhsm_conf"`
 	SoftHSMConfs []string `toml:"softhsm_confs"`
 	Path         string   `toml:"path"`
+	PCRs         []int    `toml:"pcrs"`
 }
 
 // target is a device to look at: one of the two is set.
@@ -202,7 +203,7 @@ func (c deviceConfig) targets() ([]target, error) {
 	}
 	switch c.Type {
 	case "tpm":
-		return []target{{tpm: &tpm.Config{Path: c.Path, Curve: curve, CallTimeout: timeout}}}, nil
+		return []target{{tpm: &tpm.Config{Path: c.Path, PCRs: c.PCRs, Curve: curve, CallTimeout: timeout}}}, nil
 	case "pkcs11":
 		var list []target
 		uris := c.URIs

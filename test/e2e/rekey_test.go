@@ -320,9 +320,27 @@ func TestRekeyToAnotherToken(t *testing.T) {
 	r.configure(de, func(c string) string { return c[:strings.Index(c, "[device]")] + "[device]\n" + table })
 	r.restart(de)
 	r.serves("de")
-	r.rotate("coalition", "data", 3)
-	r.rotate(r.hard.name, "data", 2)
+	for ring, version := range map[string]uint32{"coalition": 3, r.hard.name: 2} {
+		r.hard.proven(r.rotate(ring, "data", version))
+	}
 	r.serves("de")
+	r.provenReplacement(de)
+}
+
+// provenReplacement verifies the evidence of the proposal that gave a node its root.
+func (r *rekeyed) provenReplacement(n *harness.Node) {
+	r.t.Helper()
+	all, err := r.client("fr", "operator").Proposals(r.t.Context())
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for _, p := range all {
+		if p.Content.Target == "node/"+n.ID {
+			r.hard.proven(p)
+			return
+		}
+	}
+	r.t.Fatal("the proposal of the replacement is gone")
 }
 
 // TestRekeyFromDeadTPM gives jp an HSM in the place of a TPM that is dead before
@@ -354,7 +372,8 @@ func TestRekeyFromDeadTPM(t *testing.T) {
 	if n := r.node("jp-1"); !strings.Contains(n.Device, "SoftHSM") || n.Attested {
 		t.Errorf("jp's device is said to be %q, attested %v", n.Device, n.Attested)
 	}
-	r.rotate("coalition", "data", 3)
+	r.hard.proven(r.rotate("coalition", "data", 3))
 	r.restart(jp)
 	r.serves("jp")
+	r.provenReplacement(jp)
 }
