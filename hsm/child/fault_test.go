@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -16,6 +17,7 @@ import (
 	"github.com/conclave-kms/conclave/hsm/child"
 	"github.com/conclave-kms/conclave/hsm/child/shimtest"
 	"github.com/conclave-kms/conclave/hsm/hsmtest"
+	"github.com/miekg/pkcs11"
 )
 
 // shimmed is a provisioned token behind a module that misbehaves on command.
@@ -383,4 +385,108 @@ func TestProcess(t *testing.T) {
 			t.Errorf("core dumps are possible: %s", line)
 		}
 	}
+}
+
+// TestParentDies: a node that is killed takes the process with it, a busy one too.
+func TestParentDies(t *testing.T) {
+	_, cfg, shim := shimmed(t)
+	for _, busy := range []bool{false, true} {
+		cmd := exec.CommandContext(t.Context(), os.Args[0], parentArgument, cfg.URI, cfg.PINFile, cfg.SoftHSMConf)
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		var pid int
+		if _, err := fmt.Fscan(out, &pid); err != nil {
+			t.Fatal(err)
+		}
+		if busy {
+			shim.Hang(t, "*")
+		}
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		_ = cmd.Wait() // it was killed
+		eventually(t, "the process ends", func() error {
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+			if err != nil || strings.Contains(string(b), ") Z ") {
+				return nil
+			}
+			return errors.New(string(b))
+		})
+		shim.Behave(t)
+	}
+}
+
+// TestNewPIN: the PIN is changed in the token and then in its file. What was refused
+// is not sent again.
+func TestNewPIN(t *testing.T) {
+	tok, cfg := provisioned(t)
+	d, log := open(t, cfg)
+	setPIN(t, tok, "654321-new")
+	if err := syscall.Kill(d.PID(), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the old PIN is refused", func() error {
+		if err := d.Check(context.Background()); !errors.Is(err, hsm.ErrPIN) {
+			return fmt.Errorf("%w; %s", err, log)
+		}
+		return nil
+	})
+	starts := strings.Count(log.String(), "does not start")
+	if err := os.WriteFile(tok.PINFile, []byte("654321-new\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "recovery", func() error { return d.Check(context.Background()) })
+	if starts != 1 || strings.Count(log.String(), "does not start") != 1 {
+		t.Errorf("started more than once with the old PIN: %s", log)
+	}
+}
+
+// setPIN changes the user PIN of the token behind the device's back.
+func setPIN(t *testing.T, tok *hsmtest.Token, pin string) {
+	t.Helper()
+	u, err := hsm.ParseURI(tok.URI) // the copy of the library for this process
+	if err != nil {
+		t.Fatal(err)
+	}
+	old, err := os.ReadFile(tok.PINFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("SOFTHSM2_CONF", tok.ConfFile)
+	p11 := pkcs11.New(u.ModulePath)
+	if p11 == nil {
+		t.Fatal("the library cannot be loaded")
+	}
+	defer p11.Destroy()
+	if err := p11.Initialize(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = p11.Finalize() }() // nothing is open
+	slots, err := p11.GetSlotList(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, slot := range slots {
+		info, err := p11.GetTokenInfo(slot)
+		if err != nil || info.Label != tok.Label {
+			continue
+		}
+		s, err := p11.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := p11.Login(s, pkcs11.CKU_USER, strings.TrimSpace(string(old))); err != nil {
+			t.Fatal(err)
+		}
+		if err := p11.SetPIN(s, strings.TrimSpace(string(old)), pin); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	t.Fatal("the token is not there")
 }

@@ -21,7 +21,22 @@ import (
 	"github.com/conclave-kms/conclave/kms/secret"
 )
 
-const childArgument = "hsm-child"
+const (
+	childArgument  = "hsm-child"
+	parentArgument = "parent"
+)
+
+// parent is a node that opens a device, says which process it is in, and lives until
+// it is killed.
+func parent(cfg hsm.Config) {
+	d, err := openChild(cfg)
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	fmt.Println(d.PID())
+	select {}
+}
 
 // TestMain makes the test program its own child process.
 func TestMain(m *testing.M) {
@@ -31,6 +46,9 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		os.Exit(0)
+	}
+	if len(os.Args) == 5 && os.Args[1] == parentArgument {
+		parent(hsm.Config{URI: os.Args[2], PINFile: os.Args[3], SoftHSMConf: os.Args[4]})
 	}
 	goleak.VerifyTestMain(m)
 }
