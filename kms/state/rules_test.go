@@ -319,6 +319,12 @@ func TestGenesisRefused(t *testing.T) {
 		"policy changed alone": func(g *state.Genesis) {
 			g.Policies[0].Rules[3] = approval.Rule{Action: kms.ActionPolicy, Direct: []string{"operator"}}
 		},
+		"root replaced alone": func(g *state.Genesis) {
+			g.Policies[0].Rules[2] = approval.Rule{Action: kms.ActionNode, Direct: []string{"operator"}}
+		},
+		"root number":       func(g *state.Genesis) { g.Nodes[1].Root = 2 },
+		"node's revision":   func(g *state.Genesis) { g.Nodes[1].Revision = 0 },
+		"import without":    func(g *state.Genesis) { g.Nodes[1].ImportKind = "" },
 		"required site":     func(g *state.Genesis) { g.Policies[1].Rules[5].Required = []string{"xx"} },
 		"policy's revision": func(g *state.Genesis) { g.Policies[1].Revision = 7 },
 		"access":            func(g *state.Genesis) { g.Access = make([]byte, state.MaxAccess+1) },
