@@ -13,10 +13,8 @@ import (
 	"github.com/conclave-kms/conclave/hsm/hsmtest"
 )
 
-type macFunc = func(ctx context.Context, message []byte) ([]byte, error)
-
 // BenchmarkIsolation compares the rate of MACs of 100 bytes, what a message of format
-// 1 needs of the device, in this process and through a child process, at several
+// 1 needs of the device, and of ECDH on P-384, in this process and through a child process, at several
 // numbers of callers. The two take turns in short spans, so that what else the
 // machine does hits both; the medians are reported. Run it with -benchtime 30x.
 func BenchmarkIsolation(b *testing.B) {
@@ -36,18 +34,27 @@ func BenchmarkIsolation(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer unloadThere()
-	for _, callers := range []int{1, 4, 16, 64} {
-		b.Run(fmt.Sprint(callers), func(b *testing.B) {
-			var in, out, cost []float64
-			for b.Loop() {
-				x, y := rate(b, here, callers), rate(b, there, callers)
-				in, out, cost = append(in, x), append(out, y), append(cost, 100*(1-y/x))
-			}
-			b.ReportMetric(median(in), "in-process/s")
-			b.ReportMetric(median(out), "child/s")
-			b.ReportMetric(median(cost), "cost-%")
-			b.ReportMetric(0, "ns/op")
-		})
+	message := make([]byte, 100)
+	for _, x := range []struct {
+		name      string
+		here, out func() error
+	}{
+		{"MAC", func() error { _, err := here(ctx, message); return err }, func() error { _, err := there(ctx, message); return err }},
+		{"ECDH", func() error { _, err := inside.ECDH(ctx, inside.AgreementKey()); return err }, func() error { _, err := outside.ECDH(ctx, inside.AgreementKey()); return err }},
+	} {
+		for _, callers := range []int{1, 4, 16, 64} {
+			b.Run(fmt.Sprint(x.name, "/", callers), func(b *testing.B) {
+				var in, out, cost []float64
+				for b.Loop() {
+					i, o := rate(b, x.here, callers), rate(b, x.out, callers)
+					in, out, cost = append(in, i), append(out, o), append(cost, 100*(1-o/i))
+				}
+				b.ReportMetric(median(in), "in-process/s")
+				b.ReportMetric(median(out), "child/s")
+				b.ReportMetric(median(cost), "cost-%")
+				b.ReportMetric(0, "ns/op")
+			})
+		}
 	}
 }
 
@@ -56,17 +63,16 @@ func median(all []float64) float64 {
 	return all[len(all)/2]
 }
 
-// rate is how many MACs a second so many callers get in a short span.
-func rate(b *testing.B, mac macFunc, callers int) float64 {
+// rate is how many calls a second so many callers get in a short span.
+func rate(b *testing.B, f func() error, callers int) float64 {
 	const span = 100 * time.Millisecond
-	message := make([]byte, 100)
 	var n atomic.Int64
 	var wg sync.WaitGroup
 	begin := time.Now()
 	for range callers {
 		wg.Go(func() {
 			for time.Since(begin) < span {
-				if _, err := mac(context.Background(), message); err != nil {
+				if err := f(); err != nil {
 					b.Error(err)
 					return
 				}
