@@ -63,9 +63,7 @@ func (f fault) run(w *world) {
 	}
 	for _, s := range stocks {
 		s.rotate()
-		if f.effect == harmless {
-			s.intact()
-		} else {
+		if f.effect != harmless {
 			s.refuses(f.api, f.effect == unready)
 		}
 	}
@@ -73,6 +71,7 @@ func (f fault) run(w *world) {
 		s.othersServe()
 		if f.effect == harmless {
 			s.whole(recovery)
+			s.intact()
 		} else {
 			s.halfWay()
 		}
