@@ -128,7 +128,7 @@ func (d *Device) launch(ctx context.Context) (*generation, identity, error) {
 	}
 	g := &generation{p: p, ended: make(chan struct{})}
 	if g.link, err = newLink(p.conn, underWay*d.slots, d.timeout); err == nil {
-		g.hung = func(o op) { g.kill(fmt.Sprintf("it was killed because a call (%s) hung in the library", opNames[o])) }
+		g.hopeless = g.kill
 		g.note = d.notice
 		err = g.link.start(g.lost)
 	}
@@ -136,6 +136,9 @@ func (d *Device) launch(ctx context.Context) (*generation, identity, error) {
 		p.kill()
 		<-p.exited
 		p.conn.Close()
+		if g.link != nil {
+			g.link.destroy()
+		}
 		return nil, identity{}, err
 	}
 	go func() {

@@ -2,6 +2,8 @@ package child
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -21,20 +23,22 @@ type link struct {
 	free  chan *slot
 	gone  chan struct{} // closed when dead is set
 
-	limit time.Duration   // for an answer
-	hung  func(op op)     // a call is past limit and grace; called once
-	note  func(err error) // sees every error that the child reports
-	base  time.Time       // for slot.started
-	wg    sync.WaitGroup  // receiver and watchdog
-	stop  chan struct{}   // ends the watchdog
+	limit    time.Duration    // for an answer
+	hopeless func(why string) // nothing but another process helps; called once
+	note     func(err error)  // sees every error that the child reports
+	base     time.Time        // for slot.started
+	wg       sync.WaitGroup   // receiver and watchdog
+	stop     chan struct{}    // ends the watchdog
 
-	useful atomic.Bool // a call was answered
+	useful    atomic.Bool   // a call was answered
+	sickLimit time.Duration // the constant, but in tests
+	sick      atomic.Int64  // since base: the first failure of the device after its last success; 0: none
 
 	mu    sync.Mutex
 	seq   uint64
 	users int // calls and receiver that still touch the memory
 	dead  error
-	given bool // hung was called
+	given bool // hopeless was called
 }
 
 // slot is room for one call under way.
@@ -71,7 +75,7 @@ const (
 // newLink takes conn, a non-blocking stream, over.
 func newLink(conn *os.File, slots int, limit time.Duration) (*link, error) {
 	l := &link{conn: conn, limit: limit, free: make(chan *slot, slots), gone: make(chan struct{}), stop: make(chan struct{}),
-		base: time.Now(), users: 1, hung: func(op) {}, note: func(error) {}}
+		base: time.Now(), users: 1, hopeless: func(string) {}, sickLimit: sickLimit, note: func(error) {}}
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return nil, unavailablef("%v", err)
@@ -247,15 +251,43 @@ func (l *link) read(s *slot, take func(message) error) error {
 			return unavailablef("%s: the PKCS#11 process answered with a malformed frame", opNames[s.op])
 		}
 		l.note(err)
+		if errors.Is(err, hsm.ErrUnavailable) && s.op != opOpen {
+			l.ails()
+		}
 		return err
 	}
 	if s.op != opOpen {
 		l.useful.Store(true)
+		l.sick.Store(0)
 	}
 	if take == nil {
 		return nil
 	}
 	return take(reply)
+}
+
+// sickLimit is how long the device may fail without a success in between before its
+// process is ended. A new one may find what this one has lost: a library in which a
+// health check hangs does not initialise again.
+const sickLimit = 10 * time.Second
+
+// ails notes that the device has failed.
+func (l *link) ails() {
+	now := max(time.Since(l.base), 1)
+	if l.sick.CompareAndSwap(0, int64(now)) || now-time.Duration(l.sick.Load()) < l.sickLimit {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.giveUp("it was ended because the device has failed for " + l.sickLimit.String())
+}
+
+// giveUp asks for another process, once. It runs under mu.
+func (l *link) giveUp(why string) {
+	if !l.given {
+		l.given = true
+		go l.hopeless(why)
+	}
 }
 
 // desert leaves a call in the given state to itself. It reports false when the call
@@ -363,9 +395,8 @@ func (l *link) look(now time.Duration) {
 			s.state = slotOverdue
 			s.done <- unavailablef("%s: no answer within %v", opNames[s.op], s.limit)
 		}
-		if age > s.limit+grace(s.limit) && !l.given {
-			l.given = true
-			go l.hung(s.op)
+		if age > s.limit+grace(s.limit) {
+			l.giveUp(fmt.Sprintf("it was killed because a call (%s) hung in the library", opNames[s.op]))
 		}
 	}
 }

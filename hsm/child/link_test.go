@@ -138,15 +138,15 @@ func TestLinkDeserted(t *testing.T) {
 // other side counts as hung.
 func TestLinkOverdue(t *testing.T) {
 	l, other := pair(t, 2, 100*time.Millisecond)
-	hung := make(chan op, 1)
+	hung := make(chan string, 1)
 	l.mu.Lock()
-	l.hung = func(o op) { hung <- o }
+	l.hopeless = func(why string) { hung <- why }
 	l.mu.Unlock()
 	if err := l.call(context.Background(), request(opWrap, 0), 100*time.Millisecond, nil); !errors.Is(err, hsm.ErrUnavailable) || !strings.Contains(err.Error(), "no answer within") {
 		t.Error(err)
 	}
-	if o := <-hung; o != opWrap {
-		t.Errorf("op %d hangs", o)
+	if why := <-hung; !strings.Contains(why, "a call (wrap) hung") {
+		t.Error(why)
 	}
 	r, err := newReader(other)
 	if err != nil {
@@ -160,6 +160,50 @@ func TestLinkOverdue(t *testing.T) {
 	answer(t, other, nextRequest(t, r).id, nil)
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+// TestLinkSick: a device that fails for long, with no success in between, needs
+// another process.
+func TestLinkSick(t *testing.T) {
+	l, other := pair(t, 1, time.Minute)
+	given := make(chan string, 1)
+	l.mu.Lock()
+	l.hopeless = func(why string) { given <- why }
+	l.mu.Unlock()
+	r, err := newReader(other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.end()
+	call := func(reply message) {
+		t.Helper()
+		done := make(chan error)
+		go func() { done <- l.call(context.Background(), request(opSign, 0), time.Minute, nil) }()
+		reply.id = nextRequest(t, r).id
+		if _, err := other.Write(frameOf(reply)); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; (err == nil) != (reply.arg == 0) {
+			t.Fatal(err)
+		}
+	}
+	failure := errorReply(unavailablef("the token has gone"))
+	l.sickLimit = time.Hour
+	call(failure)
+	call(failure)
+	l.sickLimit = 0
+	call(request(opReply, 0))
+	call(failure) // the first one
+	call(errorReply(invalidf("a bad argument")))
+	select {
+	case why := <-given:
+		t.Fatal(why)
+	default:
+	}
+	call(failure)
+	if why := <-given; !strings.Contains(why, "the device has failed for") {
+		t.Error(why)
 	}
 }
 
