@@ -368,6 +368,9 @@ func TestProcess(t *testing.T) {
 			t.Errorf("%s has the PIN or the token", file)
 		}
 	}
+	if name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", d.PID())); err != nil || string(name) != "conclaved-hsm\n" {
+		t.Errorf("its name is %q, %v", name, err)
+	}
 	st, err := os.Stat(fmt.Sprintf("/proc/%d/mem", d.PID()))
 	if err != nil {
 		t.Fatal(err)

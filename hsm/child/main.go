@@ -39,10 +39,10 @@ func harden() error {
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return fmt.Errorf("disable core dumps: %w", err)
 	}
+	_ = os.WriteFile("/proc/self/comm", []byte("conclaved-hsm"), 0) // for ps and top; a help only
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return fmt.Errorf("close the memory to other processes: %w", err)
 	}
-	setName("conclaved-hsm")
 	// The parent decides when this process ends. A terminal and a service manager
 	// send these to both.
 	signal.Ignore(unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
@@ -57,13 +57,6 @@ func harden() error {
 	debug.SetGCPercent(800) // the live heap is a few MiB: collect less often
 	debug.SetMemoryLimit(64 << 20)
 	return nil
-}
-
-// setName names the process for ps and top, 15 bytes at most. It is a help only.
-func setName(name string) {
-	if p, err := unix.BytePtrFromString(name); err == nil {
-		_ = unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(p)), 0, 0, 0)
-	}
 }
 
 // defaultAction takes a signal away from the Go runtime, whose handler would print
