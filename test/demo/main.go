@@ -73,7 +73,7 @@ func programs(ctx context.Context, dir string) (harness.Binaries, func(), error)
 func (s *story) tell(ctx context.Context) error {
 	fmt.Println("Conclave: keys that several nations share, and that none of them can change alone.")
 	for _, chapter := range []func(context.Context) error{
-		s.found, s.connect, s.keys, s.share, s.residency, s.rotate, s.after, s.operations, s.evidence, s.retry, s.suspend, s.kill,
+		s.found, s.connect, s.keys, s.share, s.residency, s.rotate, s.after, s.operations, s.evidence, s.retry, s.suspend, s.hardware, s.kill,
 	} {
 		if err := chapter(ctx); err != nil {
 			return err

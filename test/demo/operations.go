@@ -124,7 +124,7 @@ func (s *story) createAt(ctx context.Context, node string, req wire.CreateKeyReq
 }
 
 func (s *story) kill(ctx context.Context) error {
-	s.chapter("11. The leader dies",
+	s.chapter("12. The leader dies",
 		"The leader's process is killed in the middle of its work. The two others elect another,",
 		"and meanwhile go on encrypting and decrypting by themselves.")
 	var dead *harness.Node
