@@ -150,6 +150,7 @@ func activate(t *testing.T, d *tpm.Device, ev tpm.Evidence) {
 }
 
 func TestAttest(t *testing.T) {
+	t.Parallel()
 	onBothCurves(t, func(t *testing.T, d *tpm.Device) {
 		qualifying := make([]byte, 32)
 		rand.Read(qualifying)
@@ -177,6 +178,7 @@ func TestAttest(t *testing.T) {
 // TestEndorsementKeys attests with each endorsement key that there may be: the
 // persistent ones, those made again from the seed, and one without certificate.
 func TestEndorsementKeys(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	cfg := p.Config()
 	d := p.Open(cfg)
@@ -231,6 +233,7 @@ func TestEndorsementKeys(t *testing.T) {
 }
 
 func TestActivateRefuses(t *testing.T) {
+	t.Parallel()
 	p, q := tpmtest.New(t), tpmtest.New(t)
 	d, other := p.Open(p.Config()), q.Open(q.Config())
 	ev, err := d.Attest(t.Context(), []byte("q"))
@@ -279,6 +282,7 @@ func TestActivateRefuses(t *testing.T) {
 // TestNoAttestationKey: a TPM that an earlier version provisioned works without
 // one, says so when asked to attest, and Provision adds it.
 func TestNoAttestationKey(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	cfg := p.Config()
 	if err := tpm.Provision(t.Context(), cfg); err != nil {

@@ -22,6 +22,7 @@ type conn struct {
 	link     link
 	deadline time.Time
 	err      error    // the first transport error
+	late     error    // what took too long, if anything did
 	seen     [][]byte // responses, wiped at the end: go-tpm decrypts in place
 }
 
@@ -44,12 +45,15 @@ func (c *conn) Send(cmd []byte) ([]byte, error) {
 			return rsp, nil
 		}
 		if time.Until(c.deadline) < pause {
+			c.late = errPutOff
 			return rsp, nil
 		}
 		time.Sleep(pause)
 		pause = min(2*pause, retryMax)
 	}
 }
+
+var errPutOff = errors.New("the TPM put a command off until the time was up")
 
 func putOff(rsp []byte) bool {
 	switch tpm2.TPMRC(binary.BigEndian.Uint32(rsp[6:])) {
@@ -62,6 +66,9 @@ func putOff(rsp []byte) bool {
 // fail makes the connection unusable: the device must reconnect.
 func (c *conn) fail(err error) {
 	if c.err == nil {
+		if tooLate(err) {
+			c.late = err
+		}
 		c.err = unavailable("no answer from the TPM: %v (check that the device exists and that this user may open it; for swtpm, that it runs)", err)
 	}
 }

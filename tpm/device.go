@@ -16,7 +16,8 @@ import (
 
 // Device is an opened TPM. It is safe for concurrent use; the TPM executes one
 // call at a time. A call waits at most the configured CallTimeout for its turn
-// and at most CallTimeout for the TPM.
+// and at most CallTimeout for the TPM. After a call that the TPM let wait that
+// long, calls are refused at once with ErrUnavailable until it answers a probe.
 type Device struct {
 	cfg   Config
 	suite *suite
@@ -42,6 +43,9 @@ type Device struct {
 	// hung one fail with it and do not wait for it again one after another.
 	failures uint64
 	seenFail chan uint64 // holds the latest value of failures
+
+	breaker breaker
+	probe   func(*conn) error // what Check asks, and the probes of a TPM that hangs
 }
 
 // Open finds the keys that Provision made, checks their public areas, checks
@@ -85,6 +89,7 @@ func newDevice(cfg Config, asOwner bool) (*Device, error) {
 	}
 	d.turn <- struct{}{}
 	d.seenFail <- 0
+	d.probe = d.check
 	return d, nil
 }
 
@@ -220,21 +225,33 @@ func (d *Device) Describe() string { return d.description }
 // Check reports whether the TPM answers, is still the one that was opened and is
 // still protected by owner and lockout authorization, and whether the registers of
 // Config.PCRs hold approved values. A TPM whose own self-test
-// failed answers nothing of this.
+// failed answers nothing of this. Check asks the TPM also while other calls are refused
+// because it hung; an answer ends that.
 func (d *Device) Check(ctx context.Context) error {
-	return d.run(ctx, "check", func(c *conn) error {
-		if err := d.sameKeys(c); err != nil {
-			return err
-		}
-		if err := d.checkHierarchies(c); err != nil || len(d.cfg.PCRs) == 0 {
-			return err
-		}
-		return d.withPolicy(c, encryptIn(), func(tpm2.Session) error { return nil })
-	})
+	_, err := do(ctx, d, call[struct{}]{op: "check", always: true, fn: d.probing})
+	return err
+}
+
+func (d *Device) probing(c *conn) (struct{}, error) { return struct{}{}, d.probe(c) }
+
+// probeHung probes a TPM that hangs. What comes of it is noted by attemptOnce.
+func (d *Device) probeHung(ctx context.Context) {
+	_, _ = do(ctx, d, call[struct{}]{op: "probe", always: true, fn: d.probing})
+}
+
+func (d *Device) check(c *conn) error {
+	if err := d.sameKeys(c); err != nil {
+		return err
+	}
+	if err := d.checkHierarchies(c); err != nil || len(d.cfg.PCRs) == 0 {
+		return err
+	}
+	return d.withPolicy(c, encryptIn(), func(tpm2.Session) error { return nil })
 }
 
 // Close tells the TPM that it may lose power, and lets go of it. It waits for
-// the call in progress. Later calls fail with ErrUnavailable.
+// the call in progress. Later calls fail with ErrUnavailable. A TPM that hangs is
+// told nothing, which is an error.
 func (d *Device) Close() error {
 	err := d.run(context.Background(), "close", func(c *conn) error {
 		d.letGo(c)
@@ -253,6 +270,7 @@ var errClosed = fmt.Errorf("tpm: %w: the device is closed", ErrUnavailable)
 // abandon closes the device without talking to the TPM. A call in progress
 // ends by its deadline, so the wait for the turn is bounded.
 func (d *Device) abandon() {
+	d.breaker.end()
 	<-d.turn
 	if !d.closed {
 		d.closed = true
@@ -261,6 +279,7 @@ func (d *Device) abandon() {
 		d.auth.destroy()
 	}
 	d.turn <- struct{}{}
+	d.breaker.probes.Wait()
 }
 
 // call is one use of the TPM.
@@ -269,6 +288,8 @@ type call[T any] struct {
 	fn    func(*conn) (T, error) // may run twice
 	drop  func(T)                // gets a result that nobody waits for any more
 	after func()                 // runs when fn will not run again
+
+	always bool // also while the breaker is open
 }
 
 // do runs a call with the TPM to itself. When ctx ends first the caller
@@ -278,7 +299,7 @@ func do[T any](ctx context.Context, d *Device, k call[T]) (T, error) {
 	if k.after == nil {
 		k.after = func() {}
 	}
-	if err := d.acquire(ctx, k.op); err != nil {
+	if err := d.acquire(ctx, k.op, k.always); err != nil {
 		k.after()
 		return zero, err
 	}
@@ -318,10 +339,13 @@ func ended(ctx context.Context, op string) error {
 	return fmt.Errorf("tpm: %s: %w: %w", op, ErrUnavailable, ctx.Err())
 }
 
-// acquire waits for the turn.
-func (d *Device) acquire(ctx context.Context, op string) error {
+// acquire waits for the turn. Unless always is set, it does not where the TPM hangs.
+func (d *Device) acquire(ctx context.Context, op string, always bool) error {
 	if ctx.Err() != nil {
 		return ended(ctx, op)
+	}
+	if err := d.breaker.refusal(op); err != nil && !always {
+		return err
 	}
 	before := <-d.seenFail
 	d.seenFail <- before
@@ -334,15 +358,19 @@ func (d *Device) acquire(ctx context.Context, op string) error {
 	case <-timer.C:
 		return fmt.Errorf("tpm: %s: %w: waited %v for other calls", op, ErrUnavailable, d.cfg.CallTimeout)
 	}
+	refused := d.breaker.refusal(op)
 	switch {
 	case d.closed:
-		d.turn <- struct{}{}
-		return errClosed
+		refused = errClosed
 	case d.failures != before:
-		d.turn <- struct{}{}
-		return fmt.Errorf("tpm: %s: %w: the connection was lost while waiting", op, ErrUnavailable)
+		refused = fmt.Errorf("tpm: %s: %w: the connection was lost while waiting", op, ErrUnavailable)
+	case always:
+		refused = nil
 	}
-	return nil
+	if refused != nil {
+		d.turn <- struct{}{}
+	}
+	return refused
 }
 
 // attempt runs fn on a connection, and once more if the TPM turns out to have
@@ -359,6 +387,7 @@ func attempt[T any](d *Device, fn func(*conn) (T, error)) (T, error) {
 func attemptOnce[T any](d *Device, deadline time.Time, fn func(*conn) (T, error)) (v T, err error) {
 	c := &conn{link: d.link, deadline: deadline}
 	defer c.wipe()
+	defer func() { d.breaker.note(c.late, d.probeHung) }()
 	if err := d.link.open(deadline); err != nil {
 		c.fail(err)
 		d.lost()

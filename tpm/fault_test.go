@@ -90,6 +90,7 @@ func everything(ctx context.Context, d *tpm.Device) error {
 }
 
 func TestNoLeftovers(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	cfg := p.Config()
 	before := loaded(t, cfg)
@@ -166,6 +167,7 @@ func TestKilled(t *testing.T) {
 // TestKilledDuringCalls: calls in progress fail with ErrUnavailable and no other
 // error, and all works again afterwards.
 func TestKilledDuringCalls(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	d := p.Open(p.Config())
 	started, stop := make(chan struct{}, 8), make(chan struct{})
@@ -218,17 +220,20 @@ func eventually(t *testing.T, try func() error) {
 	}
 }
 
+// provisioned opens a TPM with a short CallTimeout that would not do for making keys.
+func provisioned(p *tpmtest.TPM, cfg tpm.Config) *tpm.Device {
+	_ = p.Open(p.Config()).Close()
+	return p.Open(cfg)
+}
+
 // TestHung: no call waits for a frozen TPM beyond its deadline, queued calls
-// fail with the one they wait for, and the TPM is used again when it goes on.
+// fail with the one they wait for, later ones at once, and the TPM is used again
+// when it goes on.
 func TestHung(t *testing.T) {
 	p := tpmtest.New(t)
 	cfg := p.Config()
 	cfg.CallTimeout = time.Second
-	d := p.Open(p.Config())
-	if err := d.Close(); err != nil {
-		t.Fatal(err)
-	}
-	d = p.Open(cfg)
+	d := provisioned(p, cfg)
 	blob := mustWrap(t, d, nil, []byte("key"))
 
 	p.Stop()
@@ -248,6 +253,16 @@ func TestHung(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
 	defer cancel()
 	start = time.Now()
+	for range 100 {
+		err := d.Random(t.Context(), make([]byte, 8))
+		if !errors.Is(err, tpm.ErrUnavailable) || !strings.Contains(err.Error(), "the TPM hangs") {
+			t.Fatalf("after the hung calls: %v, want a refusal that names the cause", err)
+		}
+	}
+	if took := time.Since(start); took > cfg.CallTimeout*9/10 {
+		t.Errorf("100 refusals took %v", took)
+	}
+	start = time.Now()
 	err := d.Check(ctx)
 	if !errors.Is(err, tpm.ErrUnavailable) || !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("the caller's deadline: %v", err)
@@ -257,7 +272,10 @@ func TestHung(t *testing.T) {
 	}
 
 	p.Cont()
-	eventually(t, func() error { return everything(t.Context(), d) })
+	eventually(t, func() error { return d.Check(t.Context()) }) // the one before may still be under way
+	if err := everything(t.Context(), d); err != nil {
+		t.Errorf("after the first answer: %v", err)
+	}
 	if n := loaded(t, cfg); n != 0 {
 		t.Errorf("%d transient objects and sessions are left", n)
 	}
@@ -265,10 +283,9 @@ func TestHung(t *testing.T) {
 
 func TestCloseWhileHung(t *testing.T) {
 	p := tpmtest.New(t)
-	p.Open(p.Config())
 	cfg := p.Config()
 	cfg.CallTimeout = time.Second
-	d := p.Open(cfg)
+	d := provisioned(p, cfg)
 	p.Stop()
 	if err := d.Close(); !errors.Is(err, tpm.ErrUnavailable) {
 		t.Errorf("Close: %v, want ErrUnavailable", err)
@@ -285,14 +302,15 @@ func TestCloseWhileHung(t *testing.T) {
 }
 
 func TestConcurrent(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	cfg := p.Config()
 	cfg.CallTimeout = time.Minute
 	d := p.Open(cfg)
 	var wg sync.WaitGroup
-	for range 32 {
+	for range 16 {
 		wg.Go(func() {
-			for range 3 {
+			for range 2 {
 				if err := everything(context.Background(), d); err != nil {
 					t.Error(err)
 					return
@@ -308,6 +326,7 @@ func TestConcurrent(t *testing.T) {
 
 // TestTwoDevices: two processes may share one software TPM.
 func TestTwoDevices(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	a, b := p.Open(p.Config()), p.Open(p.Config())
 	var wg sync.WaitGroup

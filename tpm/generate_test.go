@@ -54,6 +54,7 @@ func sameMACs(t *testing.T, a, b keyFunc) {
 // TestGenerateHMAC generates for several TPMs; each recipient's blob opens there
 // and nowhere else, and all have one key.
 func TestGenerateHMAC(t *testing.T) {
+	t.Parallel()
 	for _, curve := range []ecdh.Curve{ecdh.P384(), ecdh.P256()} {
 		p, q := tpmtest.New(t), tpmtest.New(t)
 		cfg, otherCfg := p.Config(), q.Config()
@@ -99,6 +100,7 @@ func TestGenerateHMAC(t *testing.T) {
 }
 
 func TestGenerateSigner(t *testing.T) {
+	t.Parallel()
 	p, q := tpmtest.New(t), tpmtest.New(t)
 	d, other := p.Open(p.Config()), q.Open(q.Config())
 	for _, curve := range []elliptic.Curve{elliptic.P256(), elliptic.P384()} {
@@ -125,6 +127,7 @@ func TestGenerateSigner(t *testing.T) {
 // TestGenerateMany uses both levels of the policy; a recipient in the last group
 // opens its blob, and after a restart the generator's own copy still works.
 func TestGenerateMany(t *testing.T) {
+	t.Parallel()
 	p, q := tpmtest.New(t), tpmtest.New(t)
 	d, other := p.Open(p.Config()), q.Open(q.Config())
 	recipients := [][]byte{importKeyOf(other)}
@@ -194,6 +197,7 @@ func TestGenerateRefuses(t *testing.T) {
 // not to a storage key that software knows, not in the clear, not by the
 // authorization value, neither where it was made nor where it was imported.
 func TestGeneratedStays(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	d := p.Open(p.Config())
 	own := importKeyOf(d)
@@ -232,6 +236,7 @@ func TestGeneratedStays(t *testing.T) {
 // TestGenerateTampering: with any bit of an answer changed the generation fails, or
 // what comes out is right.
 func TestGenerateTampering(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	w, cfg := tap(t, p.Config())
 	d := p.Open(cfg)

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-tpm/tpm2"
 
@@ -129,6 +130,7 @@ func checkSignature(t testing.TB, sign keyFunc, pub *ecdsa.PublicKey) {
 }
 
 func TestImported(t *testing.T) {
+	t.Parallel()
 	onBothCurves(t, func(t *testing.T, d *tpm.Device) {
 		key, mac, unload := loadHMAC(t, d)
 		for _, n := range []int{0, 1, 63, 64, 65, 1023, 1024, 1025, 2048, 2049, 5000, tpm.MaxMessage} {
@@ -238,6 +240,7 @@ func TestWrapRefusesKeys(t *testing.T) {
 // TestImportRefuses: a blob with any byte changed, cut, of another kind or for
 // another TPM is refused with one and the same error, and nothing stays behind.
 func TestImportRefuses(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	d := p.Open(p.Config())
 	refuse := func(what string, d *tpm.Device, blob []byte) {
@@ -310,15 +313,18 @@ func TestImportedStays(t *testing.T) {
 }
 
 func TestImportedConcurrent(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
-	d := p.Open(p.Config())
+	cfg := p.Config()
+	cfg.CallTimeout = time.Minute
+	d := p.Open(cfg)
 	key, mac, unload := loadHMAC(t, d)
 	key2, mac2, unload2 := loadHMAC(t, d)
 	pub, sign, unload3 := loadSigner(t, d, elliptic.P384())
 	var wg sync.WaitGroup
-	for g := range 32 {
+	for g := range 16 {
 		wg.Go(func() {
-			for range 4 {
+			for range 3 {
 				switch g % 4 {
 				case 0:
 					checkHMAC(t, mac, key, []byte{byte(g)})

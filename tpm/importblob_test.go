@@ -47,6 +47,7 @@ func blobsFor(t testing.TB, s *suite, label []byte) map[importType][]byte {
 }
 
 func TestParseImport(t *testing.T) {
+	t.Parallel()
 	both := []*suite{suiteOf(ecdh.P384()), suiteOf(ecdh.P256())}
 	for i, s := range both {
 		for _, label := range [][]byte{nil, {0}, bytes.Repeat([]byte{0xff}, maxLabel)} {

@@ -15,6 +15,7 @@ import (
 // TestImportedRestart: keys survive restarts of the TPM, noticed or not, and
 // objects that others put in their place.
 func TestImportedRestart(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	d := p.Open(p.Config())
 	key, mac, unload := loadHMAC(t, d)
@@ -84,6 +85,7 @@ func TestImportedRefusedOnce(t *testing.T) {
 // TestImportedTampering: with any bit of an answer changed the import or the
 // HMAC fails, or the HMAC is right, and nothing is left in the TPM.
 func TestImportedTampering(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	w, cfg := tap(t, p.Config())
 	d := p.Open(cfg)

@@ -93,6 +93,7 @@ func startNode(t *testing.T, cfg tpm.Config) *exec.Cmd {
 // says TPM2_Shutdown, and then of the TPM too: the next node opens, finds the
 // same keys and no leftovers, and no dictionary attack is counted.
 func TestNodeKilled(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	w, wired := tap(t, p.Config())
 	cfg := p.Config()
@@ -163,6 +164,7 @@ func cutAfter(t *testing.T, p *tpmtest.TPM, w *wire, commands int, step func() e
 // TestProvisionCut: wherever Provision was cut off by a power cut, running it
 // again makes a whole set of keys.
 func TestProvisionCut(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	w, cfg := tap(t, p.Config())
 	cfg.PCRs = []int{7}
@@ -197,6 +199,7 @@ func TestProvisionCut(t *testing.T) {
 // TestApprovalCut: wherever the approval of register values was cut off, running
 // it again completes it, and the keys are the same.
 func TestApprovalCut(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	w, cfg := tap(t, p.Config())
 	cfg.PCRs = []int{7}

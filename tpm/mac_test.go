@@ -41,6 +41,7 @@ func TestLongOnTheBus(t *testing.T) {
 // TestLongRefused: whichever command of a sequence the TPM refuses, or answers
 // with a bit changed, the sequence does not stay in the TPM, and the key works on.
 func TestLongRefused(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	w, cfg := tap(t, p.Config())
 	d := p.Open(cfg)
@@ -96,6 +97,7 @@ func TestLongRefused(t *testing.T) {
 // TestLongInterrupted: a caller that gives up, and a TPM that dies, in the middle
 // of sequences.
 func TestLongInterrupted(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	d := p.Open(p.Config())
 	key, mac, unload := loadHMAC(t, d)
@@ -132,6 +134,7 @@ func TestLongInterrupted(t *testing.T) {
 
 // TestLongConcurrent: sequences beside all else on a TPM with three slots.
 func TestLongConcurrent(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	cfg := p.Config()
 	cfg.CallTimeout = time.Minute

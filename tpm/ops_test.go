@@ -30,6 +30,7 @@ func onBothCurves(t *testing.T, test func(t *testing.T, d *tpm.Device)) {
 }
 
 func TestOperations(t *testing.T) {
+	t.Parallel()
 	onBothCurves(t, func(t *testing.T, d *tpm.Device) {
 		t.Run("ECDH", func(t *testing.T) { testECDH(t, d) })
 		t.Run("Sign", func(t *testing.T) { testSign(t, d) })
@@ -167,6 +168,7 @@ func refused(t *testing.T, what string, d *tpm.Device, aad, wrapped []byte) {
 }
 
 func TestUnwrapRefuses(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	d := p.Open(p.Config())
 	aad := []byte("context")

@@ -71,6 +71,7 @@ func update(t *testing.T, cfg tpm.Config, also ...map[int][]byte) {
 }
 
 func TestPCRPolicy(t *testing.T) {
+	t.Parallel()
 	for name, curve := range map[string]ecdh.Curve{"P-384": ecdh.P384(), "P-256": ecdh.P256()} {
 		t.Run(name, func(t *testing.T) {
 			p := tpmtest.New(t)
@@ -121,6 +122,7 @@ func TestPCRPolicy(t *testing.T) {
 // TestPCRPlannedUpdate: values that a firmware update will bring are approved
 // before it, and the old ones withdrawn after it.
 func TestPCRPlannedUpdate(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	cfg := p.Config()
 	cfg.PCRs = []int{0, 4}
@@ -153,6 +155,7 @@ func TestPCRPlannedUpdate(t *testing.T) {
 // TestPCROwner: who has the node's secret alone cannot approve anything when the
 // owner's is kept apart, and the device needs the node's alone.
 func TestPCROwner(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	cfg := p.Config()
 	cfg.PCRs = []int{7}
@@ -188,6 +191,7 @@ func TestPCROwner(t *testing.T) {
 // TestPCRIndexes: what happens when somebody with the owner authorization has
 // meddled with the indexes.
 func TestPCRIndexes(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	cfg := p.Config()
 	cfg.PCRs = []int{7}
@@ -221,6 +225,7 @@ func TestPCRIndexes(t *testing.T) {
 // TestPCRConfig: the keys are made with or without PCRs, and the configuration
 // has to say the same.
 func TestPCRConfig(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	plain := p.Config()
 	p.Open(plain)

@@ -33,6 +33,7 @@ func openErr(t *testing.T, cfg tpm.Config) error {
 }
 
 func TestProvision(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	cfg := p.Config()
 	ctx := t.Context()
@@ -83,6 +84,7 @@ func TestProvision(t *testing.T) {
 // TestProvisionResumes: whatever key a broken-off run left out, running it
 // again makes a whole set.
 func TestProvisionResumes(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	cfg := p.Config()
 	for _, missing := range [][]int{{}, {2}, {1, 2}, {0}, {0, 1, 2}} {
@@ -107,6 +109,7 @@ func TestProvisionResumes(t *testing.T) {
 }
 
 func TestOpenRefusesLooserKeys(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	cfg := p.Config()
 	if err := tpm.Provision(t.Context(), cfg); err != nil {

@@ -62,6 +62,7 @@ func lockOut(t *testing.T, cfg tpm.Config) {
 // TestLockout: somebody else's lockout of the TPM stops nothing of ours: use,
 // imported keys, attestation, opening, approval, a second set of keys.
 func TestLockout(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	cfg := p.Config()
 	cfg.PCRs = []int{7}
@@ -97,6 +98,7 @@ func TestLockout(t *testing.T) {
 // TestWrongSecret: an AuthFile that is not this TPM's is refused with an error
 // that says so, by a running device too, and counts as no attack.
 func TestWrongSecret(t *testing.T) {
+	t.Parallel()
 	p, q := tpmtest.New(t), tpmtest.New(t)
 	cfg := p.Config()
 	p.Open(cfg)
@@ -119,6 +121,7 @@ func TestWrongSecret(t *testing.T) {
 // TestCleared: after TPM2_Clear every call says that the keys are gone and what to
 // do, and nothing pretends to work.
 func TestCleared(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	cfg := p.Config()
 	cfg.PCRs = []int{7}
@@ -217,12 +220,13 @@ func TestPointOffCurve(t *testing.T) {
 }
 
 // TestRecovers: whatever happened to the TPM, the first call after its return
-// works, be it Check or another.
+// works, be it Check or another; after a hang the first after an answer to Check or
+// to a probe.
 func TestRecovers(t *testing.T) {
 	p := tpmtest.New(t)
 	cfg := p.Config()
-	cfg.CallTimeout = 3 * time.Second
-	d := p.Open(cfg)
+	cfg.CallTimeout = 2 * time.Second
+	d := provisioned(p, cfg)
 	key, mac, _ := loadHMAC(t, d)
 	calls := map[string]func() error{
 		"Check": func() error { return d.Check(t.Context()) },
@@ -241,6 +245,14 @@ func TestRecovers(t *testing.T) {
 			}
 			back()
 			start := time.Now()
+			switch {
+			case what == "hung" && name == "Sign":
+				if err := d.Check(t.Context()); err != nil {
+					t.Errorf("Check after a hang: %v", err)
+				}
+			case what == "hung" && name == "HMAC":
+				eventually(t, call) // a probe in the background
+			}
 			if err := call(); err != nil {
 				t.Errorf("%s: first call (%s) after the return: %v", what, name, err)
 			}

@@ -177,6 +177,7 @@ func TestNothingInClear(t *testing.T) {
 // TestTampering: with any bit of any answer changed, a call fails or its result
 // is right, nothing is left in the TPM, and it works again afterwards.
 func TestTampering(t *testing.T) {
+	t.Parallel()
 	p := tpmtest.New(t)
 	w, cfg := tap(t, p.Config())
 	d := p.Open(cfg)
