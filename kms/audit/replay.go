@@ -59,6 +59,16 @@ func (w *replay) custodian(id string) (approval.Custodian, bool) {
 	return c, ok
 }
 
+// enrolled reports whether a site has or had a custodian.
+func (w *replay) enrolled(site string) bool {
+	for _, c := range w.custodians {
+		if c.Site == site {
+			return true
+		}
+	}
+	return false
+}
+
 func (w *replay) node(id string) (state.Node, bool) {
 	i := slices.IndexFunc(w.genesis.Nodes, func(n state.Node) bool { return n.ID == id })
 	if i < 0 {
@@ -179,7 +189,7 @@ func (w *replay) decide(d Decision) (decided, error) {
 	if out.open, err = w.checkOpen(out.id, p, d); err != nil {
 		return out, err
 	}
-	if out.rule, err = state.RuleFor(w.sortedPolicies(), w.siteOf, p); err != nil {
+	if out.rule, err = state.RuleFor(w.sortedPolicies(), w.siteOf, w.enrolled, p); err != nil {
 		return out, err
 	}
 	if err := w.checkRevision(p); err != nil {

@@ -16,12 +16,14 @@ import (
 // before and after: otherwise a small quorum could lower a large one first. To add
 // or replace a custodian takes those of every quorum rule there is: otherwise a
 // small quorum could make the custodians that a large one lacks. To revoke one
-// takes the rule alone. Errors: kms.NotFound, kms.Conflict when the policy has
-// another revision than the proposal names or the change cannot be made in one
-// step, kms.Invalid. site returns the site of a node: to replace a node's hardware
-// root takes, besides the rule, an approval of its own site, whose keys the new
-// root will open.
-func RuleFor(policies []approval.Policy, site func(node string) (string, bool), p approval.Proposal) (approval.Rule, error) {
+// takes the rule alone. site returns the site of a node: to replace a node's
+// hardware root takes, besides the rule, an approval of its own site, whose keys the
+// new root will open. enrolled reports whether a site has or had a custodian: to add
+// or replace one of such a site takes an approval of that site too, or else others
+// could make the approval that the site's nodes take. Errors: kms.NotFound,
+// kms.Conflict when the policy has another revision than the proposal names or the
+// change cannot be made in one step, kms.Invalid.
+func RuleFor(policies []approval.Policy, site func(node string) (string, bool), enrolled func(site string) bool, p approval.Proposal) (approval.Rule, error) {
 	policy := func(name string) (approval.Policy, bool) {
 		return search(policies, func(x approval.Policy) bool { return x.Name == name })
 	}
@@ -43,7 +45,7 @@ func RuleFor(policies []approval.Policy, site func(node string) (string, bool), 
 	case kms.ActionPolicy:
 		return rulePolicyChange(policy, rule, p)
 	case kms.ActionCustodian:
-		return ruleCustodianChange(policies, rule, p)
+		return ruleCustodianChange(policies, enrolled, rule, p)
 	case kms.ActionNode:
 		return ruleNodeChange(rule, site, p)
 	}
@@ -60,12 +62,18 @@ func ruleNodeChange(rule approval.Rule, site func(node string) (string, bool), p
 	if !ok {
 		return rule, kms.Errorf(kms.NotFound, "there is no node %s", node)
 	}
-	return atLeast(rule, approval.Rule{Approvals: 1, Sites: 1, Required: []string{own}, ProposerMayApprove: true}), nil
+	return withSite(rule, own), nil
+}
+
+// withSite adds a site to those that must approve.
+func withSite(rule approval.Rule, site string) approval.Rule {
+	return atLeast(rule, approval.Rule{Approvals: 1, Sites: 1, Required: []string{site}, ProposerMayApprove: true})
 }
 
 // ruleCustodianChange makes the rule for a custodian at least as strict as any
-// that the custodian's approvals will count under.
-func ruleCustodianChange(policies []approval.Policy, rule approval.Rule, p approval.Proposal) (approval.Rule, error) {
+// that the custodian's approvals will count under: those of the policies, and for
+// the site's nodes that of ruleNodeChange.
+func ruleCustodianChange(policies []approval.Policy, enrolled func(site string) bool, rule approval.Rule, p approval.Proposal) (approval.Rule, error) {
 	params, err := p.CustodianParams()
 	if err != nil || params.Custodian.Revoked {
 		return rule, err
@@ -74,6 +82,9 @@ func ruleCustodianChange(policies []approval.Policy, rule approval.Rule, p appro
 		for _, r := range pol.Rules {
 			rule = atLeast(rule, r)
 		}
+	}
+	if enrolled(params.Custodian.Site) {
+		rule = withSite(rule, params.Custodian.Site)
 	}
 	if err := rule.Validate(); err != nil {
 		return rule, kms.Errorf(kms.Conflict, "custodian %s cannot be changed under the policies in force: %v", params.Custodian.ID, err)
@@ -146,7 +157,12 @@ func (r reader) rule(p approval.Proposal) (approval.Rule, error) {
 			return approval.Rule{}, kms.Errorf(kms.Conflict, "keyring %s is under policy %s, not %s", ring, k.Policy, p.Policy)
 		}
 	}
-	return RuleFor(r.policies(), r.genesis.siteOf, p)
+	return RuleFor(r.policies(), r.genesis.siteOf, r.enrolled, p)
+}
+
+// enrolled reports whether a site has or had a custodian.
+func (r reader) enrolled(site string) bool {
+	return slices.ContainsFunc(r.custodians(), func(c approval.Custodian) bool { return c.Site == site })
 }
 
 // decide counts approvals; a direct rule is met when the proposer has the role.

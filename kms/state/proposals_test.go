@@ -246,6 +246,36 @@ func TestNewCustodianTakesStrictest(t *testing.T) {
 	progress(t, w, add, "open") // one of the five is gone
 }
 
+// TestCustodianTakesOwnSite checks that other sites cannot make a custodian of a
+// site, nor take one over, and with that the approval that the site's nodes take;
+// also not after they have revoked all that the site had.
+func TestCustodianTakesOwnSite(t *testing.T) {
+	world := func() *statetest.World { // where nothing takes more than two custodians of two sites
+		return statetest.New(t, statetest.Options{Sites: []string{"fr", "de", "jp"}, Policies: statetest.Policies(2)})
+	}
+	enrol := func(w *statetest.World, id string) string {
+		return w.Propose(kms.ActionCustodian, "custodian/"+id, approval.CustodianParams{Custodian: statetest.Record(id, "fr", 0, w.AddCustodianKey("fr-9"))})
+	}
+	for _, c := range []string{"fr-9", "fr-2"} {
+		w := world()
+		id := enrol(w, c)
+		w.Approve(id, "de-1", "jp-1", "de-2", "jp-2")
+		progress(t, w, id, "open")
+		w.Approve(id, "fr-1")
+		progress(t, w, id, "authorised")
+	}
+	w := world()
+	for _, c := range []string{"fr-1", "fr-2"} {
+		gone := statetest.Record(c, "fr", 0, w.Custodian(c))
+		gone.Revoked = true
+		id := w.Propose(kms.ActionCustodian, "custodian/"+c, approval.CustodianParams{Custodian: gone})
+		w.Approve(id, "de-1", "jp-1")
+		w.Execute(id)
+	}
+	p := w.Proposal(kms.ActionCustodian, "custodian/fr-9", approval.CustodianParams{Custodian: statetest.Record("fr-9", "fr", 0, w.AddCustodianKey("fr-9"))})
+	refused(t, w, kms.Conflict, w.Command("node-de-1", state.OpenProposal{Proposal: p.Marshal()}, statetest.As(p.Proposer)))
+}
+
 // TestPolicyChangeTakesStricter checks that a policy cannot be weakened by fewer
 // than it asks for itself.
 func TestPolicyChangeTakesStricter(t *testing.T) {
