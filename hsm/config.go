@@ -183,7 +183,7 @@ func (c Config) readPIN(u *URI) (*secret.Bytes, error) {
 func readPINFile(path string) (*secret.Bytes, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, fmt.Errorf("%w: read the PIN file: %w", ErrPIN, err)
+		return nil, fmt.Errorf("%w: read the PIN file: %w: write the user PIN to it, mode 600", ErrPIN, err)
 	}
 	defer f.Close()
 	st, err := f.Stat()
@@ -193,7 +193,11 @@ func readPINFile(path string) (*secret.Bytes, error) {
 	if st.Mode().IsRegular() && st.Mode().Perm()&0o007 != 0 {
 		return nil, fmt.Errorf("%w: everybody can read or change the PIN file %s: chmod 600 it", ErrPIN, path)
 	}
-	return readPIN(f)
+	pin, err := readPIN(f)
+	if errors.Is(err, ErrPIN) {
+		err = fmt.Errorf("%w (PIN file %s: it holds the user PIN and nothing else)", err, path)
+	}
+	return pin, err
 }
 
 // readPIN reads to the end of r, trims one trailing newline and checks the PIN.
@@ -206,7 +210,7 @@ func readPIN(r io.Reader) (*secret.Bytes, error) {
 	b := buf.Reveal()
 	n, err := io.ReadFull(r, b)
 	if err == nil {
-		return nil, fmt.Errorf("%w: PIN is longer than %d bytes", ErrPIN, maxPIN)
+		return nil, fmt.Errorf("%w: the PIN is longer than %d bytes", ErrPIN, maxPIN)
 	}
 	if !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
 		return nil, fmt.Errorf("%w: read the PIN: %w", ErrPIN, err)

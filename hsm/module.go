@@ -57,13 +57,13 @@ func loadModule(path, conf string) (*module, error) {
 	defer loaded.Unlock()
 	if m := loaded.modules[real]; m != nil {
 		if m.conf != conf {
-			return nil, invalidf("library %s is in use with another SoftHSM configuration: a library reads its configuration once per process, use a copy of it", path)
+			return nil, invalidf("library %s is in use with another SoftHSM configuration: a library reads its configuration once per process: a node can take isolate = true, everything else a copy of the library", path)
 		}
 		return m, nil
 	}
 	p11 := pkcs11.New(real)
 	if p11 == nil {
-		return nil, fmt.Errorf("%w: %s cannot be loaded: it is not a PKCS#11 library for this machine, or a library it needs is missing", ErrModule, path)
+		return nil, fmt.Errorf("%w: %s cannot be loaded: it is not a PKCS#11 library for this machine, or a library it needs is missing (ldd names it)", ErrModule, path)
 	}
 	m := &module{path: real, conf: conf, p11: p11, gate: semaphore.NewWeighted(wholeGate)}
 	loaded.modules[real] = m

@@ -79,6 +79,8 @@ func (a *app) keyringCreateCommand() *cobra.Command {
 	f.StringVar(&req.Policy, "policy", "", "`NAME` of the approval policy for its keys")
 	f.StringVar(&req.Protection, "protection", "software", "protection `LEVEL`: software (keys in locked memory) or hardware (keys in the devices alone)")
 	f.StringVar(&req.Receipts, "receipts", "every-node", "`WHO` must prove that a new version opens before it becomes primary: every-node or every-site")
+	_ = cmd.RegisterFlagCompletionFunc("protection", cobra.FixedCompletions([]string{"software", "hardware"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("receipts", cobra.FixedCompletions([]string{"every-node", "every-site"}, cobra.ShellCompDirectiveNoFileComp))
 	f.DurationVar(&stale, "max-staleness", 30*time.Second, "how long a cut-off node goes on serving it")
 	f.BoolVar(&req.Survive, "survive", false, "a node cut off for longer still decrypts and verifies")
 	return cmd

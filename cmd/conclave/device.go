@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
@@ -58,8 +59,8 @@ func (d *deviceFlags) add(cmd *cobra.Command) {
 	f.StringVar(&d.curve, "curve", "", "`CURVE` of the device keys: P-384 or P-256 (default P-384, or the configuration's)")
 }
 
-// deviceConfig is the section [device] of conclaved.toml as far as it says which
-// device it is and how to reach it.
+// deviceConfig is the section [device] of conclaved.toml. The last fields say nothing
+// of which device it is; they stand here so that any other is a mistake.
 type deviceConfig struct {
 	Type         string   `toml:"type"`
 	Curve        string   `toml:"curve"`
@@ -72,6 +73,12 @@ type deviceConfig struct {
 	SoftHSMConfs []string `toml:"softhsm_confs"`
 	Path         string   `toml:"path"`
 	PCRs         []int    `toml:"pcrs"`
+
+	Isolate           bool   `toml:"isolate"`
+	VendorAttestation string `toml:"vendor_attestation"`
+	AuthFile          string `toml:"auth_file"`
+	OwnerFile         string `toml:"owner_file"`
+	EKChain           string `toml:"ek_chain"`
 }
 
 // target is a device to look at: one of the two is set.
@@ -174,7 +181,11 @@ func readDeviceConfig(path string, next bool) (deviceConfig, error) {
 		return deviceConfig{}, err
 	}
 	var c deviceConfig
-	if err := toml.NewDecoder(bytes.NewReader(b)).Decode(&c); err != nil {
+	if err := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields().Decode(&c); err != nil {
+		var unknown *toml.StrictMissingError
+		if errors.As(err, &unknown) && len(unknown.Errors) > 0 {
+			err = fmt.Errorf("%s: no such field", strings.Join(unknown.Errors[0].Key(), "."))
+		}
 		return c, fmt.Errorf("%s: [%s]: %w", path, section, err)
 	}
 	paths := []*string{&c.SoftHSMConf}
@@ -241,8 +252,8 @@ provisioned, and which protection levels it supports.
 
 Everything is tried with passing keys that end with this command: nothing is left in
 the device, no key of it is used, and it works before conclaved init as well as on a
-device that a running node uses. The exit code is 1 when the device cannot be a
-node's hardware root; the reason is printed.`,
+device that a running node uses. The exit code is 1 when the device, or a member of
+uris, cannot be a node's hardware root or cannot be reached; the reason is printed.`,
 		Example: `  conclave device probe --config /etc/conclave/conclaved.toml
   conclave device probe --uri 'pkcs11:token=conclave?module-path=/usr/lib/softhsm/libsofthsm2.so' --pin-file pin
   conclave device probe --tpm /dev/tpmrm0`,
@@ -256,15 +267,22 @@ node's hardware root; the reason is printed.`,
 		defer destroy()
 		var out []probed
 		var unfit []error
-		for _, t := range list {
+		for i, t := range list {
 			p, reason, err := t.probe(cmd.Context())
-			if err != nil {
-				return err
+			if err == nil {
+				out = append(out, p)
+				if reason == "" {
+					continue
+				}
+				err = errors.New(reason)
 			}
-			out = append(out, p)
-			if reason != "" {
-				unfit = append(unfit, errors.New(reason))
+			if len(list) > 1 {
+				err = fmt.Errorf("member %d of uris: %w", i+1, err)
 			}
+			unfit = append(unfit, err)
+		}
+		if len(out) == 0 {
+			return errors.Join(unfit...)
 		}
 		err = a.show(cmd, out, func(w io.Writer) {
 			for i, p := range out {
@@ -309,7 +327,8 @@ func (a *app) deviceBenchCommand() *cobra.Command {
 		Long: `Measure how often a second a device does what Conclave asks of it: on one session, and
 on an HSM also on eight at once. It uses the device keys of an HSM where they are
 provisioned, passing keys elsewhere, and leaves nothing behind. A device that a node
-uses meanwhile is slower, for both.`,
+uses meanwhile is slower, for both. The library runs in this process: what isolate = true
+costs a node is not in the figures.`,
 		Example: "  conclave device bench --config /etc/conclave/conclaved.toml --for 3s",
 	}
 	d.add(cmd)

@@ -58,6 +58,16 @@ func TestDeviceProbeToken(t *testing.T) {
 	}
 	says(t, out, "NO, it cannot be a node's hardware root", "protection software  no: ")
 
+	// Of two members one is not there: the other is shown all the same.
+	group := writeText(t, filepath.Join(t.TempDir(), "group.toml"), fmt.Sprintf(
+		"[device]\ntype = \"pkcs11\"\nisolate = true\nuris = [\"pkcs11:token=none?module-path=/none.so&pin-source=file:%s\", \"%s&pin-source=file:%s\"]\nsofthsm_confs = [\"\", %q]\n",
+		tok.PINFile, tok.URI, tok.PINFile, tok.ConfFile))
+	out, _, err = cli(t, "", "device", "probe", "-c", group)
+	if err == nil || exitCode(err) != 1 || !strings.Contains(err.Error(), "member 1 of uris: ") || strings.Contains(err.Error(), "member 2") {
+		t.Errorf("a group without its first member: %v", err)
+	}
+	says(t, out, tok.Label, "root                 yes")
+
 	out, _, err = cli(t, "", "device", "bench", "-c", config, "--for", "10ms")
 	if err != nil {
 		t.Fatal(err)
@@ -89,8 +99,10 @@ func TestDeviceUsage(t *testing.T) {
 	none := writeText(t, filepath.Join(dir, "none.toml"), "node = \"x\"\n")
 	kind := writeText(t, filepath.Join(dir, "kind.toml"), "[device]\ntype = \"usb\"\n")
 	noPIN := writeText(t, filepath.Join(dir, "pin.toml"), "[device]\ntype = \"pkcs11\"\nuri = \"pkcs11:token=x?module-path=/x.so\"\n")
+	typo := writeText(t, filepath.Join(dir, "typo.toml"), "[device]\ntype = \"tpm\"\npath = \"/dev/tpmrm0\"\nauth_fil = \"a\"\n")
 	for _, x := range []struct{ args, says string }{
 		{"probe", "name one device"},
+		{"probe -c " + typo, "[device]: auth_fil: no such field"},
 		{"probe --uri pkcs11:token=x --tpm /dev/tpmrm0", "name one device"},
 		{"probe --next --tpm /dev/tpmrm0", "--next goes with --config"},
 		{"probe --tpm /dev/tpmrm0 --curve P-521", "P-521"},

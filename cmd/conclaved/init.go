@@ -45,7 +45,7 @@ func initNode(ctx context.Context, cfg Config, out io.Writer) error {
 	c, err := makeCard(ctx, cfg)
 	if errors.Is(err, hsm.ErrNotProvisioned) || errors.Is(err, tpm.ErrNotProvisioned) { // no keys yet, or not all of them
 		if err := provisionDevice(ctx, cfg.Device); err != nil {
-			return err
+			return fmt.Errorf("[device]: %w", err)
 		}
 		c, err = makeCard(ctx, cfg)
 	}
@@ -63,7 +63,7 @@ func initNode(ctx context.Context, cfg Config, out io.Writer) error {
 func makeCard(ctx context.Context, cfg Config) (card, error) {
 	dev, err := openDevice(ctx, cfg.Device)
 	if err != nil {
-		return card{}, err
+		return card{}, fmt.Errorf("[device]: %w", err)
 	}
 	defer dev.Close()
 	root, err := ensureRoot(ctx, dev, cfg, rootPath(cfg.DataDir), firstRoot)

@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 
@@ -72,6 +73,9 @@ func prepareNext(ctx context.Context, cfg Config, number uint32, witness string,
 	if cfg.NextDevice == nil {
 		return errors.New("the configuration names no next device: write it as [next_device], with the fields of [device]")
 	}
+	if err := cfg.devicesTogether(); err != nil {
+		return err
+	}
 	present, err := readPresentRoot(cfg)
 	if err != nil {
 		return err
@@ -90,7 +94,7 @@ func prepareNext(ctx context.Context, cfg Config, number uint32, witness string,
 	c, err := p.make(ctx)
 	if errors.Is(err, hsm.ErrNotProvisioned) || errors.Is(err, tpm.ErrNotProvisioned) { // no keys yet, or not all of them
 		if err := provisionDevice(ctx, p.cfg.Device); err != nil {
-			return err
+			return fmt.Errorf("[next_device]: %w", err)
 		}
 		c, err = p.make(ctx)
 	}
@@ -109,6 +113,30 @@ func prepareNext(ctx context.Context, cfg Config, number uint32, witness string,
 	return nil
 }
 
+// devicesTogether refuses two devices that a node could not have open at once: two
+// SoftHSM configurations for one library in one process.
+func (c Config) devicesTogether() error {
+	if c.Device.Type != "pkcs11" || c.NextDevice.Type != "pkcs11" || c.Device.isolated() || c.NextDevice.isolated() {
+		return nil
+	}
+	confs := map[string]string{}
+	for _, d := range append(c.Device.pkcs11(), c.NextDevice.pkcs11()...) {
+		u, err := hsm.ParseURI(d.URI)
+		if err != nil {
+			return err
+		}
+		path := u.ModulePath
+		if real, err := filepath.EvalSymlinks(path); err == nil {
+			path = real
+		}
+		if conf, ok := confs[path]; ok && conf != d.SoftHSMConf {
+			return errors.New("[next_device]: the library has another softhsm_conf in [device], and takes one per process: write isolate = true into [next_device]")
+		}
+		confs[path] = d.SoftHSMConf
+	}
+	return nil
+}
+
 // preparation is what the card of a next root is made of.
 type preparation struct {
 	cfg     Config // of the node on its next device
@@ -122,7 +150,7 @@ type preparation struct {
 func (p preparation) make(ctx context.Context) (c card, err error) {
 	dev, err := openDevice(ctx, p.cfg.Device)
 	if err != nil {
-		return c, err
+		return c, fmt.Errorf("[next_device]: %w", err)
 	}
 	defer func() { err = errors.Join(err, dev.Close()) }()
 	own, err := fingerprint(dev)

@@ -74,6 +74,10 @@ func TestRekeyPrepare(t *testing.T) {
 	refused(t, prepare, "[next_device]")
 	f.devices(map[string]*hsmtest.Token{"device": old, "next_device": old})
 	refused(t, prepare, "is the device that the node has")
+	clone := *other
+	clone.URI = old.URI // and so the library
+	f.devices(map[string]*hsmtest.Token{"device": old, "next_device": &clone})
+	refused(t, prepare, "write isolate = true into [next_device]")
 	f.devices(map[string]*hsmtest.Token{"device": old, "next_device": other})
 	refused(t, append(prepare, "--number", "1"), "has root number 1")
 	refused(t, append(prepare, "--witness", f.path("none.json")), "none.json")
