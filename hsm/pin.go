@@ -48,7 +48,7 @@ func (c Config) userPIN(u *URI) (*userPIN, error) {
 func (p *userPIN) refuse(err error) error {
 	advice := "start anew with the right one"
 	if p.file != "" {
-		advice = "correct the file: it is then read again"
+		advice = "correct the PIN there: a running node reads it again"
 	}
 	p.refused = fmt.Errorf("%w: C_Login: %w (the PIN comes from %s and is not sent again; %s)", ErrPIN, err, p.from, advice)
 	return p.refused
