@@ -3,6 +3,7 @@ package engine
 import (
 	"bytes"
 	"context"
+	"crypto/hmac"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -24,6 +25,7 @@ type AdoptionConfig struct {
 	Signer       Signer        // the next device
 	SigningSuite pqc.SuiteID   // of Signer
 
+	Former   *keyring.Root          // the present root, to compare version 1 of keys with; nil: its device is dead
 	Now      func() time.Time       // default time.Now
 	After    Timer                  // default: the system's timer
 	Logger   *slog.Logger           // default: discards
@@ -295,14 +297,45 @@ func (a *Adoption) checkVersion(ctx context.Context, st *state.State, c nodeCopy
 	}
 	defer m.Destroy()
 	kcv, err := proof(ctx, m, c.version, a.cfg.Node)
-	if err != nil || b.Purpose == kms.Sign {
+	switch {
+	case err != nil || b.Purpose == kms.Sign:
 		return err
+	case len(c.version.Checks) > 0:
+		return agrees(c.version.Checks, a.cfg.Node, kcv)
 	}
-	return agrees(c.version.Checks, a.cfg.Node, kcv)
+	return a.compare(ctx, st, c, b, kcv)
 }
 
-// agrees compares a check value with what was committed for the node. Version 1
-// of a key has nothing to compare with.
+// compare compares a check value that was committed to nowhere with what the device
+// of the present root computes, while it does: else whoever sealed the copy could
+// have put a key of their own into it.
+func (a *Adoption) compare(ctx context.Context, st *state.State, c nodeCopy, b keyring.KeyBinding, kcv []byte) error {
+	n, _ := st.Node(a.cfg.Node)
+	i := slices.IndexFunc(c.version.Copies, func(s state.SealedCopy) bool { return s.Node == n.ID && s.Root == n.Root })
+	if a.cfg.Former == nil || i < 0 {
+		return nil
+	}
+	want, err := formerValue(ctx, a.cfg.Former, b, n.ID, c.version.Copies[i].Sealed)
+	if err != nil {
+		a.cfg.Logger.WarnContext(ctx, "the device of the present root does not say whether a copy for the next one holds the same key; it is taken as it is", "copy", c.name(), "error", err)
+		return nil
+	}
+	if !hmac.Equal(want, kcv) {
+		return kms.ErrOpen
+	}
+	return nil
+}
+
+func formerValue(ctx context.Context, former *keyring.Root, b keyring.KeyBinding, node string, sealed []byte) ([]byte, error) {
+	m, err := former.LoadVersion(ctx, b, node, sealed)
+	if err != nil {
+		return nil, err
+	}
+	defer m.Destroy()
+	return m.CheckValue(ctx, node)
+}
+
+// agrees compares a check value with what was committed for the node.
 func agrees(checks []state.Check, node string, kcv []byte) error {
 	i := slices.IndexFunc(checks, func(c state.Check) bool { return c.Node == node })
 	if i >= 0 && !bytes.Equal(checks[i].Hash, keyring.CheckHash(kcv)) {

@@ -316,6 +316,43 @@ func TestWrongCopyIsNotAdopted(t *testing.T) {
 	}
 }
 
+// Version 1 of a key has no check values. Of a copy that holds a key of the node
+// that sealed it, the present device knows; without it the copy is taken as it is.
+func TestForeignVersionIsNotAdopted(t *testing.T) {
+	w := newWorld(t, "")
+	w.hardware("hard", "fr", "de")
+	w.key("hard", "tags", kms.MAC)
+	next := newNextRoot(t)
+	as := w.agents()
+	p := w.propose(kms.ActionNode, "node/de-1", next.parameters(w, "de-1", false))
+	w.vote(p, approval.Approve, "fr-a", "de-a")
+	for range siteIDs {
+		for _, site := range []string{"de", "jp"} { // not fr, who would reseal
+			as[site+"-1"].work(bg)
+		}
+		w.clock.Advance(2 * time.Second)
+	}
+	st := w.cluster.State()
+	k, _ := st.Key("hard", "tags")
+	b := keyring.KeyBinding{Cluster: st.Cluster(), Keyring: "hard", KeyID: kms.KeyID(k.ID), Version: 1, Algorithm: k.Algorithm, Purpose: kms.MAC}
+	blobs, _, unload, err := must(fakedevice.New(ecdh.P384())).GenerateHMAC(bg, [][]byte{next.rec.Import})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unload()
+	sealed := must(keyring.SealVersion(keyring.Recipient{Node: "de-1", Suite: next.rec.Suite, PublicKey: next.rec.Agreement}, b, blobs[0]))
+	check[state.Result](t)(w.at("fr").engine.submit(bg, attempt{}, state.Reseal{Node: "de-1", Root: 2, Keyring: "hard", Key: "tags", Version: 1, Sealed: sealed}))
+	a := next.adoption(w, "de-1", nil)
+	a.cfg.Former = w.at("de").engine.cfg.Root
+	if err := a.Run(bg); kms.KindOf(err) != kms.Conflict || !strings.Contains(err.Error(), "hard/tags") {
+		t.Fatalf("%v", err)
+	}
+	w.at("de").dev.Fail(func(string) error { return errors.New("dead") })
+	if err := a.Run(bg); err != nil {
+		t.Errorf("with the present device dead: %v", err)
+	}
+}
+
 func TestNewAdoptionRefuses(t *testing.T) {
 	w := newWorld(t, "")
 	next := newNextRoot(t)
