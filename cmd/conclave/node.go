@@ -126,7 +126,7 @@ func readNextCard(path string) (nextCard, error) {
 		return c, err
 	}
 	if err := json.Unmarshal(b, &c); err != nil || c.Format != 1 {
-		return c, fmt.Errorf("%s is not a card of format 1, as conclaved rekey prepare writes it", path)
+		return c, fmt.Errorf("%s is damaged, or not a card of format 1 as conclaved rekey prepare writes it; fetch it again from the node's data directory, or prepare again", path)
 	}
 	if c.Root == 0 || len(c.Possession) == 0 {
 		return c, fmt.Errorf("%s is the card of a node's present root; give next-node.json, which conclaved rekey prepare writes", path)

@@ -90,7 +90,7 @@ func attestStep(use, short, in, inText string, run func(ctx context.Context, cfg
 				return fmt.Errorf("--%s and --output are needed; see: %s --help", in, cmd.CommandPath())
 			}
 			if _, err := os.Stat(output); err == nil {
-				return fmt.Errorf("%s exists already and is not replaced", output)
+				return fmt.Errorf("%s exists already and is not replaced; choose another name", output)
 			}
 			cfg, err := loadConfig(config)
 			if err != nil {
@@ -204,7 +204,7 @@ func attestAnswerCommand() *cobra.Command {
 	cmd := attestStep("answer --challenge FILE -o FILE", "Answer a challenge with this node's TPM", "challenge", "the challenge",
 		func(ctx context.Context, cfg Config, in string, out io.Writer) (any, error) {
 			var ch challengeFile
-			if err := readJSON(in, &ch, &ch.Format); err != nil {
+			if err := readJSON(in, "a challenge, as conclaved attest challenge writes it", &ch, &ch.Format); err != nil {
 				return nil, err
 			}
 			file := cardPath(cfg.DataDir)
@@ -270,7 +270,7 @@ func attestWitnessCommand() *cobra.Command {
 	return attestStep("witness --answer FILE -o FILE", "Check the answer and sign that the node's keys are in its TPM", "answer", "the answer",
 		func(ctx context.Context, cfg Config, in string, out io.Writer) (any, error) {
 			var a answerFile
-			if err := readJSON(in, &a, &a.Format); err != nil {
+			if err := readJSON(in, "an answer, as conclaved attest answer writes it", &a, &a.Format); err != nil {
 				return nil, err
 			}
 			w, err := witness(ctx, cfg, a)
@@ -291,7 +291,7 @@ func witness(ctx context.Context, cfg Config, a answerFile) (witnessFile, error)
 	}
 	path := pendingPath(cfg.DataDir, a.ID)
 	var p pendingFile
-	err := readJSON(path, &p, &p.Format)
+	err := readJSON(path, "a kept challenge", &p, &p.Format)
 	if errors.Is(err, fs.ErrNotExist) {
 		return none, fmt.Errorf("this node has no open challenge %s: it was answered before, or is another node's; make a new one with: conclaved attest challenge", a.ID)
 	}
@@ -340,13 +340,13 @@ func witness(ctx context.Context, cfg Config, a answerFile) (witnessFile, error)
 }
 
 // readJSON reads a file of format 1.
-func readJSON(path string, v any, format *int) error {
+func readJSON(path, what string, v any, format *int) error {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return err
 	}
 	if err := strictJSON(b, v); err != nil {
-		return fmt.Errorf("%s: %w", path, err)
+		return fmt.Errorf("%s is not %s: %w", path, what, err)
 	}
 	if *format != 1 {
 		return fmt.Errorf("%s: format %d is not known", path, *format)

@@ -109,7 +109,7 @@ func (c *card) addWitness(path string) error {
 	}
 	var w witnessFile
 	if err := strictJSON(b, &w); err != nil {
-		return fmt.Errorf("%s: %w", path, err)
+		return fmt.Errorf("%s is not a witness, as conclaved attest witness writes it: %w", path, err)
 	}
 	if w.Format != 1 {
 		return fmt.Errorf("%s: format %d is not known", path, w.Format)

@@ -96,7 +96,7 @@ func readCard(path string) (card, error) {
 		return c, fmt.Errorf("node card: %w", err)
 	}
 	if err := strictJSON(b, &c); err != nil {
-		return c, fmt.Errorf("%s: %w", path, err)
+		return c, fmt.Errorf("%s is not a node card, which conclaved init or conclaved rekey prepare writes: %w", path, err)
 	}
 	if c.Format != 1 {
 		return c, fmt.Errorf("%s: format %d is not known", path, c.Format)
