@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"math"
 	"sync"
 	"time"
 
@@ -55,14 +54,20 @@ func (n *node) checkRoot(st *state.State, caughtUp bool) (rootVerdict, error) {
 		me.ID, me.Root, signing, own.file.Root, pqc.Fingerprint(own.public))
 }
 
+// hasCaughtUp reports whether the state holds what the node itself brought about
+// before it started, as the adoption of its root: the leader may hand out a proof that
+// is older than that, and the state was fresh then without it.
+func hasCaughtUp(fresh, running time.Duration) bool { return fresh < running }
+
 // watchRoot looks at each change of the state whether the node's root is still the
 // one it runs on, and takes the next one into use when custodians have approved it.
 func (n *node) watchRoot(ctx context.Context) {
 	var a attempts
+	began := time.Now()
 	known := sync.OnceFunc(func() { close(n.inForce) })
 	for {
 		changed := n.cluster.Changed() // before the state is read, so that no change is missed
-		caughtUp := n.cluster.Fresh() < math.MaxInt64
+		caughtUp := hasCaughtUp(n.cluster.Fresh(), time.Since(began))
 		st := n.cluster.State()
 		verdict, err := n.checkRoot(st, caughtUp)
 		switch {
@@ -161,6 +166,9 @@ func (n *node) takeOver(ctx context.Context) {
 	if err := n.replaceRoot(ctx); err != nil {
 		n.fail(fmt.Errorf("the next hardware root is adopted, but the node cannot go on with it: %w", err))
 		return
+	}
+	if f, err := readPresentRoot(n.cfg); err == nil {
+		n.roots.next.file = f // its number may have been prepared anew since the device was opened
 	}
 	n.roots.adopted = true
 	n.log.Info("the next hardware root is adopted; the former one is not needed any more: make [next_device] the [device] of the configuration", "root", n.roots.next.file.Root)

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/conclave-kms/conclave/hsm"
 	"github.com/conclave-kms/conclave/hsm/hsmtest"
@@ -207,6 +209,24 @@ func TestParsePCRs(t *testing.T) {
 	} {
 		if _, err := parsePCRs(text, []int{7}); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%q: %v", text, err)
+		}
+	}
+}
+
+// A node that starts again after the adoption of its root must not take a proof of
+// freshness from before the adoption for one that its state, without it, is complete.
+func TestHasCaughtUp(t *testing.T) {
+	for _, x := range []struct {
+		fresh, running time.Duration
+		want           bool
+	}{
+		{math.MaxInt64, time.Minute, false},   // never proven
+		{time.Second, time.Second / 2, false}, // proven before the start
+		{time.Second, time.Second, false},     // as old as the start
+		{time.Second / 2, 2 * time.Second, true},
+	} {
+		if got := hasCaughtUp(x.fresh, x.running); got != x.want {
+			t.Errorf("fresh %v, running %v: %v", x.fresh, x.running, got)
 		}
 	}
 }
