@@ -49,7 +49,10 @@ register in device.pcrs, as tpm2_pcrread prints the SHA-256 bank.`,
 				}
 				cfg = cfg.onNext()
 			}
-			if cfg.Device.Type != "tpm" || len(cfg.Device.PCRs) == 0 {
+			if cfg.Device.Type != "tpm" {
+				return errors.New("the device is a PKCS#11 token: only the keys in a TPM are bound to registers")
+			}
+			if len(cfg.Device.PCRs) == 0 {
 				return errors.New("device.pcrs names no registers: the keys of this device are not bound to any")
 			}
 			var sets []map[int][]byte

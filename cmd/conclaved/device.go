@@ -117,6 +117,9 @@ func (c DeviceConfig) openToken(ctx context.Context, t hsm.Config) (hsm.Member, 
 	}
 	// The program itself, also after its file has been replaced by an update.
 	d, err := child.Open(ctx, child.Config{Command: []string{"/proc/self/exe", hsmChild}, HSM: t, Log: slog.Default()})
+	if u, bad := hsm.ParseURI(t.URI); bad == nil && u.PINSource != "" && errors.Is(err, hsm.ErrPIN) {
+		return nil, fmt.Errorf("%w; conclaved reads it from %s, which pin-source names", err, u.PINSource) // the other process knows no file
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -23,6 +23,17 @@ func TestOpenDevice(t *testing.T) {
 	base := DeviceConfig{Type: "pkcs11", URI: tok.URI + "&pin-source=file:" + tok.PINFile, SoftHSMConf: tok.ConfFile, CallTimeout: Duration{10 * time.Second}}
 	base.setDefaults()
 	ctx := context.Background()
+	wrong := filepath.Join(dir, "wrong")
+	if err := os.WriteFile(wrong, []byte("00000000"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, isolate := range []bool{false, true} {
+		c := base
+		c.URI, c.Isolate = tok.URI+"&pin-source=file:"+wrong, &isolate
+		if _, err := openDevice(ctx, c); !errors.Is(err, hsm.ErrPIN) || !strings.Contains(err.Error(), wrong) || strings.Contains(err.Error(), "00000000") {
+			t.Fatalf("wrong PIN, isolate %v: %v", isolate, err)
+		}
+	}
 	if _, err := openDevice(ctx, base); !errors.Is(err, hsm.ErrNotProvisioned) || !strings.Contains(err.Error(), "conclaved init") {
 		t.Fatalf("before: %v", err)
 	}
