@@ -93,6 +93,10 @@ const (
 	OnHost   Generated = "host"   // in locked memory of the origin node, from the device's randomness, wiped at once
 )
 
+// ImportTPM is the import kind of a TPM 2.0 (TPM2_Import), whose import key is its
+// storage key.
+const ImportTPM = "tpm2-import"
+
 // Receipts says which resident nodes must prove that they can open a new
 // version before it becomes primary.
 type Receipts string

@@ -17,6 +17,7 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 
+	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/secret"
 	"github.com/conclave-kms/conclave/pqc"
 )
@@ -151,7 +152,7 @@ func (s *soft) setSubjects() {
 	}
 	s.subject = Subject{
 		Node: "jp-1", Site: "jp", SigningSuite: uint16(sig), Signing: sec1(s.t, s.keys[2]), Agreement: hybrid(s.t, suite, s.keys[1]),
-		ImportKind: ImportKindTPM, Import: tpm2.Marshal(s.publics[0]),
+		ImportKind: kms.ImportTPM, Import: tpm2.Marshal(s.publics[0]),
 	}
 	s.by = Subject{Node: "fr-1", Site: "fr", SigningSuite: uint16(pqc.ECDSAP384SHA384), Signing: sec1(s.t, s.witness)}
 }

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/attest"
 	"github.com/conclave-kms/conclave/kms/secret"
 	"github.com/conclave-kms/conclave/pqc"
@@ -233,7 +234,7 @@ func refuseOthers(t *testing.T, jp, de node, d attest.TPM, c attest.Context) {
 
 // TestImportKind keeps the constant that this package cannot import.
 func TestImportKind(t *testing.T) {
-	if attest.ImportKindTPM != tpm.ImportKind {
-		t.Errorf("%q, %q", attest.ImportKindTPM, tpm.ImportKind)
+	if kms.ImportTPM != tpm.ImportKind {
+		t.Errorf("%q, %q", kms.ImportTPM, tpm.ImportKind)
 	}
 }

@@ -8,11 +8,9 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 
+	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/pqc"
 )
-
-// ImportKindTPM is the import kind of a TPM, whose import key is its storage key.
-const ImportKindTPM = "tpm2-import"
 
 // verify holds that the three device keys are the subject's, that the attestation
 // key certified them, and that the quote names the subject; it reports how far the
@@ -138,7 +136,7 @@ func (k deviceKeys) match(s Subject) error {
 	if s.ImportKind == "" && len(s.Import) == 0 {
 		return nil
 	}
-	if s.ImportKind != ImportKindTPM {
+	if s.ImportKind != kms.ImportTPM {
 		return invalid("keys for the node are wrapped as %q, which is not for a TPM", s.ImportKind)
 	}
 	imports, err := decode[tpm2.TPMTPublic](s.Import)

@@ -104,7 +104,7 @@ func (w *replay) hardwareCommit(what string, e signed, ring state.CreateKeyring,
 	r.Generated = commit.Generated
 	r.passed("Node %s, resident for keyring %s, committed version %d, %s for the devices of %s (sealed copies SHA-256 %x).",
 		e.Origin, ring.Name, commit.Version, generated(commit.Generated, e.Origin), list(names(nodes)), sha256.Sum256(canon.Marshal(commit.Copies)))
-	r.Notes = append(r.Notes, "Where the material was generated is the word of node "+e.Origin+"; what its device is proves its attestation, if it has one.")
+	r.Notes = append(r.Notes, "Where the material was generated is the word of node "+e.Origin+"; what its device is, its attestation shows, if it has one.")
 	return nil
 }
 

@@ -41,14 +41,17 @@ func (a *Agent) reseal(ctx context.Context, st *state.State) time.Duration {
 
 // resealers returns the nodes that may seal a version to a node's next root: the
 // other resident ones, the node itself only where there is no other. A key version
-// of protection hardware goes from a device to one of the same kind alone.
+// of protection hardware goes from a device to one of the same kind alone, and from
+// a TPM to nobody: its policy lets a key go to the recipients of its creation only.
 func resealers(st *state.State, r state.Replacement, p state.Pending) []state.Node {
 	nodes := st.ResidentNodes(p.Keyring)
 	if len(nodes) > 1 {
 		nodes = slices.DeleteFunc(nodes, func(n state.Node) bool { return n.ID == r.Node })
 	}
 	if p.Key != "" {
-		nodes = slices.DeleteFunc(nodes, func(n state.Node) bool { return n.ImportKind != r.New.ImportKind })
+		nodes = slices.DeleteFunc(nodes, func(n state.Node) bool {
+			return n.ImportKind != r.New.ImportKind || n.ImportKind == kms.ImportTPM
+		})
 	}
 	return nodes
 }

@@ -177,7 +177,7 @@ func (r reader) revision(target string) (uint64, error) {
 func (t *tx) checkSingle(p approval.Proposal) error {
 	for _, o := range list[Proposal](t.Txn, tableProposal, byTarget, prefixKey(p.Target)) {
 		if o.live() && !o.expired(t.clock) && o.Content.Action == p.Action {
-			return kms.Errorf(kms.Exists, "proposal %s to %s %s is still open", o.ID, p.Action, p.Target)
+			return kms.Errorf(kms.Exists, "proposal %s to %s %s is still open; let it be decided, or reject it, before another one", o.ID, p.Action, p.Target)
 		}
 	}
 	return nil

@@ -13,6 +13,7 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 
+	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/attest"
 	"github.com/conclave-kms/conclave/kms/state"
 )
@@ -28,7 +29,7 @@ func (w *World) Attest(n *Node, witness string) {
 		area(n.Agreement.PublicKey().Bytes(), tpm2.TPMAObject{Decrypt: true}, tpm2.TPMAlgECDH),
 		area(n.Record.Signing, tpm2.TPMAObject{SignEncrypt: true}, tpm2.TPMAlgECDSA),
 	}
-	n.Record.ImportKind, n.Record.Import = attest.ImportKindTPM, tpm2.Marshal(publics[0])
+	n.Record.ImportKind, n.Record.Import = kms.ImportTPM, tpm2.Marshal(publics[0])
 	subject := state.NodeSubject(n.Record)
 	ek, ak := w.tpmKey(), w.tpmKey()
 	doc := attest.TPM{
