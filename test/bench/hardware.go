@@ -28,7 +28,7 @@ const share = 0.80
 // counts: the one that the rest of the machine disturbed least.
 const (
 	slice = 50 * time.Millisecond
-	turns = 30
+	turns = 40
 )
 
 // rates of one parallelism, a second.
@@ -61,7 +61,7 @@ func hardware(ctx context.Context, dir string) error {
 		return err
 	}
 	defer unload()
-	bare, err := openBare(token, 16)
+	bare, err := openBare(token, 64)
 	if err != nil {
 		return err
 	}
@@ -77,7 +77,7 @@ func hardware(ctx context.Context, dir string) error {
 	fmt.Printf("\n%-10s %14s %14s %14s %16s   SoftHSM, HMAC-SHA-256, %d-byte plaintexts\n", "goroutines", "bare HMAC/s", "closure/s", "encrypt/s", "encrypt/bare", payload)
 	var best hardwareRates
 	ratio := 0.0
-	for _, n := range []int{1, 4, 16} {
+	for _, n := range []int{1, 4, 16, 64} {
 		r, err := inTurns(n, work)
 		if err != nil {
 			return err
