@@ -308,9 +308,9 @@ func TestConcurrent(t *testing.T) {
 	cfg.CallTimeout = time.Minute
 	d := p.Open(cfg)
 	var wg sync.WaitGroup
-	for range 16 {
+	for range 32 {
 		wg.Go(func() {
-			for range 2 {
+			for range 3 {
 				if err := everything(context.Background(), d); err != nil {
 					t.Error(err)
 					return

@@ -322,9 +322,9 @@ func TestImportedConcurrent(t *testing.T) {
 	key2, mac2, unload2 := loadHMAC(t, d)
 	pub, sign, unload3 := loadSigner(t, d, elliptic.P384())
 	var wg sync.WaitGroup
-	for g := range 16 {
+	for g := range 32 {
 		wg.Go(func() {
-			for range 3 {
+			for range 4 {
 				switch g % 4 {
 				case 0:
 					checkHMAC(t, mac, key, []byte{byte(g)})

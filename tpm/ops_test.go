@@ -8,7 +8,6 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/sha512"
-	"encoding/binary"
 	"errors"
 	"math/big"
 	"strings"
@@ -174,11 +173,7 @@ func TestUnwrapRefuses(t *testing.T) {
 	d := p.Open(p.Config())
 	aad := []byte("context")
 	wrapped := mustWrap(t, d, aad, make([]byte, 32))
-	private := 3 + int(binary.BigEndian.Uint16(wrapped[1:])) // the private area's length; behind it a digest and what it covers
 	for i := range wrapped {
-		if i >= private+4 && i%4 != 0 && i != len(wrapped)-1 {
-			continue // the TPM is asked, under the race detector a matter of 30 ms
-		}
 		b := bytes.Clone(wrapped)
 		b[i] ^= 0x40
 		refused(t, "altered byte", d, aad, b)
