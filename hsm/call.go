@@ -37,17 +37,19 @@ const (
 type flight struct {
 	o     callOptions
 	phase phase
-	since time.Time      // of the phase
-	left  bool           // nobody waits any more: the worker wipes the result
-	late  bool           // given up by the watchdog on a worker
-	done  chan []*flight // gets one value: landed, or given up; the caller passes the news on to these
-	err   error          // of the landed or given up flight
+	since time.Time    // of the phase
+	left  bool         // nobody waits any more: the worker wipes the result
+	done  chan *flight // gets one value: landed, or given up; the caller passes the news on to that flight
+	next  *flight      // landed with this one
+	err   error        // of the landed or given up flight
+
+	outcome error // the worker's until the flight has landed
 }
 
 // passenger is a flight with the function and the result that it carries.
 type passenger interface {
 	base() *flight
-	fly(*Device, *worker) error // on the worker
+	fly(*Device, *worker) // on the worker
 	wipe()
 }
 
@@ -73,27 +75,35 @@ func call[T any](ctx context.Context, d *Device, o callOptions, f func(*session)
 		o.released()
 		return zero, err
 	}
-	c := &carrier[T]{flight: flight{o: o, done: make(chan []*flight, 1)}, f: f}
-	if err := d.enqueue(c); err != nil {
-		o.released()
+	c := &carrier[T]{flight: newFlight(o), f: f}
+	if err := d.await(ctx, c); err != nil {
 		return zero, err
 	}
+	return c.value, nil
+}
+
+func newFlight(o callOptions) flight { return flight{o: o, done: make(chan *flight, 1)} }
+
+// await makes the flight and returns when it has landed, was given up, or ctx has ended.
+func (d *Device) await(ctx context.Context, p passenger) error {
+	fl := p.base()
+	if err := d.enqueue(p); err != nil {
+		fl.o.released()
+		return err
+	}
 	if end := ctx.Done(); end == nil {
-		tell(<-c.done)
+		(<-fl.done).tell()
 	} else {
 		select {
-		case others := <-c.done:
-			tell(others)
+		case next := <-fl.done:
+			next.tell()
 		case <-end:
-			if d.leave(c) {
-				return zero, contextError(o.op, ctx.Err())
+			if d.leave(p) {
+				return contextError(fl.o.op, ctx.Err())
 			}
 		}
 	}
-	if c.err != nil {
-		return zero, c.err
-	}
-	return c.value, nil
+	return fl.err
 }
 
 func (o callOptions) released() {
@@ -135,10 +145,10 @@ func wipe(v any) {
 
 // fly runs f on the worker goroutine, and once more on a new session when the
 // session, login or handles turn out to be gone.
-func (c *carrier[T]) fly(d *Device, w *worker) error {
-	v, err := attempt(d, w, c.o, c.since, c.f)
+func (c *carrier[T]) fly(d *Device, w *worker) {
+	v, err := attempt(d, w, c.o, c.f)
 	if err != nil && isLost(err) && !c.o.once {
-		v, err = attempt(d, w, c.o, c.since, c.f)
+		v, err = attempt(d, w, c.o, c.f)
 	}
 	c.o.released()
 	if err != nil {
@@ -147,16 +157,15 @@ func (c *carrier[T]) fly(d *Device, w *worker) error {
 			d.markSuspect(c.o.op + " failed")
 		}
 	}
-	c.value = v
-	return err
+	c.value, c.outcome = v, err
 }
 
-func attempt[T any](d *Device, w *worker, o callOptions, now time.Time, f func(*session) (T, error)) (v T, err error) {
+func attempt[T any](d *Device, w *worker, o callOptions, f func(*session) (T, error)) (v T, err error) {
 	if err := d.mod.enter(d.set.timeout); err != nil {
 		return v, d.sinceOpen(err)
 	}
 	gen := d.mod.gen
-	s, err := d.take(w, o, now)
+	s, err := d.take(w, o, w.since)
 	if err == nil {
 		s.hook = nil
 		if hook := d.hook.Load(); hook != nil {

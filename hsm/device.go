@@ -222,7 +222,7 @@ func (d *Device) Close() error {
 		p.base().err = unavailablef("%s: the device is closed", p.base().o.op)
 	}
 	for _, w := range d.idle {
-		w.wake <- nil
+		close(w.wake)
 	}
 	d.idle = nil
 	last := d.lastGone()
@@ -232,7 +232,7 @@ func (d *Device) Close() error {
 	d.mu.Unlock()
 	for _, p := range queue {
 		p.base().o.released()
-		tell([]*flight{p.base()})
+		p.base().tell()
 	}
 	if first {
 		close(d.closing)

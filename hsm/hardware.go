@@ -48,8 +48,7 @@ func (d *Device) LoadHMAC(ctx context.Context, blob []byte) (mac func(ctx contex
 		if len(message) > MaxMAC {
 			return nil, invalidf("HMAC: the message has %d bytes, at most %d are possible", len(message), MaxMAC)
 		}
-		message = bytes.Clone(message)
-		return use(ctx, d, callOptions{op: "hmac", light: len(message) <= lightMAC}, o, func(s *session, h pkcs11.ObjectHandle) ([]byte, error) { return s.hmac(h, message) })
+		return d.mac(ctx, o, bytes.Clone(message))
 	}
 	// A key shorter than it should be shows itself here: the token refuses to use it.
 	_, err = use(ctx, d, callOptions{op: "load"}, o, func(s *session, h pkcs11.ObjectHandle) ([]byte, error) {
@@ -66,10 +65,6 @@ func (d *Device) LoadHMAC(ctx context.Context, blob []byte) (mac func(ctx contex
 	}
 	return mac, func() { d.unload(o) }, nil
 }
-
-// lightMAC bounds the message of a light call: one that takes microseconds on a token
-// in this machine.
-const lightMAC = 2048
 
 // LoadSigner is LoadHMAC for what WrapSigner wrapped for the same curve. sign
 // returns r‖s, each of the curve's coordinate length, over a SHA-256 digest (32

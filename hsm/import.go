@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 
-	"github.com/conclave-kms/conclave/kms/secret"
 	"github.com/miekg/pkcs11"
 )
 
@@ -191,18 +190,12 @@ func (s *session) checkLoadedShape(m material, h pkcs11.ObjectHandle) error {
 
 // hmac computes HMAC-SHA-256 with a loaded key.
 func (s *session) hmac(key pkcs11.ObjectHandle, message []byte) ([]byte, error) {
-	if err := s.p11.SignInit(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_SHA256_HMAC, nil)}, key); err != nil {
-		return nil, fmt.Errorf("C_SignInit: %w", err)
+	defer s.macs.reset()
+	s.macs.add(key, message)
+	if _, err := s.macs.run(s); err != nil {
+		return nil, err
 	}
-	mac, err := s.p11.Sign(s.h, message)
-	if err != nil {
-		return nil, fmt.Errorf("C_Sign: %w", err)
-	}
-	if len(mac) != 32 {
-		secret.Wipe(mac)
-		return nil, unavailablef("HMAC: the token returned %d bytes instead of 32", len(mac))
-	}
-	return mac, nil
+	return s.macs.mac(0), nil
 }
 
 // importError tells a blob that does not open from a device that fails, as

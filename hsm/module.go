@@ -22,6 +22,7 @@ type module struct {
 	path string
 	conf string // SOFTHSM2_CONF at C_Initialize; "" leaves the variable alone
 	p11  *pkcs11.Ctx
+	fn   functions
 
 	gate      *semaphore.Weighted
 	abandoned atomic.Int64 // calls past their deadline that are still inside
@@ -65,7 +66,11 @@ func loadModule(path, conf string) (*module, error) {
 	if p11 == nil {
 		return nil, fmt.Errorf("%w: %s cannot be loaded: it is not a PKCS#11 library for this machine, or a library it needs is missing (ldd names it)", ErrModule, path)
 	}
-	m := &module{path: real, conf: conf, p11: p11, gate: semaphore.NewWeighted(wholeGate)}
+	fn, ok := functionsOf(real)
+	if !ok {
+		return nil, fmt.Errorf("%w: %s names no functions: C_GetFunctionList fails", ErrModule, path)
+	}
+	m := &module{path: real, conf: conf, p11: p11, fn: fn, gate: semaphore.NewWeighted(wholeGate)}
 	loaded.modules[real] = m
 	return m, nil
 }

@@ -15,6 +15,7 @@ import (
 // The handles live and die with the session, so nothing stale outlives it.
 type session struct {
 	p11   *pkcs11.Ctx
+	fn    functions
 	h     pkcs11.SessionHandle
 	slot  uint
 	gen   uint64 // of the module
@@ -22,6 +23,7 @@ type session struct {
 	used  time.Time
 	keys  handles
 	curve curve
+	macs  macBatch
 
 	hook    func(op string) error          // tests: runs inside some calls; may be nil
 	victims map[string]pkcs11.ObjectHandle // loaded keys for the attacks to try
@@ -97,7 +99,7 @@ func (d *Device) openSession(rw, keys bool) (*session, error) {
 	if err != nil {
 		return nil, fmt.Errorf("C_OpenSession: %w", err)
 	}
-	s := &session{p11: d.mod.p11, h: h, slot: slot, gen: d.mod.gen, curve: d.set.curve}
+	s := &session{p11: d.mod.p11, fn: d.mod.fn, h: h, slot: slot, gen: d.mod.gen, curve: d.set.curve}
 	err = d.login(s)
 	if err == nil && keys {
 		err = d.bindKeys(s)

@@ -43,10 +43,10 @@ func (d *Device) patrol() {
 	d.mu.Lock()
 	d.watching = false
 	hung, waiters := d.overdue(now)
-	stale, news := d.stale(now), d.undelivered(now)
+	stale := d.stale(now)
 	// A light call that waits for long waits behind one that is not light.
 	if len(d.queue) > 0 && d.busy < d.set.maxSessions && now.Sub(d.queue[0].base().since) > shortestWatch {
-		d.board(d.pop())
+		d.board()
 	}
 	d.dispatch()
 	d.dismiss(now)
@@ -63,20 +63,9 @@ func (d *Device) patrol() {
 	for _, fl := range stale {
 		fl.o.released()
 	}
-	tell(slices.Concat(news, waiters, stale))
-}
-
-// undelivered takes over the results that wait with a worker for its next call, when
-// that takes long. It runs under mu.
-func (d *Device) undelivered(now time.Time) []*flight {
-	var news []*flight
-	for _, w := range d.workers {
-		if len(w.told) > 0 && w.now != nil && now.Sub(w.now.base().since) > shortestWatch {
-			news = append(news, w.told...)
-			w.told = nil
-		}
+	for _, fl := range slices.Concat(waiters, stale) {
+		fl.tell()
 	}
-	return news
 }
 
 // overdue abandons the calls past their deadline: their workers and sessions are
@@ -84,21 +73,19 @@ func (d *Device) undelivered(now time.Time) []*flight {
 // under mu.
 func (d *Device) overdue(now time.Time) (any bool, waiters []*flight) {
 	for _, w := range d.workers {
-		if w.now == nil {
+		if len(w.now) == 0 || w.lost || now.Sub(w.since) <= d.set.timeout {
 			continue
 		}
-		fl := w.now.base()
-		if fl.late || now.Sub(fl.since) <= d.set.timeout {
-			continue
-		}
-		fl.late = true
-		if !fl.left {
-			fl.left = true
-			fl.err = unavailablef("%s: no answer within %v", fl.o.op, d.set.timeout)
-			waiters = append(waiters, fl)
+		for _, p := range w.now {
+			if fl := p.base(); !fl.left {
+				fl.left = true
+				fl.err = unavailablef("%s: no answer within %v", fl.o.op, d.set.timeout)
+				waiters = append(waiters, fl)
+			}
 		}
 		any = true
-		d.relieve(fl)
+		d.relieve(w)
+		w.lost = true
 		d.abandoned++
 		d.mod.abandoned.Add(1)
 	}
@@ -130,7 +117,7 @@ func (d *Device) stale(now time.Time) []*flight {
 // It runs under mu.
 func (d *Device) dismiss(now time.Time) {
 	for len(d.idle) > 0 && now.Sub(d.idle[0].parked) > idleClose {
-		d.idle[0].wake <- nil
+		close(d.idle[0].wake)
 		d.idle = d.idle[1:]
 	}
 }

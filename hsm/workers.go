@@ -10,48 +10,38 @@ import (
 // some wait, and then parks. A token in this machine answers in the time that it
 // takes to wake a thread, so a goroutine for each call would cost as much again.
 type worker struct {
-	wake chan passenger // one at a time while parked; nil ends the worker
+	wake chan struct{} // a parked worker has calls again; closed to end it
 
 	// Of the goroutine alone.
 	s *session // nil until the first call
 
-	// Under Device.mu.
-	now    passenger // flying; nil when parked
+	// Under Device.mu. A worker that flies reads now and since without it: nobody else
+	// changes them meanwhile.
+	now    []passenger // flying; empty when parked; more than one are macCalls
+	since  time.Time   // when they took off
+	lost   bool        // given up by the watchdog, and its place to others
 	parked time.Time
-	told   []*flight // landed; their callers are to be told
 }
 
 // burst is how many light calls may wait for one worker on a token that makes them
 // one after the other anyway.
 const burst = 64
 
-// batch is how many callers are told of their results at a time. A sleeping thread
-// has to be woken for each news, which takes as long as a light call.
-const batch = 16
-
 // enqueue gives the flight to a worker, now or when one is free.
 func (d *Device) enqueue(p passenger) error {
 	fl := p.base()
 	d.mu.Lock()
-	var err error
+	defer d.mu.Unlock()
 	switch {
 	case d.closed:
-		err = unavailablef("%s: the device is closed", fl.o.op)
+		return unavailablef("%s: the device is closed", fl.o.op)
 	case d.abandoned >= d.set.maxSessions:
-		err = d.allHang(fl.o.op)
-	}
-	if err != nil {
-		d.mu.Unlock()
-		return err
+		return d.allHang(fl.o.op)
 	}
 	fl.since = time.Now()
-	if len(d.queue) == 0 && d.admits(fl) {
-		d.board(p)
-	} else {
-		d.queue = append(d.queue, p)
-	}
+	d.queue = append(d.queue, p)
+	d.dispatch()
 	d.watch()
-	d.mu.Unlock()
 	return nil
 }
 
@@ -59,56 +49,70 @@ func (d *Device) allHang(op string) error {
 	return unavailablef("%s: %d calls hang in the device; no more until one returns", op, d.abandoned)
 }
 
-// admits reports whether a call may go to one more worker. Light calls to a token
-// that does not make them side by side stay with the worker that makes some now: a
-// second would only contend with it for the token's locks. It runs under mu.
-func (d *Device) admits(fl *flight) bool {
-	if d.busy >= d.set.maxSessions {
+// dispatch starts what waits as far as the limits allow. It runs under mu.
+func (d *Device) dispatch() {
+	for d.admits() {
+		d.board()
+	}
+}
+
+// admits reports whether the first in the queue may go to one more worker. Light calls
+// to a token that does not make them side by side stay with the worker that makes some
+// now: a second would only contend with it for the token's locks. It runs under mu.
+func (d *Device) admits() bool {
+	if len(d.queue) == 0 || d.busy >= d.set.maxSessions {
 		return false
 	}
-	return !fl.o.light || !d.serial || d.light == 0 || len(d.queue) > burst
+	return !d.queue[0].base().o.light || !d.serial || d.light == 0 || len(d.queue) > burst
 }
 
-// board gives the flight to the worker that parked last, or to a new one. It runs
+// board gives what waits to the worker that parked last, or to a new one. It runs
 // under mu.
-func (d *Device) board(p passenger) {
-	var w *worker
+func (d *Device) board() {
 	if n := len(d.idle); n > 0 {
-		w = d.idle[n-1]
+		w := d.idle[n-1]
 		d.idle = d.idle[:n-1]
-		d.assign(w, p)
-		w.wake <- p // has room: a parked worker gets one
+		d.assign(w)
+		w.wake <- struct{}{} // has room: a parked worker gets one
 		return
 	}
-	w = &worker{wake: make(chan passenger, 1)}
+	w := &worker{wake: make(chan struct{}, 1)}
 	d.workers = append(d.workers, w)
-	d.assign(w, p)
-	go d.work(w, p)
+	d.assign(w)
+	go d.work(w)
 }
 
-func (d *Device) assign(w *worker, p passenger) {
-	fl := p.base()
-	fl.phase = flying
-	fl.since = time.Now()
-	w.now = p
+// assign gives the worker the first call of the queue. On a token that makes light
+// calls one after the other it takes more of them along, half of those that wait: the
+// callers of one half use their results while the worker sees to the other. It runs
+// under mu.
+func (d *Device) assign(w *worker) {
+	w.since = time.Now()
+	w.now = append(w.now, d.pop())
+	if _, ok := w.now[0].(*macCall); ok && d.serial {
+		for n := min(maxMACs, (len(d.queue)+1)/2); len(w.now) < n; {
+			if _, ok := d.queue[0].(*macCall); !ok {
+				break
+			}
+			w.now = append(w.now, d.pop())
+		}
+	}
+	for _, p := range w.now {
+		p.base().phase = flying
+	}
 	d.busy++
-	if fl.o.light {
+	if w.light() {
 		d.light++
 	}
 }
 
-// relieve is the reverse of assign.
-func (d *Device) relieve(fl *flight) {
-	d.busy--
-	if fl.o.light {
-		d.light--
-	}
-}
+func (w *worker) light() bool { return w.now[0].base().o.light }
 
-// dispatch starts what waits as far as the limits allow. It runs under mu.
-func (d *Device) dispatch() {
-	for len(d.queue) > 0 && d.admits(d.queue[0].base()) {
-		d.board(d.pop())
+// relieve is the reverse of assign. It runs under mu.
+func (d *Device) relieve(w *worker) {
+	d.busy--
+	if w.light() {
+		d.light--
 	}
 }
 
@@ -120,71 +124,70 @@ func (d *Device) pop() passenger {
 }
 
 // work is the worker goroutine.
-func (d *Device) work(w *worker, p passenger) {
-	for p != nil {
-		p = d.land(w, p, p.fly(d, w))
+func (d *Device) work(w *worker) {
+	for more := true; more; {
+		if len(w.now) > 1 {
+			d.flyTogether(w)
+		} else {
+			w.now[0].fly(d, w)
+		}
+		more = d.land(w)
 	}
 	d.retire(w)
 }
 
-// land hands the result over and returns the next flight, nil to end the worker.
-func (d *Device) land(w *worker, p passenger, err error) passenger {
-	fl := p.base()
+// land hands the results over and waits for the next flights. It returns false to end
+// the worker.
+func (d *Device) land(w *worker) bool {
 	d.mu.Lock()
-	left, late := fl.left, fl.late
-	fl.phase = landed
-	w.now = nil
-	var next passenger
-	if late { // the watchdog has given this worker up, and its place to others
+	if w.lost {
 		d.abandoned--
 		d.mod.abandoned.Add(-1)
 	} else {
-		fl.err = err
-		d.relieve(fl)
-		if len(d.queue) > 0 && d.admits(d.queue[0].base()) {
-			next = d.pop()
-			d.assign(w, next)
-			d.dispatch()
-		} else if !d.closed {
-			w.parked = fl.since
-			d.idle = append(d.idle, w)
-		}
+		d.relieve(w)
 	}
-	stay := !late && !d.closed || next != nil
-	if !left {
-		if w.told == nil {
-			w.told = make([]*flight, 0, batch)
+	var told *flight // the first of a chain
+	var left []passenger
+	end := &told
+	for i, p := range w.now {
+		fl := p.base()
+		fl.phase = landed
+		if fl.left {
+			left = append(left, p)
+		} else {
+			fl.err = fl.outcome
+			*end, end = fl, &fl.next
 		}
-		w.told = append(w.told, fl)
+		w.now[i] = nil
 	}
-	var news []*flight
-	if !d.delays(w, next) {
-		news, w.told = w.told, nil
+	w.now = w.now[:0]
+	again, stay := false, !w.lost && !d.closed
+	switch {
+	case !w.lost && d.admits():
+		d.assign(w)
+		d.dispatch()
+		again = true
+	case stay:
+		w.parked = w.since
+		d.idle = append(d.idle, w)
 	}
 	d.mu.Unlock()
-	if left {
+	for _, p := range left {
 		p.wipe()
 	}
-	tell(news)
-	if next == nil && stay {
-		next = <-w.wake
+	told.tell()
+	if again || !stay {
+		return again
 	}
-	return next
+	_, more := <-w.wake
+	return more
 }
 
-// delays reports whether news may wait until more have come together: on a token
-// that makes light calls one after the other, while others wait for theirs. Half of
-// those under way are told at a time, so that the worker has the other half to do
-// meanwhile. It runs under mu.
-func (d *Device) delays(w *worker, next passenger) bool {
-	return d.serial && next != nil && next.base().o.light && len(w.told) < min(batch, 3*len(d.queue))
-}
-
-// tell wakes the caller of the first flight and leaves the others to it: waking takes
+// tell wakes the caller of a flight and leaves the rest of the chain to it: waking takes
 // time that a worker has better uses for.
-func tell(news []*flight) {
-	if len(news) > 0 {
-		news[0].done <- news[1:]
+func (fl *flight) tell() {
+	if fl != nil {
+		fl.done <- fl.next
 	}
 }
 
@@ -195,7 +198,7 @@ func (d *Device) leave(p passenger) bool {
 	d.mu.Lock()
 	if fl.phase == landed || fl.left {
 		d.mu.Unlock()
-		tell(<-fl.done) // there or on its way
+		(<-fl.done).tell() // there or on its way
 		return false
 	}
 	fl.left = true
