@@ -85,6 +85,14 @@ func nodeDetail(w io.Writer, n wire.Node) {
 	for _, s := range n.Claimed {
 		row(w, "claimed", s)
 	}
+	for _, x := range n.Refused {
+		what := "the KEK of keyring " + x.Keyring
+		if x.Key != "" {
+			what = "key " + kms.KeyPath(x.Keyring, x.Key)
+		}
+		row(w, "refused", fmt.Sprintf("by root number %d, %s: the copy of %s, version %d, that node %s sealed did not open, or held another key",
+			x.Root, when(x.Time), what, x.Version, x.SealedBy))
+	}
 	if r := n.Replacing; r != nil {
 		row(w)
 		row(w, "next root", fmt.Sprintf("number %d, by proposal %s", r.Root, r.Proposal))

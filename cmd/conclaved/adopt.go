@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/conclave-kms/conclave/kms/engine"
-	"github.com/conclave-kms/conclave/kms/keyring"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/pqc"
 )
@@ -120,7 +119,7 @@ func (n *node) adopt(ctx context.Context, r state.Replacement, a *attempts) bool
 		return false
 	}
 	n.log.Info("custodians have approved the next hardware root; taking it into use", "root", r.Root, "device", n.roots.next.dev.Describe())
-	if err := n.runAdoption(ctx, n.roots.own().root); err != nil {
+	if err := n.runAdoption(ctx); err != nil {
 		if ctx.Err() == nil {
 			n.log.Error("the next hardware root is not adopted; prepare and propose one again", "root", r.Root, "err", err)
 			a.next = time.Time{}
@@ -147,13 +146,13 @@ func (n *node) holdNext(ctx context.Context, r state.Replacement) error {
 	return nil
 }
 
-// runAdoption takes the next root into use. former is the present one, nil where its
-// device is dead.
-func (n *node) runAdoption(ctx context.Context, former *keyring.Root) error {
+// runAdoption takes the next root into use; the device of the present one is not
+// needed.
+func (n *node) runAdoption(ctx context.Context) error {
 	next := n.roots.next
 	_, suite := next.cfg.Device.suites()
 	a, err := engine.NewAdoption(engine.AdoptionConfig{
-		Node: n.cfg.Node, Cluster: n.cluster, Watch: n.cluster, Root: next.root, Signer: next.dev, SigningSuite: suite, Former: former, Logger: n.log,
+		Node: n.cfg.Node, Cluster: n.cluster, Watch: n.cluster, Root: next.root, Signer: next.dev, SigningSuite: suite, Logger: n.log,
 	})
 	if err != nil {
 		return err
@@ -195,7 +194,7 @@ func (n *node) wait(ctx context.Context) error {
 	defer wg.Wait() // nothing may use the device any more
 	defer cancel()
 	adopted := make(chan error, 1)
-	wg.Go(func() { adopted <- n.runAdoption(ctx, nil) })
+	wg.Go(func() { adopted <- n.runAdoption(ctx) })
 	wg.Go(func() { n.awaitPresent(ctx) })
 	n.log.Info("waiting for the next hardware root to be approved and adopted", "root", n.roots.next.file.Root, "cluster", n.cluster.State().Cluster())
 	select {

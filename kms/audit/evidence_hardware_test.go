@@ -228,6 +228,12 @@ func TestAlteredHardwareEvidence(t *testing.T) {
 		{"a copy for another root of its own, signed", good, commit(func(c *rotation) { c.Copies[0].Root = 1 }), kms.Invalid},
 		{"checks for a sign key, signed", good, commit(func(c *rotation) { c.Checks = w.KeyringCommand("x", "de", "fr").Checks }), kms.Invalid},
 		{"no checks for another key, signed", code, commit(func(c *rotation) { c.Checks = nil }), kms.Invalid},
+		{"a check of version 1 dropped, signed", code, func(e *Evidence) {
+			e.Key = resign(t, w, e.Key, func(_ *state.Envelope, c *state.CreateKey) { c.Checks = c.Checks[:1] })
+		}, kms.Invalid},
+		{"no checks of version 1, signed", code, func(e *Evidence) {
+			e.Key = resign(t, w, e.Key, func(_ *state.Envelope, c *state.CreateKey) { c.Checks = nil })
+		}, kms.Invalid},
 		{"software's form, signed", good, commit(func(c *rotation) {
 			c.KEK, c.Wrapped, c.Copies, c.Generated, c.Checks = 1, []byte{1}, nil, "", w.KeyringCommand("x", "de", "fr").Checks
 		}), kms.Invalid},

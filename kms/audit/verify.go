@@ -230,6 +230,8 @@ func (w *replay) verifyKey(e Evidence, ring state.CreateKeyring, created signed,
 		return key, refuse(kms.Invalid, nil, "%s is that of %s", what, kms.KeyPath(key.Keyring, key.Name))
 	case len(e.KeyID) != 0:
 		return key, refuse(kms.Invalid, nil, "the evidence holds %s and its identifier again", what)
+	case ring.Protection == kms.Hardware && key.Purpose != kms.Sign && !sameNodes(w.residents(ring.Residency), key.Checks, func(c state.Check) string { return c.Node }):
+		return key, refuse(kms.Invalid, nil, "%s does not ask exactly the resident nodes for receipts", what)
 	}
 	if err := w.inOrder(what, created, env); err != nil {
 		return key, err

@@ -3,7 +3,7 @@ package engine
 import (
 	"bytes"
 	"context"
-	"crypto/hmac"
+	"crypto/sha256"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -25,7 +25,6 @@ type AdoptionConfig struct {
 	Signer       Signer        // the next device
 	SigningSuite pqc.SuiteID   // of Signer
 
-	Former   *keyring.Root          // the present root, to compare version 1 of keys with; nil: its device is dead
 	Now      func() time.Time       // default time.Now
 	After    Timer                  // default: the system's timer
 	Logger   *slog.Logger           // default: discards
@@ -38,17 +37,19 @@ type AdoptionProgress struct {
 	Root    uint32 // number of the next root, 0 until the custodians have approved it
 	Missing int    // copies that other nodes have still to seal to it
 	Opened  int    // copies that were opened with it and are right
+	Refused int    // copies that it refused, for they do not open or hold another key
 	Left    int    // versions that stay behind
 	Note    string // what it waits for
 }
 
 // Adoption takes a node's next hardware root into use: it waits until custodians
 // have approved it and the other nodes have sealed their copies to it, opens and
-// checks every copy, and adopts the root. The device of the present root is not
+// checks every copy, and adopts the root with exactly these. A copy that is not good
+// it refuses, so that another node seals one. The device of the present root is not
 // needed. It needs no Engine.
 type Adoption struct {
 	cfg    AdoptionConfig
-	opened map[string]bool // copies that were opened with root
+	opened map[string]bool // copies that were opened with root, by key of a nodeCopy
 	root   uint32
 	logged AdoptionProgress
 	told   AdoptionProgress
@@ -81,10 +82,9 @@ func Adopted(st *state.State, node string, root *keyring.Root) (present, next bo
 }
 
 // Run returns nil when the root is the node's own, as applied here; also when it
-// was so before. It tries again for as long as a device or the cluster fails.
-// Errors: kms.Conflict for a copy that does not open or holds another key, after
-// which another root has to be proposed; kms.Unavailable when ctx ends. It may be
-// called once.
+// was so before. It tries again for as long as a device or the cluster fails, and
+// waits where only people can help: its progress says for what. Errors:
+// kms.Unavailable when ctx ends. It may be called once.
 func (a *Adoption) Run(ctx context.Context) error {
 	back := time.Second
 	for {
@@ -95,8 +95,6 @@ func (a *Adoption) Run(ctx context.Context) error {
 			return nil
 		case ctx.Err() != nil:
 			return kms.Wrap(kms.Unavailable, ctx.Err(), "the next hardware root was not yet adopted", "start again; it goes on where it was")
-		case kms.KindOf(err) == kms.Conflict:
-			return err
 		}
 		wait := idleWait
 		if err != nil {
@@ -137,28 +135,40 @@ func (a *Adoption) step(ctx context.Context) (done bool, err error) {
 		a.root, a.opened = r.Root, map[string]bool{}
 	}
 	p.Root = r.Root
+	p.Refused = len(st.Refused(a.cfg.Node))
+	var with []state.AdoptedCopy // what the root is adopted with
 	for _, u := range st.Unsealed(a.cfg.Node) {
 		if leaves(st, r, u) {
 			p.Left++
 		} else {
 			p.Missing++
 		}
+		with = append(with, state.AdoptedCopy{Keyring: u.Keyring, Key: u.Key, Version: u.Version, Copy: []byte{}})
 	}
 	if p.Missing > 0 {
-		p.Note = "other nodes have to seal their copies to it"
+		p.Note = hindrance(st, r)
 	}
+	refused := false
 	for _, c := range copiesFor(st, a.cfg.Node, r.Root) {
-		if err := a.check(ctx, st, c); err != nil {
+		good, err := a.check(ctx, st, r, c)
+		if err != nil {
 			return false, err
 		}
-		p.Opened = len(a.opened)
+		if refused = refused || !good; !good {
+			continue
+		}
+		with = append(with, c.adopted())
+		p.Opened++
 		a.tell(p)
+	}
+	if refused {
+		return false, nil // the refusal has changed the state: look again
 	}
 	a.report(p)
 	if p.Missing > 0 {
 		return false, nil
 	}
-	return a.adopt(ctx, st, r)
+	return a.adopt(ctx, st, r, with)
 }
 
 // leaveAfter is how long, in milliseconds of the cluster's clock, what other nodes
@@ -166,36 +176,45 @@ func (a *Adoption) step(ctx context.Context) (done bool, err error) {
 const leaveAfter = 10 * 60 * 1000
 
 // leaves reports whether a node adopts its next root without this version: the
-// custodians let it, nobody else holds the KEK, and nobody can move it or nobody
-// has in time.
+// custodians let it, and nobody can move it or nobody has in time. A KEK that a node
+// holds which has not had its turn is always waited for.
 func leaves(st *state.State, r state.Replacement, p state.Pending) bool {
-	if !r.Leave || p.Key == "" && len(st.ResidentNodes(p.Keyring)) > 1 {
+	switch nobody := len(resealers(st, r, p)) == 0; {
+	case !r.Leave || nobody:
+		return r.Leave
+	case p.Key == "" && len(st.ResidentNodes(p.Keyring)) > 1:
 		return false
 	}
-	return len(resealers(st, r, p)) == 0 || st.Clock() >= r.Time+leaveAfter
+	return st.Clock() >= r.Time+leaveAfter
 }
 
-func (a *Adoption) adopt(ctx context.Context, st *state.State, r state.Replacement) (bool, error) {
+// adopt signs that the node has checked these copies, and lives with what it leaves.
+func (a *Adoption) adopt(ctx context.Context, st *state.State, r state.Replacement, with []state.AdoptedCopy) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, taskTimeout)
 	defer cancel()
-	o := origin{a.cfg.Node, st.Cluster(), a.cfg.SigningSuite, a.cfg.Signer, a.cfg.Now()}
-	_, err := o.submit(ctx, a.cfg.Cluster, attempt{}, state.AdoptRoot{Root: r.Root})
+	_, err := a.origin(st).submit(ctx, a.cfg.Cluster, attempt{}, state.AdoptRoot{
+		Root: r.Root, Copies: state.AdoptionDigest(st.Cluster(), a.cfg.Node, r.Root, with)})
 	present, _ := Adopted(a.cfg.Cluster.State(), a.cfg.Node, a.cfg.Root)
 	if present {
 		return true, nil
 	}
 	if kms.KindOf(err) == kms.Conflict {
-		// A key was made, or the root withdrawn, since the state was read: look again.
+		// A key or a copy came or went, or the root was withdrawn, since the state was read: look again.
 		return false, kms.Wrap(kms.Unavailable, err, "the cluster did not take the root yet: "+err.Error(), "")
 	}
 	return false, err
+}
+
+// origin signs with the next device.
+func (a *Adoption) origin(st *state.State) origin {
+	return origin{a.cfg.Node, st.Cluster(), a.cfg.SigningSuite, a.cfg.Signer, a.cfg.Now()}
 }
 
 // report logs progress, and tells of it.
 func (a *Adoption) report(p AdoptionProgress) {
 	if p != a.logged {
 		a.logged = p
-		a.cfg.Logger.Info("next hardware root", "root", p.Root, "opened", p.Opened, "missing", p.Missing, "left", p.Left, "note", p.Note)
+		a.cfg.Logger.Info("next hardware root", "root", p.Root, "opened", p.Opened, "missing", p.Missing, "refused", p.Refused, "left", p.Left, "note", p.Note)
 	}
 	a.tell(p)
 }
@@ -211,17 +230,37 @@ func (a *Adoption) tell(p AdoptionProgress) {
 // KEK.
 type nodeCopy struct {
 	ring    state.Keyring
-	key     *state.Key
+	of      *state.Key // nil for a KEK
 	version state.Version
 	kek     state.KEK
 	sealed  []byte
 }
 
 func (c nodeCopy) name() string {
-	if c.key == nil {
+	if c.of == nil {
 		return fmt.Sprintf("KEK version %d of keyring %s", c.kek.Version, c.ring.Name)
 	}
-	return fmt.Sprintf("version %d of key %s", c.version.Version, kms.KeyPath(c.ring.Name, c.key.Name))
+	return fmt.Sprintf("version %d of key %s", c.version.Version, kms.KeyPath(c.ring.Name, c.of.Name))
+}
+
+// pending names the version.
+func (c nodeCopy) pending() state.Pending {
+	if c.of == nil {
+		return state.Pending{Keyring: c.ring.Name, Version: c.kek.Version}
+	}
+	return state.Pending{Keyring: c.ring.Name, Key: c.of.Name, Version: c.version.Version}
+}
+
+// adopted names the version and this very copy.
+func (c nodeCopy) adopted() state.AdoptedCopy {
+	p, sum := c.pending(), sha256.Sum256(c.sealed)
+	return state.AdoptedCopy{Keyring: p.Keyring, Key: p.Key, Version: p.Version, Copy: sum[:]}
+}
+
+// key is another for every copy.
+func (c nodeCopy) key() string {
+	x := c.adopted()
+	return fmt.Sprintf("%s/%d/%x", kms.KeyPath(x.Keyring, x.Key), x.Version, x.Copy)
 }
 
 // copiesFor returns what is sealed to one of a node's roots.
@@ -246,7 +285,7 @@ func copiesFor(st *state.State, node string, root uint32) []nodeCopy {
 		}
 		for _, k := range st.Keys(kr.Name) {
 			for _, v := range st.Versions(kr.Name, k.Name) {
-				find(v.Copies, nodeCopy{ring: kr, key: &k, version: v})
+				find(v.Copies, nodeCopy{ring: kr, of: &k, version: v})
 			}
 		}
 	}
@@ -254,28 +293,44 @@ func copiesFor(st *state.State, node string, root uint32) []nodeCopy {
 }
 
 // check opens a copy with the next root, once, and compares what it holds with
-// what was committed.
-func (a *Adoption) check(ctx context.Context, st *state.State, c nodeCopy) error {
-	if a.opened[c.name()] {
-		return nil
+// what was committed. One that does not open, or holds another key, it refuses.
+func (a *Adoption) check(ctx context.Context, st *state.State, r state.Replacement, c nodeCopy) (good bool, err error) {
+	if a.opened[c.key()] {
+		return true, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, taskTimeout)
 	defer cancel()
-	var err error
-	if c.key == nil {
+	if c.of == nil {
 		err = a.checkKEK(ctx, st, c)
 	} else {
 		err = a.checkVersion(ctx, st, c)
 	}
 	switch kms.KindOf(err) {
 	case 0:
-		a.opened[c.name()] = true
-		return nil
+		a.opened[c.key()] = true
+		return true, nil
 	case kms.OpenFailed, kms.Invalid:
-		return kms.Wrap(kms.Conflict, err, "the copy of "+c.name()+" that is sealed to the next hardware root does not open with it, or holds another key",
-			"prepare the root again and propose it anew; the cluster log names the node that sealed the copy")
+		return false, a.refuse(ctx, st, r, c, err)
 	}
-	return err
+	return false, err
+}
+
+// refuse signs that a copy is not good. The node that sealed it does not seal that
+// version to this root again, so there are at most as many refusals as other nodes.
+func (a *Adoption) refuse(ctx context.Context, st *state.State, r state.Replacement, c nodeCopy, why error) error {
+	by, ok := st.ResealedBy(a.cfg.Node, r.Root, c.pending())
+	if !ok {
+		return kms.Errorf(kms.Internal, "nobody has sealed the copy of %s to root number %d", c.name(), r.Root)
+	}
+	x := c.adopted()
+	_, err := a.origin(st).submit(ctx, a.cfg.Cluster, attempt{}, state.RefuseCopy{
+		Root: r.Root, Keyring: x.Keyring, Key: x.Key, Version: x.Version, By: by, Copy: x.Copy})
+	if err != nil {
+		return kms.Wrap(kms.Unavailable, err, "the cluster did not take the refusal of the copy of "+c.name()+" that node "+by+" sealed: "+err.Error(), "")
+	}
+	a.cfg.Logger.ErrorContext(ctx, "a copy that another node sealed to the next hardware root does not open with it, or holds another key; it is refused, and another node has to seal one",
+		"copy", c.name(), "sealed_by", by, "root", r.Root, "error", why)
+	return nil
 }
 
 func (a *Adoption) checkKEK(ctx context.Context, st *state.State, c nodeCopy) error {
@@ -289,56 +344,28 @@ func (a *Adoption) checkKEK(ctx context.Context, st *state.State, c nodeCopy) er
 }
 
 func (a *Adoption) checkVersion(ctx context.Context, st *state.State, c nodeCopy) error {
-	b := keyring.KeyBinding{Cluster: st.Cluster(), Keyring: c.ring.Name, Version: c.version.Version, Algorithm: c.key.Algorithm, Purpose: c.key.Purpose}
-	copy(b.KeyID[:], c.key.ID)
+	b := keyring.KeyBinding{Cluster: st.Cluster(), Keyring: c.ring.Name, Version: c.version.Version, Algorithm: c.of.Algorithm, Purpose: c.of.Purpose}
+	copy(b.KeyID[:], c.of.ID)
 	m, err := a.cfg.Root.LoadVersion(ctx, b, a.cfg.Node, c.sealed)
 	if err != nil {
 		return err
 	}
 	defer m.Destroy()
 	kcv, err := proof(ctx, m, c.version, a.cfg.Node)
-	switch {
-	case err != nil || b.Purpose == kms.Sign:
+	if err != nil || b.Purpose == kms.Sign {
 		return err
-	case len(c.version.Checks) > 0:
-		return agrees(c.version.Checks, a.cfg.Node, kcv)
 	}
-	return a.compare(ctx, st, c, b, kcv)
+	return agrees(c.version.Checks, a.cfg.Node, kcv)
 }
 
-// compare compares a check value that was committed to nowhere with what the device
-// of the present root computes, while it does: else whoever sealed the copy could
-// have put a key of their own into it.
-func (a *Adoption) compare(ctx context.Context, st *state.State, c nodeCopy, b keyring.KeyBinding, kcv []byte) error {
-	n, _ := st.Node(a.cfg.Node)
-	i := slices.IndexFunc(c.version.Copies, func(s state.SealedCopy) bool { return s.Node == n.ID && s.Root == n.Root })
-	if a.cfg.Former == nil || i < 0 {
-		return nil
-	}
-	want, err := formerValue(ctx, a.cfg.Former, b, n.ID, c.version.Copies[i].Sealed)
-	if err != nil {
-		a.cfg.Logger.WarnContext(ctx, "the device of the present root does not say whether a copy for the next one holds the same key; it is taken as it is", "copy", c.name(), "error", err)
-		return nil
-	}
-	if !hmac.Equal(want, kcv) {
-		return kms.ErrOpen
-	}
-	return nil
-}
-
-func formerValue(ctx context.Context, former *keyring.Root, b keyring.KeyBinding, node string, sealed []byte) ([]byte, error) {
-	m, err := former.LoadVersion(ctx, b, node, sealed)
-	if err != nil {
-		return nil, err
-	}
-	defer m.Destroy()
-	return m.CheckValue(ctx, node)
-}
-
-// agrees compares a check value with what was committed for the node.
+// agrees compares a check value with what was committed for the node. Nothing that
+// has no commitment for it is ever taken.
 func agrees(checks []state.Check, node string, kcv []byte) error {
 	i := slices.IndexFunc(checks, func(c state.Check) bool { return c.Node == node })
-	if i >= 0 && !bytes.Equal(checks[i].Hash, keyring.CheckHash(kcv)) {
+	switch {
+	case i < 0:
+		return kms.Errorf(kms.Internal, "nobody has committed to the check value of node %s", node)
+	case !bytes.Equal(checks[i].Hash, keyring.CheckHash(kcv)):
 		return kms.ErrOpen
 	}
 	return nil

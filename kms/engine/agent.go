@@ -53,6 +53,7 @@ type Agent struct {
 	scheduled time.Time // when keys were last looked through for due rotations
 
 	cannot map[string]bool // replacements to which this device cannot move keys
+	told   map[string]bool // refused copies that are in the log
 }
 
 // task is what the agent remembers of something to do.
@@ -80,7 +81,7 @@ func NewAgent(e *Engine, cfg AgentConfig) (*Agent, error) {
 	if cfg.After == nil {
 		cfg.After = systemTimer
 	}
-	return &Agent{e: e, cfg: cfg, tasks: map[string]*task{}, cannot: map[string]bool{}}, nil
+	return &Agent{e: e, cfg: cfg, tasks: map[string]*task{}, cannot: map[string]bool{}, told: map[string]bool{}}, nil
 }
 
 func systemTimer(d time.Duration) (<-chan time.Time, func()) {

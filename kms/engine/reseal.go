@@ -21,6 +21,7 @@ const resealsInPass = 64
 func (a *Agent) reseal(ctx context.Context, st *state.State) time.Duration {
 	wait, done := idleWait, 0
 	for _, r := range st.Replacements() {
+		a.tellRefused(ctx, st, r)
 		for _, p := range st.Unsealed(r.Node) {
 			if done >= resealsInPass {
 				return 0
@@ -39,8 +40,22 @@ func (a *Agent) reseal(ctx context.Context, st *state.State) time.Duration {
 	return wait
 }
 
-// resealers returns the nodes that may seal a version to a node's next root: the
-// other resident ones, the node itself only where there is no other. A key version
+// tellRefused logs once what the next root of a node has refused, at every node: the
+// one that sealed it may be at fault, or the root's device.
+func (a *Agent) tellRefused(ctx context.Context, st *state.State, r state.Replacement) {
+	for _, x := range st.Refused(r.Node) {
+		name := fmt.Sprintf("%s/%s/%d/%s", replacementName(r), kms.KeyPath(x.Keyring, x.Key), x.Version, x.By)
+		if !a.told[name] {
+			a.told[name] = true
+			a.e.log.WarnContext(ctx, "the next hardware root of a node has refused a copy that was sealed to it, as not opening or as of another key; the node that sealed it, or that root's device, is at fault",
+				"node", r.Node, "root", r.Root, "keyring", x.Keyring, "key", x.Key, "version", x.Version, "sealed_by", x.By)
+		}
+	}
+}
+
+// resealers returns the nodes that may still seal a version to a node's next root:
+// the other resident ones, the node itself only where there is no other, and none of
+// which the root has refused a copy of it. A key version
 // of protection hardware goes from a device to one of the same kind alone, and from
 // a TPM to nobody: its policy lets a key go to the recipients of its creation only.
 func resealers(st *state.State, r state.Replacement, p state.Pending) []state.Node {
@@ -48,6 +63,10 @@ func resealers(st *state.State, r state.Replacement, p state.Pending) []state.No
 	if len(nodes) > 1 {
 		nodes = slices.DeleteFunc(nodes, func(n state.Node) bool { return n.ID == r.Node })
 	}
+	refused := st.Refused(r.Node)
+	nodes = slices.DeleteFunc(nodes, func(n state.Node) bool {
+		return slices.ContainsFunc(refused, func(x state.RefusedCopy) bool { return x.By == n.ID && x.Of() == p })
+	})
 	if p.Key != "" {
 		nodes = slices.DeleteFunc(nodes, func(n state.Node) bool {
 			return n.ImportKind != r.New.ImportKind || n.ImportKind == kms.ImportTPM

@@ -176,7 +176,7 @@ func versionView(st *state.State, k state.Key, v state.Version) wire.KeyVersion 
 // commits to check values for, or for a sign key of protection hardware, which
 // has none, all resident nodes.
 func receiptsFrom(st *state.State, k state.Key, v state.Version) (nodes []state.Node) {
-	if v.Proposal != "" && v.Generated != "" && k.Purpose == kms.Sign {
+	if v.Generated != "" && k.Purpose == kms.Sign {
 		return st.ResidentNodes(k.Keyring)
 	}
 	for _, c := range v.Checks {

@@ -2,6 +2,8 @@ package engine
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/approval"
@@ -25,6 +27,7 @@ func nodeView(st *state.State, n state.Node) wire.Node {
 	}
 	r := st.Attestation(n.ID)
 	v.Attested, v.Proven, v.Claimed = r.Attested, r.Proven, r.Claimed
+	v.Refused = refusedView(st, n.ID)
 	if next, ok := st.Replacement(n.ID); ok {
 		v.Replacing = replacingView(st, next)
 	}
@@ -34,26 +37,97 @@ func nodeView(st *state.State, n state.Node) wire.Node {
 // replacingView is how far the replacement of a node's root has come.
 func replacingView(st *state.State, r state.Replacement) *wire.Replacing {
 	v := &wire.Replacing{Root: r.Root, Device: r.New.Device, Proposal: r.Proposal, Sealed: len(copiesFor(st, r.Node, r.Root))}
-	stuck := 0
 	for _, p := range st.Unsealed(r.Node) {
-		if leaves(st, r, p) {
+		if !leaves(st, r, p) {
+			v.Missing++
+		}
+	}
+	v.Note = "the node has to adopt it: it must run with its next device"
+	if v.Missing > 0 {
+		v.Note = hindrance(st, r)
+	}
+	return v
+}
+
+// hindrance says what keeps a node from its next root while copies are missing, and
+// what to do about it.
+func hindrance(st *state.State, r state.Replacement) string {
+	var notes []string
+	stuck := 0
+	refused := st.Refused(r.Node)
+	for _, p := range st.Unsealed(r.Node) {
+		if leaves(st, r, p) || len(resealers(st, r, p)) > 0 {
 			continue
 		}
-		v.Missing++
-		if len(resealers(st, r, p)) == 0 {
+		if by := refusedBy(refused, p); len(by) > 0 {
+			notes = append(notes, refusedByAll(st, r, p, by))
+		} else {
 			stuck++
 		}
 	}
-	switch {
-	case stuck > 0:
-		v.Note = fmt.Sprintf("%s of protection hardware cannot be moved to a device of kind %q, for no other resident node has one: rotate the keys and destroy the versions, or propose the root with leave",
-			count(stuck, "key version"), r.New.ImportKind)
-	case v.Missing > 0:
-		v.Note = "resident nodes seal their copies to the next root"
-	default:
-		v.Note = "the node has to adopt it: it must run with its next device"
+	if stuck > 0 {
+		notes = append(notes, fmt.Sprintf("%s of protection hardware cannot be moved to a device of kind %q, for no other resident node has one: rotate the keys and destroy the versions, or propose the root with leave",
+			count(stuck, "key version"), r.New.ImportKind))
 	}
-	return v
+	if len(notes) == 0 {
+		notes = append(notes, "resident nodes seal their copies to the next root")
+		if len(refused) > 0 {
+			notes = append(notes, "it refused copies that did not open or held another key, sealed by "+strings.Join(refusers(refused), ", "))
+		}
+	}
+	const most = 3
+	if n := len(notes); n > most {
+		notes = append(notes[:most], fmt.Sprintf("and %d more", n-most))
+	}
+	return strings.Join(notes, "; ")
+}
+
+// refusedBy returns the nodes whose copies of a version a root has refused.
+func refusedBy(refused []state.RefusedCopy, p state.Pending) (by []string) {
+	for _, x := range refused {
+		if x.Of() == p {
+			by = append(by, x.By)
+		}
+	}
+	return by
+}
+
+// refusers returns the nodes whose copies a root has refused, sorted.
+func refusers(refused []state.RefusedCopy) []string {
+	var by []string
+	for _, x := range refused {
+		by = append(by, x.By)
+	}
+	slices.Sort(by)
+	return slices.Compact(by)
+}
+
+// refusedByAll says that nobody is left to seal a version. Whether the nodes that
+// did or the one that committed to the check values lied, the node's receipt tells:
+// it showed then that the commitment is right.
+func refusedByAll(st *state.State, r state.Replacement, p state.Pending, by []string) string {
+	what, end := "the KEK of keyring "+p.Keyring, "propose the root with leave, and make another keyring"
+	receipts := []state.Receipt{}
+	if p.Key == "" {
+		k, _ := st.KEK(p.Keyring, p.Version)
+		receipts = k.Receipts
+	} else {
+		v, _ := st.Version(p.Keyring, p.Key, p.Version)
+		what, end, receipts = "key "+kms.KeyPath(p.Keyring, p.Key), "rotate the key and destroy the version, or propose the root with leave", v.Receipts
+	}
+	proven := "the node never proved that it could open it, so that the commitment itself may be wrong"
+	if slices.ContainsFunc(receipts, func(x state.Receipt) bool { return x.Node == r.Node }) {
+		proven = "the node once proved that the commitment is right"
+	}
+	return fmt.Sprintf("every copy of %s version %d was refused, sealed by %s, and no other node can seal one (%s): to try all again, prepare the next root anew and propose it; else %s",
+		what, p.Version, strings.Join(by, ", "), proven, end)
+}
+
+func refusedView(st *state.State, node string) (l []wire.RefusedCopy) {
+	for _, x := range st.Refused(node) {
+		l = append(l, wire.RefusedCopy{Root: x.Root, Keyring: x.Keyring, Key: x.Key, Version: x.Version, SealedBy: x.By, Time: at(x.Time)})
+	}
+	return l
 }
 
 func rootView(r approval.NodeRoot) wire.NodeRoot {

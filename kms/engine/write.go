@@ -312,10 +312,14 @@ func (e *Engine) newKey(ctx context.Context, st *state.State, ring string, q wir
 	var id kms.KeyID
 	_, _ = rand.Read(id[:])
 	cmd.ID, cmd.KEK = id[:], kr.KEK
+	var checked []state.Node // what protection software commits to are the KEK's check values
+	if kr.Protection == kms.Hardware {
+		checked = st.ResidentNodes(ring)
+	}
 	v, err := e.newVersion(ctx, st, kr, keyring.KeyBinding{
 		Cluster: st.Cluster(), Keyring: ring, KEK: kr.KEK, KeyID: id, Version: 1, Algorithm: cmd.Algorithm, Purpose: cmd.Purpose,
-	}, nil)
-	cmd.Wrapped, cmd.Copies, cmd.Generated, cmd.PublicKey = v.wrapped, v.copies, v.generated, v.public
+	}, checked)
+	cmd.Wrapped, cmd.Copies, cmd.Generated, cmd.PublicKey, cmd.Checks = v.wrapped, v.copies, v.generated, v.public, v.checks
 	return cmd, err
 }
 

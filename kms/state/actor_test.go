@@ -29,7 +29,7 @@ func (a *actor) draw(t *rapid.T) []byte {
 	ring := rapid.SampledFrom([]string{"ring", "vault"}).Draw(t, "ring")
 	target := approval.KeyTarget(ring, name)
 	version := uint32(rapid.IntRange(1, 3).Draw(t, "version"))
-	switch rapid.IntRange(0, 16).Draw(t, "command") {
+	switch rapid.IntRange(0, 17).Draw(t, "command") {
 	case 0:
 		ahead := rapid.SampledFrom([]int64{-700_000, 1000, 1000, 60_000, 8 * 24 * 3600_000}).Draw(t, "ahead")
 		return w.Command(node, state.Tick{}, statetest.At(s.Clock()+ahead))
@@ -46,6 +46,8 @@ func (a *actor) draw(t *rapid.T) []byte {
 		return w.Command(node, w.ReceiptCommand(node, ring, name, version), now(s))
 	case 13, 14:
 		return a.reseal(t, node, state.Pending{Keyring: ring, Key: name, Version: version})
+	case 16:
+		return a.refuse(t, node)
 	case 15:
 		return w.Command(node, w.AdoptCommand(node), now(s))
 	case 11, 12:
@@ -159,9 +161,27 @@ func (a *actor) reseal(t *rapid.T, node string, some state.Pending) []byte {
 	next := rapid.SampledFrom(all).Draw(t, "replacement")
 	if lacks := s.Unsealed(next.Node); len(lacks) > 0 {
 		p := rapid.SampledFrom(lacks).Draw(t, "unsealed")
-		return w.Command(w.Resealer(next.Node, p.Keyring), w.ResealCommand(next.Node, p), now(s))
+		return w.Command(w.NextResealer(next.Node, p), w.ResealCommand(next.Node, p), now(s))
+	}
+	if rapid.IntRange(0, 3).Draw(t, "refuse") == 0 {
+		return a.refuse(t, next.Node)
 	}
 	return w.Command(next.Node, w.AdoptCommand(next.Node), now(s))
+}
+
+// refuse refuses a copy that the node has for its next root, or would not have.
+func (a *actor) refuse(t *rapid.T, node string) []byte {
+	w, s := a.w, a.w.State()
+	copies := slices.DeleteFunc(s.Adoption(node), func(c state.AdoptedCopy) bool {
+		// One KEK is refused once, so that the check of all copies of it holds.
+		return c.Key == "" && slices.ContainsFunc(s.Refused(node), func(x state.RefusedCopy) bool { return x.Key == "" })
+	})
+	if len(copies) == 0 {
+		return a.spoil(t)
+	}
+	c := rapid.SampledFrom(copies).Draw(t, "refused")
+	by := rapid.SampledFrom(w.NodeIDs()).Draw(t, "by")
+	return w.Command(node, w.RefuseCommand(node, state.Pending{Keyring: c.Keyring, Key: c.Key, Version: c.Version}, by), now(s))
 }
 
 // spoil returns a replay, a mutation or a stranger's command, none of which may

@@ -20,6 +20,7 @@ const (
 	TypeReceipt        Type = 8
 	TypeReseal         Type = 9
 	TypeAdoptRoot      Type = 10
+	TypeRefuseCopy     Type = 11
 )
 
 // Command is the payload of an envelope.
@@ -56,6 +57,7 @@ type CreateKey struct {
 	Copies         []SealedCopy  `cbor:"copies"`  // protection hardware: one for every resident node, sorted
 	Generated      kms.Generated `cbor:"generated"`
 	PublicKey      []byte        `cbor:"public-key"`
+	Checks         []Check       `cbor:"checks"` // protection hardware but for sign keys: one for every resident node, sorted
 }
 
 // OpenProposal opens a proposal given as its exact bytes.
@@ -99,7 +101,8 @@ type GiveReceipt struct {
 
 // Reseal gives a node whose root is being replaced a copy for its next root: of a
 // KEK version, or of a key version of protection hardware where Key is not empty.
-// Another resident node sends it.
+// Another resident node sends it, none twice for a version whose copy the next root
+// has refused.
 type Reseal struct {
 	Node    string `cbor:"node"`
 	Root    uint32 `cbor:"root"` // number of the next root
@@ -112,7 +115,20 @@ type Reseal struct {
 // AdoptRoot makes the next root of the origin node its own. The envelope is
 // signed with the new signing key.
 type AdoptRoot struct {
-	Root uint32 `cbor:"root"`
+	Root   uint32 `cbor:"root"`
+	Copies []byte `cbor:"copies"` // AdoptionDigest of the copies that the node has opened and checked
+}
+
+// RefuseCopy says that a copy for the next root of the origin node does not open
+// with it, or holds another key. The envelope is signed with the new signing key.
+// The copy goes, and another resident node than By reseals.
+type RefuseCopy struct {
+	Root    uint32 `cbor:"root"`
+	Keyring string `cbor:"keyring"`
+	Key     string `cbor:"key"` // empty for the KEK
+	Version uint32 `cbor:"version"`
+	By      string `cbor:"by"`   // node that resealed
+	Copy    []byte `cbor:"copy"` // SHA-256 of the sealed copy
 }
 
 // Type implements Command.
@@ -126,3 +142,4 @@ func (CommitRotation) Type() Type { return TypeCommitRotation }
 func (GiveReceipt) Type() Type    { return TypeReceipt }
 func (Reseal) Type() Type         { return TypeReseal }
 func (AdoptRoot) Type() Type      { return TypeAdoptRoot }
+func (RefuseCopy) Type() Type     { return TypeRefuseCopy }

@@ -168,6 +168,8 @@ func parseCommand(e Envelope) (operation, error) {
 		op, err = decode[Reseal](e)
 	case TypeAdoptRoot:
 		op, err = decode[AdoptRoot](e)
+	case TypeRefuseCopy:
+		op, err = decode[RefuseCopy](e)
 	default:
 		return nil, fmt.Errorf("%w: type %d version %d", ErrUnknownCommand, e.Type, e.Version)
 	}

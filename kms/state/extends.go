@@ -45,6 +45,11 @@ func (s *State) Extends(old *State) error {
 			n, _ := s.Node(r.Node)
 			return n.Root < r.Root
 		}),
+		kept(tableRefused, refusedID, func(r *RefusedCopy) bool {
+			n, _ := s.Node(r.Node)
+			next, _ := s.Replacement(r.Node)
+			return r.Root == n.Root || r.Root == next.Root
+		}),
 		kept(tableNonce, nonceID, func(n *nonce) bool { return n.Time >= s.clock-Window }),
 		kept(tableOutcome, outcomeID, func(o *Outcome) bool { return o.Time >= s.clock-OutcomeRetention }),
 	} {
@@ -85,23 +90,23 @@ func revised[T any](was, is *T, before, after uint64) bool {
 }
 
 func (s *State) extendsKEK(was, is *KEK) bool {
-	return s.copiesKept(was.Copies, is.Copies) && receiptsKept(was.Receipts, is.Receipts)
+	return s.copiesKept(Pending{Keyring: was.Keyring, Version: was.Version}, was.Copies, is.Copies) && receiptsKept(was.Receipts, is.Receipts)
 }
 
 func (s *State) extendsVersion(was, is *Version) bool {
 	same := was.Index == is.Index && was.KEK == is.KEK && was.Generated == is.Generated
-	material := is.State.Gone() || bytes.Equal(was.Wrapped, is.Wrapped) && s.copiesKept(was.Copies, is.Copies)
+	material := is.State.Gone() || bytes.Equal(was.Wrapped, is.Wrapped) && s.copiesKept(Pending{was.Keyring, was.Key, was.Version}, was.Copies, is.Copies)
 	return same && material && becomes(was.State, is.State) && receiptsKept(was.Receipts, is.Receipts)
 }
 
-// copiesKept reports whether every copy is still there that is for a root which its
-// node has in s, or is to have next.
-func (s *State) copiesKept(was, is []SealedCopy) bool {
+// copiesKept reports whether every copy of a version is still there that is for a
+// root which its node has in s, or is to have next, and that this did not refuse.
+func (s *State) copiesKept(p Pending, was, is []SealedCopy) bool {
 	return !slices.ContainsFunc(was, func(c SealedCopy) bool {
 		n, _ := s.Node(c.Node)
 		next, _ := s.Replacement(c.Node)
 		wanted := c.Root == n.Root || c.Root == next.Root
-		return wanted && !slices.ContainsFunc(is, func(x SealedCopy) bool {
+		return wanted && !s.reader().refusedCopy(p, c) && !slices.ContainsFunc(is, func(x SealedCopy) bool {
 			return x.Node == c.Node && x.Root == c.Root && bytes.Equal(x.Sealed, c.Sealed)
 		})
 	})

@@ -47,6 +47,12 @@ func TestExtendsEveryEarlierState(t *testing.T) {
 		func() { w.Replace(fr, false) },
 		func() { w.Do(de, w.ResealCommand(fr, w.State().Unsealed(fr)[0])) },
 		func() { w.Replace(fr, false) },
+		func() { w.Do(de, w.ResealCommand(fr, w.State().Unsealed(fr)[0])) },
+		func() {
+			c := w.State().Adoption(fr)[0]
+			w.Do(fr, w.RefuseCommand(fr, state.Pending{Keyring: c.Keyring, Key: c.Key, Version: c.Version}, de))
+		},
+		func() { w.Replace(fr, false) },
 		func() { w.Reseal(fr) },
 		func() { w.Do(fr, w.AdoptCommand(fr)) },
 		func() { w.Rotate("vault", "sig") },
@@ -95,6 +101,9 @@ func TestExtendsRefusesThinned(t *testing.T) {
 			w.Carry(kms.ActionNode, approval.NodeTarget(de), w.NodeParams(de, w.NewRoot(de), false))
 		},
 		"a copy for it": func(w *statetest.World) { w.Do(fr, w.ResealCommand("node-jp-1", w.State().Unsealed("node-jp-1")[0])) },
+		"the refusal of a copy": func(w *statetest.World) {
+			w.Do("node-jp-1", w.RefuseCommand("node-jp-1", state.Pending{Keyring: "wide", Version: 1}, fr))
+		},
 		"its adoption": func(w *statetest.World) {
 			w.Reseal("node-jp-1")
 			w.Do("node-jp-1", w.AdoptCommand("node-jp-1"))
@@ -106,7 +115,9 @@ func TestExtendsRefusesThinned(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			w := small(t)
 			w.CreateKeyring("wide", "fr", "de", "jp")
+			w.CreateKeyring("more", "fr", "jp")
 			w.Replace("node-jp-1", false)
+			w.Do(fr, w.ResealCommand("node-jp-1", state.Pending{Keyring: "wide", Version: 1}))
 			w.Propose(kms.ActionRotate, mail, nil)
 			thinned := w.State()
 			last(w)

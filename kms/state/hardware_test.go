@@ -11,13 +11,14 @@ import (
 )
 
 // vault is a cluster with a keyring of protection hardware at fr and de, and a key
-// of each purpose.
+// of each purpose, whose first versions all nodes have proven.
 func vault(t testing.TB) *statetest.World {
 	w := statetest.New(t, statetest.Options{})
 	w.CreateHardwareKeyring("vault", "fr", "de")
 	w.CreateKey("vault", "mail", kms.Encrypt)
 	w.CreateKey("vault", "code", kms.MAC)
 	w.CreateKey("vault", "seal", kms.Sign)
+	w.GiveReceipts()
 	return w
 }
 
@@ -34,8 +35,8 @@ func TestHardwareKeyring(t *testing.T) {
 		if v.State != kms.Active || v.KEK != 0 || len(v.Wrapped) != 0 || len(v.Copies) != 2 || v.Generated != kms.InDevice || v.Copies[0].Root != 1 {
 			t.Errorf("version 1 of %s: %+v", name, v)
 		}
-		if len(s.Pending("node-fr-1")) != 0 {
-			t.Error("receipts are asked for version 1")
+		if len(v.Receipts) != 2 || len(v.Checks) != map[string]int{"mail": 2, "code": 2}[name] || v.Activated != v.Created {
+			t.Errorf("version 1 of %s: %d receipts, %d checks", name, len(v.Receipts), len(v.Checks))
 		}
 		w.Rotate("vault", name)
 		if k, _ := w.State().Key("vault", name); k.Primary != 2 {
@@ -125,6 +126,17 @@ func TestHardwareCreateRefused(t *testing.T) {
 		"a copy for another root":      {kms.Conflict, key("vault", kms.MAC, func(c *state.CreateKey) { c.Copies[0].Root = 2 })},
 		"an empty copy":                {kms.Invalid, key("vault", kms.MAC, func(c *state.CreateKey) { c.Copies[0].Sealed = nil })},
 		"a copy too long":              {kms.Invalid, key("vault", kms.MAC, func(c *state.CreateKey) { c.Copies[0].Sealed = make([]byte, state.MaxSealed+1) })},
+		"no checks":                    {kms.Invalid, key("vault", kms.MAC, func(c *state.CreateKey) { c.Checks = nil })},
+		"no checks, encrypt":           {kms.Invalid, key("vault", kms.Encrypt, func(c *state.CreateKey) { c.Checks = nil })},
+		"a check missing":              {kms.Invalid, key("vault", kms.MAC, func(c *state.CreateKey) { c.Checks = c.Checks[:1] })},
+		"a check for a stranger":       {kms.Invalid, key("vault", kms.MAC, func(c *state.CreateKey) { c.Checks[1].Node = "node-jp-1" })},
+		"a check too many":             {kms.Invalid, key("vault", kms.MAC, func(c *state.CreateKey) { c.Checks = append(c.Checks, w.KeyringCommand("x", "jp").Checks...) })},
+		"a check twice":                {kms.Invalid, key("vault", kms.MAC, func(c *state.CreateKey) { c.Checks = append(c.Checks, c.Checks[1]) })},
+		"checks not sorted":            {kms.Invalid, key("vault", kms.MAC, func(c *state.CreateKey) { c.Checks[0], c.Checks[1] = c.Checks[1], c.Checks[0] })},
+		"a check too short":            {kms.Invalid, key("vault", kms.MAC, func(c *state.CreateKey) { c.Checks[0].Hash = c.Checks[0].Hash[1:] })},
+		"an empty check":               {kms.Invalid, key("vault", kms.Encrypt, func(c *state.CreateKey) { c.Checks[1].Hash = nil })},
+		"a sign key with checks":       {kms.Invalid, key("vault", kms.Sign, func(c *state.CreateKey) { c.Checks = soft.Checks })},
+		"software with checks":         {kms.Invalid, key("europe", kms.MAC, func(c *state.CreateKey) { c.Checks = soft.Checks })},
 		"ed25519":                      {kms.Invalid, key("vault", kms.Sign, func(c *state.CreateKey) { c.Algorithm, c.PublicKey = kms.Ed25519, make([]byte, 32) })},
 		"a sign key without public":    {kms.Invalid, key("vault", kms.Sign, func(c *state.CreateKey) { c.PublicKey = nil })},
 		"a keyring's copy, other root": {kms.Conflict, w.Command(fr, func() state.CreateKeyring { c := w.KeyringCommand("new", "fr", "de"); c.Copies[0].Root = 7; return c }(), op)},
@@ -245,7 +257,9 @@ func TestHardwareReceipts(t *testing.T) {
 		refused(t, w, kms.BadSignature, give("node-fr-1", change))
 	}
 	refused(t, w, kms.Invalid, give("node-fr-1", func(c *state.GiveReceipt) { c.KCV = nil }))
-	refused(t, w, kms.NotFound, give("node-fr-1", func(c *state.GiveReceipt) { c.Version = 1 }))
+	refused(t, w, kms.NotFound, give("node-fr-1", func(c *state.GiveReceipt) { c.Version = 3 }))
+	refused(t, w, kms.BadSignature, give("node-fr-1", func(c *state.GiveReceipt) { c.Version = 1 })) // that of version 2
+	refused(t, w, kms.Exists, w.Command(fr, w.ReceiptCommand(fr, "vault", "seal", 1)))
 	refused(t, w, kms.NotResident, give("node-jp-1", func(*state.GiveReceipt) {}))
 	w.Do("node-fr-1", w.ReceiptCommand("node-fr-1", "vault", "seal", 2))
 	refused(t, w, kms.Exists, give("node-fr-1", func(*state.GiveReceipt) {}))

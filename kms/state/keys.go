@@ -27,7 +27,22 @@ func (c CreateKey) validate(e Envelope) error {
 	if err := checkPublicKey(c.Algorithm, c.PublicKey); err != nil {
 		return err
 	}
+	if err := c.validateChecks(); err != nil {
+		return err
+	}
 	return noExpect(e)
+}
+
+// validateChecks checks that there are checks for version 1 where there must be,
+// and none elsewhere: those of protection software are the KEK's.
+func (c CreateKey) validateChecks() error {
+	switch {
+	case c.material().hardware() && c.Purpose != kms.Sign:
+		return validateChecks(c.Checks)
+	case len(c.Checks) != 0:
+		return kms.Errorf(kms.Invalid, "only a key of protection %s that does not sign is created with checks", kms.Hardware)
+	}
+	return nil
 }
 
 // validateErased is validate for a command without its material.
@@ -60,6 +75,11 @@ func (c CreateKey) apply(t *tx) error {
 	if err := t.checkMaterial(k, c.Algorithm, c.material()); err != nil {
 		return err
 	}
+	if len(c.Checks) > 0 {
+		if err := exactly("check", r.residents(k.Residency), func(i int) string { return c.Checks[i].Node }, len(c.Checks)); err != nil {
+			return err
+		}
+	}
 	t.putKey(c)
 	t.event(Event{Type: EventKeyCreated, Keyring: c.Keyring, Key: c.Name, Version: 1})
 	return nil
@@ -73,7 +93,8 @@ func (t *tx) putKey(c CreateKey) {
 	})
 	insert(t.Txn, tableVersion, Version{
 		Keyring: c.Keyring, Key: c.Name, Version: 1, State: kms.Active, KEK: c.KEK, Wrapped: c.Wrapped,
-		Copies: c.Copies, Generated: c.Generated, PublicKey: c.PublicKey, Created: t.clock, Activated: t.clock, Index: t.index, Statement: t.raw,
+		Copies: c.Copies, Generated: c.Generated, PublicKey: c.PublicKey, Checks: c.Checks,
+		Created: t.clock, Activated: t.clock, Index: t.index, Statement: t.raw,
 		Origin: t.env.Origin, Erased: t.claimed,
 	})
 }

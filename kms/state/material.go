@@ -108,13 +108,11 @@ func checkCopies(nodes []Node, copies []SealedCopy) error {
 }
 
 // signsReceipts reports whether receipts for the version are its own signatures:
-// it signs, its protection is hardware, and it came with a rotation.
-func (v Version) signsReceipts() bool {
-	return v.Generated != "" && len(v.PublicKey) > 0 && v.Version > 1
-}
+// it signs, and its protection is hardware.
+func (v Version) signsReceipts() bool { return v.Generated != "" && len(v.PublicKey) > 0 }
 
 // verify checks the signature by which a node shows that its device can use a sign
-// key's new version. What is not there is for apply to say.
+// key's version. What is not there is for apply to say.
 func (c GiveReceipt) verify(t *tx) error {
 	r := t.reader()
 	v, ok := r.version(c.Keyring, c.Key, c.Version)

@@ -164,6 +164,18 @@ func checkRoots(t *rapid.T, s *state.State) {
 				t.Fatalf("node %s has root %d and %d comes next", n.ID, n.Root, next.Root)
 			}
 		}
+		type turn struct {
+			p  state.Pending
+			by string
+		}
+		turns := map[turn]bool{}
+		for _, x := range s.Refused(n.ID) {
+			its := turn{state.Pending{Keyring: x.Keyring, Key: x.Key, Version: x.Version}, x.By}
+			if turns[its] || x.By == n.ID || x.Root != n.Root && x.Root != next.Root {
+				t.Fatalf("node %s has refused %+v, %v", n.ID, x, turns)
+			}
+			turns[its] = true
+		}
 		if got, want := s.Unsealed(n.ID), plainUnsealed(s, n, next); !slices.Equal(got, want) {
 			t.Fatalf("unsealed of %s: %v, want %v", n.ID, got, want)
 		}
@@ -276,7 +288,8 @@ func FuzzApply(f *testing.F) {
 	for _, cmd := range []state.Command{
 		state.Tick{}, w.KeyringCommand("new", "fr"), w.KeyCommand("europe", "new", kms.Sign),
 		w.ReceiptCommand("node-fr-1", "europe", "seal", 2), state.Execute{Proposal: s.Proposals()[0].ID},
-		w.KeyCommand("vault", "new", kms.Sign), w.HardwareKeyringCommand("new", "fr"), w.AdoptCommand("node-fr-1"),
+		w.KeyCommand("vault", "new", kms.Sign), w.HardwareKeyringCommand("new", "fr"), w.KeyCommand("vault", "new", kms.MAC), w.AdoptCommand("node-fr-1"),
+		w.RefuseCommand("node-fr-1", state.Pending{Keyring: "vault", Key: "sig", Version: 1}, "node-de-1"),
 	} {
 		f.Add(w.Command("node-fr-1", cmd, statetest.As(w.Operator("fr"))))
 	}
@@ -300,14 +313,21 @@ func FuzzPayload(f *testing.F) {
 		state.Tick{}, w.KeyringCommand("new", "fr"), w.KeyCommand("europe", "new", kms.Sign), state.OpenProposal{Proposal: w.Proposal(kms.ActionRotate, target("mail"), nil).Marshal()},
 		state.CastVote{}, state.Execute{Proposal: s.Proposals()[0].ID}, state.CommitRotation{}, w.ReceiptCommand("node-fr-1", "europe", "seal", 2),
 		w.ResealCommand("node-fr-1", s.Unsealed("node-fr-1")[0]), w.AdoptCommand("node-fr-1"),
+		w.RefuseCommand("node-fr-1", state.Pending{Keyring: "vault", Key: "sig", Version: 1}, "node-de-1"),
 	} {
 		f.Add(uint16(i+1), uint64(0), w.Operator("fr"), state.NewEnvelope(cmd).Payload)
 	}
 	node := w.Node("node-fr-1")
+	next, _ := s.Replacement("node-fr-1")
+	nextRoot := w.RootWith("node-fr-1", next.New.Signing)
 	f.Fuzz(func(t *testing.T, kind uint16, expect uint64, principal string, payload []byte) {
 		e := w.Envelope("node-fr-1", state.Tick{})
 		e.Type, e.Expect, e.Principal, e.Payload = state.Type(kind), expect, strings.ToValidUTF8(principal, ""), payload
-		next, r := s.Apply(s.Index()+1, node.SignCommand(t, e.Marshal()))
+		by := node
+		if e.Type == state.TypeAdoptRoot || e.Type == state.TypeRefuseCopy {
+			by = nextRoot
+		}
+		next, r := s.Apply(s.Index()+1, by.SignCommand(t, e.Marshal()))
 		if r.Kind != 0 && next.ContentHash() != s.ContentHash() {
 			t.Fatalf("%+v", r)
 		}

@@ -150,7 +150,7 @@ type Version struct {
 	PublicKey []byte        `cbor:"public-key"` // SEC1 point or Ed25519 key for sign keys, else empty
 	Copies    []SealedCopy  `cbor:"copies"`     // in place of KEK and Wrapped where the keyring's protection is hardware
 	Generated kms.Generated `cbor:"generated"`  // of protection hardware
-	Checks    []Check       `cbor:"checks"`     // empty for version 1 and for sign keys of protection hardware
+	Checks    []Check       `cbor:"checks"`     // empty for version 1 of protection software and for sign keys of protection hardware
 	Receipts  []Receipt     `cbor:"receipts"`   // sorted by node
 	Proposal  string        `cbor:"proposal"`   // that authorised it, empty for version 1
 	Created   int64         `cbor:"created"`
@@ -233,6 +233,22 @@ type resealed struct {
 	Keyring   string `cbor:"keyring"`
 	Key       string `cbor:"key"` // empty for the KEK
 	Version   uint32 `cbor:"version"`
+	Origin    string `cbor:"origin"` // node that resealed
+	Time      int64  `cbor:"time"`   // cluster clock
+	Index     uint64 `cbor:"index"`  // of Statement in the log
+	Statement []byte `cbor:"statement"`
+}
+
+// RefusedCopy is a copy for a node's next root that the root refused. It stays until
+// the node has another root, so that its operator sees who sealed it.
+type RefusedCopy struct {
+	Node      string `cbor:"node"`
+	Root      uint32 `cbor:"root"` // number of the root that refused it
+	Keyring   string `cbor:"keyring"`
+	Key       string `cbor:"key"` // empty for the KEK
+	Version   uint32 `cbor:"version"`
+	By        string `cbor:"by"`    // node that resealed; it does not again for this root
+	Copy      []byte `cbor:"copy"`  // SHA-256 of the sealed copy
 	Time      int64  `cbor:"time"`  // cluster clock
 	Index     uint64 `cbor:"index"` // of Statement in the log
 	Statement []byte `cbor:"statement"`

@@ -192,6 +192,7 @@ func (s *State) statements() ([]statement, error) {
 		return nil, err
 	}
 	_ = each(x, tableResealed, func(r *resealed) error { add(r.Index, r.Time, r.Statement); return nil })
+	_ = each(x, tableRefused, func(r *RefusedCopy) error { add(r.Index, r.Time, r.Statement); return nil })
 	_ = each(x, tableFormer, func(f *FormerRoot) error { add(f.Until, f.Time, f.Statement); return nil })
 	_ = each(x, tableProposal, func(p *Proposal) error {
 		add(p.Index, p.Opened, p.Statement)
@@ -228,7 +229,7 @@ func (s *State) origin(v *Version) (statement, error) {
 		st.env = Envelope{Origin: v.Origin, Principal: k.Creator}
 		st.op = CreateKey{
 			Keyring: v.Keyring, Name: v.Key, ID: k.ID, Purpose: k.Purpose, Algorithm: k.Algorithm,
-			RotationPeriod: k.RotationPeriod, KEK: v.KEK, Generated: v.Generated, PublicKey: v.PublicKey,
+			RotationPeriod: k.RotationPeriod, KEK: v.KEK, Generated: v.Generated, PublicKey: v.PublicKey, Checks: v.Checks,
 		}
 		return st, st.op.(CreateKey).validateErased()
 	}

@@ -47,6 +47,8 @@ func (c Reseal) apply(t *tx) error {
 		return kms.Errorf(kms.Conflict, "the next root of node %s has number %d, not %d", c.Node, next.Root, c.Root)
 	case c.Node == t.env.Origin && len(r.residents(k.Residency)) > 1:
 		return kms.Errorf(kms.Denied, "node %s does not reseal for itself while another node is resident for keyring %s", c.Node, k.Name)
+	case r.refusedFrom(next, c.pending(), t.env.Origin):
+		return kms.Errorf(kms.Denied, "the next root of node %s has refused a copy that node %s sealed; another node has to", c.Node, t.env.Origin)
 	}
 	if c.Key == "" {
 		err = c.applyKEK(t)
@@ -58,11 +60,13 @@ func (c Reseal) apply(t *tx) error {
 	}
 	insert(t.Txn, tableResealed, resealed{
 		Node: c.Node, Root: c.Root, Keyring: c.Keyring, Key: c.Key, Version: c.Version,
-		Time: t.clock, Index: t.index, Statement: t.raw,
+		Origin: t.env.Origin, Time: t.clock, Index: t.index, Statement: t.raw,
 	})
 	t.event(Event{Type: EventResealed, Keyring: c.Keyring, Key: c.Key, Version: c.Version, Node: c.Node})
 	return nil
 }
+
+func (c Reseal) pending() Pending { return Pending{c.Keyring, c.Key, c.Version} }
 
 func (c Reseal) applyKEK(t *tx) error {
 	kek, ok := find[KEK](t.Txn, tableKEK, byID, numberKey(uint64(c.Version), c.Keyring))
@@ -121,7 +125,7 @@ func hasCopy(copies []SealedCopy, node string, root uint32) bool {
 }
 
 // dropCopies removes the copies for one of a node's roots, with the statements
-// that brought them.
+// that brought them and those that refused some.
 func (t *tx) dropCopies(node string, root uint32) {
 	drop := func(copies []SealedCopy) []SealedCopy {
 		return slices.DeleteFunc(slices.Clone(copies), func(c SealedCopy) bool { return c.Node == node && c.Root == root })
@@ -139,111 +143,7 @@ func (t *tx) dropCopies(node string, root uint32) {
 			mustDB(t.Delete(tableResealed, &s))
 		}
 	}
-}
-
-func (c AdoptRoot) validate(e Envelope) error {
-	switch {
-	case c.Root < 2:
-		return kms.Errorf(kms.Invalid, "adopt: it needs the number of a root after the first")
-	case e.Principal != "":
-		return kms.Errorf(kms.Invalid, "adopt: a node does it on nobody's behalf")
+	for _, x := range t.reader().refusals(node, root) {
+		mustDB(t.Delete(tableRefused, &x))
 	}
-	return noExpect(e)
-}
-
-func (AdoptRoot) verify(*tx) error { return nil }
-
-// apply makes the next root the node's own. When a stored statement is replayed,
-// what was missing then cannot be told: copies that have gone since left no
-// trace. The node judged it before it signed.
-func (c AdoptRoot) apply(t *tx) error {
-	r := t.reader()
-	n, _ := r.node(t.env.Origin)
-	next, pending := r.replacement(n.ID)
-	switch {
-	case !pending:
-		return kms.Errorf(kms.Conflict, "there is no new hardware root for node %s to adopt", n.ID)
-	case next.Root != c.Root:
-		return kms.Errorf(kms.Conflict, "the next root of node %s has number %d, not %d", n.ID, next.Root, c.Root)
-	}
-	if lacks := r.wanted(n, next); !t.replay && len(lacks) > 0 {
-		return kms.Errorf(kms.Conflict, "node %s has no copy for its next root of %s; resident nodes reseal them", n.ID, pendingText(lacks))
-	}
-	// A keyring may have come since the root was approved that it cannot serve.
-	report, err := r.attestNext(n, next.New, next.Time, next.Index)
-	if err != nil {
-		return err
-	}
-	if err := r.fitForKeyrings(n, next.New, report); err != nil {
-		return err
-	}
-	t.dropCopies(n.ID, n.Root)
-	insert(t.Txn, tableFormer, FormerRoot{
-		Node: n.ID, Root: n.Root, SigningSuite: n.SigningSuite, Signing: n.Signing,
-		Proposal: next.Proposal, Time: t.clock, Until: t.index, Statement: t.raw,
-	})
-	mustDB(t.Delete(tableNext, &next))
-	n = n.with(next.Root, next.New)
-	insert(t.Txn, tableNode, n)
-	t.voidTarget(nodeTarget(n))
-	t.attested = &attestedRoot{n.ID, report}
-	t.event(Event{Type: EventNodeReplaced, Node: n.ID, Proposal: next.Proposal})
-	return nil
-}
-
-// wanted lists what keeps a node from its next root because it has no copy for it.
-// Where the custodians let it leave things behind, that is only the KEKs that
-// another node can still reseal: key versions may be beyond every other device,
-// and a keyring at this node alone may be lost with its device.
-func (r reader) wanted(n Node, next Replacement) []Pending {
-	return slices.DeleteFunc(r.unsealed(n, next), func(p Pending) bool {
-		k, _ := r.keyring(p.Keyring)
-		return next.Leave && (p.Key != "" || len(r.residents(k.Residency)) == 1)
-	})
-}
-
-// pendingText names up to three versions.
-func pendingText(l []Pending) string {
-	var names []string
-	for _, p := range l[:min(3, len(l))] {
-		name := "KEK of keyring " + p.Keyring
-		if p.Key != "" {
-			name = "key " + kms.KeyPath(p.Keyring, p.Key)
-		}
-		names = append(names, name+" version "+decimal(uint64(p.Version)))
-	}
-	text := strings.Join(names, ", ")
-	if n := len(l) - len(names); n > 0 {
-		text += " and " + decimal(uint64(n)) + " more"
-	}
-	return text
-}
-
-// unsealed lists what a node has a copy of for its present root and none for the
-// next one: KEKs first.
-func (r reader) unsealed(n Node, next Replacement) (l []Pending) {
-	for _, k := range list[KEK](r.x, tableKEK, byCopy, copyKey(n.ID, n.Root)) {
-		if !hasCopy(k.Copies, n.ID, next.Root) {
-			l = append(l, Pending{Keyring: k.Keyring, Version: k.Version})
-		}
-	}
-	for _, v := range list[Version](r.x, tableVersion, byCopy, copyKey(n.ID, n.Root)) {
-		if !hasCopy(v.Copies, n.ID, next.Root) {
-			l = append(l, Pending{Keyring: v.Keyring, Key: v.Key, Version: v.Version})
-		}
-	}
-	return l
-}
-
-// Unsealed returns the versions of which the node has a copy for its present root
-// and none for its next one, KEKs first: what resident nodes have to reseal before
-// it can adopt that root. It is empty while no root is pending.
-func (s *State) Unsealed(node string) []Pending {
-	r := s.reader()
-	n, _ := r.node(node)
-	next, pending := r.replacement(node)
-	if !pending {
-		return nil
-	}
-	return r.unsealed(n, next)
 }

@@ -30,6 +30,7 @@ func rich(t testing.TB) *statetest.World {
 	// Protection hardware, and a node's root replaced.
 	w.CreateHardwareKeyring("vault", "fr", "de")
 	w.CreateKey("vault", "code", kms.MAC)
+	w.GiveReceipts()
 	for _, k := range []string{"sig", "lost"} {
 		w.CreateKey("vault", k, kms.Sign)
 		w.Rotate("vault", k)
@@ -84,6 +85,9 @@ func unfinished(w *statetest.World) {
 	w.Replace("node-fr-1", false)
 	for _, p := range w.State().Unsealed("node-fr-1")[1:] {
 		w.Do(w.Resealer("node-fr-1", p.Keyring), w.ResealCommand("node-fr-1", p))
+	}
+	for _, p := range []state.Pending{{Keyring: "europe", Version: 1}, {Keyring: "vault", Key: "code", Version: 1}} {
+		w.Do("node-fr-1", w.RefuseCommand("node-fr-1", p, "node-de-1"))
 	}
 }
 

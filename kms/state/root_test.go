@@ -79,12 +79,13 @@ func TestRekey(t *testing.T) {
 		t.Fatal(r.Err())
 	}
 	late := old.SignCommand(t, w.Envelope(fr, state.Tick{}, statetest.At(w.Now()+2000)).Marshal())
-	r = w.Do(fr, w.AdoptCommand(fr))
+	again := w.AdoptCommand(fr)
+	r = w.Do(fr, again)
 	if len(r.Events) != 1 || r.Events[0].Type != state.EventNodeReplaced {
 		t.Errorf("events %+v", r.Events)
 	}
 	refused(t, w, kms.BadSignature, late)
-	refused(t, w, kms.Conflict, w.Command(fr, state.AdoptRoot{Root: 2}))
+	refused(t, w, kms.Conflict, w.Command(fr, again))
 	adopted(t, w, old)
 	restoreBoth(t, w.State()) // its last tick is from the time of the old root
 	w.Rotate("vault", "mail")
@@ -235,10 +236,18 @@ func TestAdoptRefused(t *testing.T) {
 	adopt := w.Envelope(fr, w.AdoptCommand(fr))
 	refused(t, w, kms.BadSignature, old.SignCommand(t, adopt.Marshal()))
 	refused(t, w, kms.BadSignature, next.SignCommand(t, w.Envelope(fr, state.Tick{}).Marshal()))
-	refused(t, w, kms.Conflict, w.Command(fr, state.AdoptRoot{Root: 3}))
-	refused(t, w, kms.Invalid, w.Command(fr, state.AdoptRoot{Root: 1}))
+	send := func(node string, change func(*state.AdoptRoot)) []byte {
+		c := w.AdoptCommand(fr)
+		change(&c)
+		return w.Command(node, c)
+	}
+	refused(t, w, kms.Conflict, send(fr, func(c *state.AdoptRoot) { c.Root = 3 }))
+	refused(t, w, kms.Invalid, send(fr, func(c *state.AdoptRoot) { c.Root = 1 }))
+	refused(t, w, kms.Invalid, send(fr, func(c *state.AdoptRoot) { c.Copies = nil }))
+	refused(t, w, kms.Invalid, send(fr, func(c *state.AdoptRoot) { c.Copies = c.Copies[1:] }))
+	refused(t, w, kms.Conflict, send(fr, func(c *state.AdoptRoot) { c.Copies[0] ^= 1 }))
 	refused(t, w, kms.Invalid, w.Command(fr, w.AdoptCommand(fr), statetest.As(w.Operator("fr"))))
-	refused(t, w, kms.Conflict, w.Command("node-de-1", state.AdoptRoot{Root: 2}))
+	refused(t, w, kms.Conflict, send("node-de-1", func(*state.AdoptRoot) {}))
 	w.Do(fr, w.AdoptCommand(fr))
 }
 

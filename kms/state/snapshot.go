@@ -21,7 +21,7 @@ const (
 	recordHeader uint8 = 0
 	recordEnd    uint8 = 255
 
-	snapshotFormat uint8 = 2
+	snapshotFormat uint8 = 3
 )
 
 // snapshotTables are the tables of a snapshot; the record number is the place in
@@ -43,12 +43,13 @@ var snapshotTables = []struct {
 	{tableNext, writeTable[Replacement](tableNext), insertInto(tableNext, nextID)},
 	{tableFormer, writeTable[FormerRoot](tableFormer), insertInto(tableFormer, formerID)},
 	{tableResealed, writeTable[resealed](tableResealed), insertInto(tableResealed, resealedID)},
+	{tableRefused, writeTable[RefusedCopy](tableRefused), insertInto(tableRefused, refusedID)},
 	{tableNonce, writeTable[nonce](tableNonce), insertInto(tableNonce, nonceID)},
 	{tableOutcome, writeTable[Outcome](tableOutcome), insertInto(tableOutcome, outcomeID)},
 }
 
 // verifiedTables is how many of snapshotTables follow from signed statements.
-const verifiedTables = 12
+const verifiedTables = 13
 
 func writeTable[T any](table string) func(*memdb.Txn, func([]byte) error) error {
 	return func(x *memdb.Txn, f func([]byte) error) error {

@@ -142,6 +142,7 @@ const (
 	EventKEKReceiptsComplete = "kek-receipts-complete"
 	EventNodeReplacing       = "node-replacing" // the next root is approved
 	EventResealed            = "resealed"       // Node has a copy for its next root
+	EventCopyRefused         = "copy-refused"   // the next root of Node does not take a copy
 	EventNodeReplaced        = "node-replaced"
 )
 
@@ -346,7 +347,7 @@ func (s *State) verifyEnvelope(e Envelope, envelope, signature []byte) error {
 		return kms.Errorf(kms.Denied, "the command's origin %q is no node of the cluster", e.Origin)
 	}
 	suite, signing := n.SigningSuite, n.Signing
-	if e.Type == TypeAdoptRoot {
+	if e.Type == TypeAdoptRoot || e.Type == TypeRefuseCopy {
 		// The next root speaks for itself; when it has been adopted it is the node's.
 		if next, pending := s.Replacement(n.ID); pending {
 			suite, signing = next.New.SigningSuite, next.New.Signing

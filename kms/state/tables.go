@@ -25,6 +25,7 @@ const (
 	tableNext      = "next" // replacements
 	tableFormer    = "former"
 	tableResealed  = "resealed"
+	tableRefused   = "refused" // copies that next roots refused
 	tableNonce     = "nonce"
 	tableOutcome   = "outcome"
 )
@@ -106,6 +107,11 @@ func resealedID(r *resealed) []byte {
 	return append(resealedKey(r.Keyring, r.Key, r.Version), numberKey(uint64(r.Root), r.Node)...)
 }
 
+// refusedID begins with the node and its root.
+func refusedID(r *RefusedCopy) []byte {
+	return append(append(copyKey(r.Node, r.Root), resealedKey(r.Keyring, r.Key, r.Version)...), r.By...)
+}
+
 func resealedKey(keyring, key string, version uint32) []byte {
 	return numberKey(uint64(version), keyring, key)
 }
@@ -159,6 +165,7 @@ func newDB() *memdb.MemDB {
 		table(tableNext, unique(byID, nextID)),
 		table(tableFormer, unique(byID, formerID)),
 		table(tableResealed, unique(byID, resealedID), some(byNode, func(r *resealed) []byte { return prefixKey(r.Node) })),
+		table(tableRefused, unique(byID, refusedID)),
 		table(tableNonce, unique(byID, nonceID), some(byTime, func(r *nonce) []byte { return timeKey(r.Time) })),
 		table(tableOutcome, unique(byID, outcomeID), some(byTime, func(r *Outcome) []byte { return timeKey(r.Time) })),
 	}

@@ -87,6 +87,19 @@ type Node struct {
 	Proven      []string   `json:"proven,omitempty"`      // what of the hardware was proven, a sentence each
 	Claimed     []string   `json:"claimed,omitempty"`     // what the node only says
 	Replacing   *Replacing `json:"replacing,omitempty"`   // the hardware root that it is to have next
+
+	Refused []RefusedCopy `json:"refused,omitempty"` // copies that the next root refused, or the present one before it was adopted
+}
+
+// RefusedCopy is a copy of a key that did not open with a node's next hardware root,
+// or held another key, as that root has signed.
+type RefusedCopy struct {
+	Root     uint32    `json:"root"` // number of that root
+	Keyring  string    `json:"keyring"`
+	Key      string    `json:"key,omitempty"` // empty for the keyring's KEK
+	Version  uint32    `json:"version"`
+	SealedBy string    `json:"sealed_by"` // node that sealed it; it does not again for this root
+	Time     time.Time `json:"time"`
 }
 
 // Replacing is how far the replacement of a node's hardware root has come.

@@ -81,7 +81,7 @@ type KeyVersion struct {
 	Created   time.Time `json:"created"`
 	Activated time.Time `json:"activated,omitzero"`
 	Proposal  string    `json:"proposal,omitempty"` // that authorised it
-	Receipts  []Receipt `json:"receipts,omitempty"` // one for each resident node, versions above 1
+	Receipts  []Receipt `json:"receipts,omitempty"` // one for each resident node; none for version 1 of protection software
 }
 
 // Receipt says whether a resident node has proved that it can open a version.

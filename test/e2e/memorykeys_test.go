@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"crypto/ecdh"
 	"crypto/ecdsa"
+	"crypto/hmac"
+	"crypto/sha256"
 	"crypto/x509"
 	"slices"
 	"testing"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/conclave-kms/conclave/hsm"
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/canon"
 	"github.com/conclave-kms/conclave/kms/keyring"
 	"github.com/conclave-kms/conclave/kms/secret"
 	"github.com/conclave-kms/conclave/kms/state"
@@ -53,10 +56,23 @@ func (m *memory) planted(hw *hardware, st *state.State, ring, name string, purpo
 		cmd.Generated = kms.OnHost
 		for _, n := range st.ResidentNodes(ring) {
 			cmd.Copies = append(cmd.Copies, state.SealedCopy{Node: n.ID, Root: n.Root, Sealed: sealedFor(t, n, b, material)})
+			if purpose != kms.Sign {
+				cmd.Checks = append(cmd.Checks, state.Check{Node: n.ID, Hash: keyring.CheckHash(deviceCheckValue(b, material, n.ID))})
+			}
 		}
 	}
 	m.add(scanner, "planted key "+ring+"/"+name, material.Reveal())
 	return cmd
+}
+
+// deviceCheckValue is the check value of a key version of protection hardware, as
+// kms/keyring/DESIGN.md describes it.
+func deviceCheckValue(b keyring.KeyBinding, material *secret.Bytes, node string) []byte {
+	h := hmac.New(sha256.New, material.Reveal())
+	h.Write([]byte("\x00\x00\x00\x01conclave/check-value/2\x00"))
+	h.Write(canon.Marshal(map[string]any{"cluster": b.Cluster, "keyring": b.Keyring, "key-id": b.KeyID[:], "version": b.Version, "node": node}))
+	h.Write([]byte{0, 0, 1, 0}) // bits
+	return h.Sum(nil)
 }
 
 // sealedFor wraps material for a node's device and seals the result to the node.

@@ -89,9 +89,12 @@ func (w *World) KeyringCommand(name string, sites ...string) state.CreateKeyring
 func (w *World) KeyCommand(keyring, name string, purpose kms.Purpose) state.CreateKey {
 	id := kms.KeyID(hash("key-id", keyring, name)[:16])
 	alg := purpose.Algorithms()[0]
-	wrapped, public, _ := w.opts.Hooks.PerKey(keyring, name, id, 1, alg, w.State().ResidentNodes(keyring))
+	wrapped, public, checks := w.opts.Hooks.PerKey(keyring, name, id, 1, alg, w.State().ResidentNodes(keyring))
 	c := state.CreateKey{Keyring: keyring, Name: name, ID: id[:], Purpose: purpose, Algorithm: alg, PublicKey: public}
-	c.KEK, c.Wrapped, c.Copies, c.Generated, _ = w.material(keyring, name, 1, purpose, wrapped, nil)
+	c.KEK, c.Wrapped, c.Copies, c.Generated, c.Checks = w.material(keyring, name, 1, purpose, wrapped, checks)
+	if c.Generated == "" {
+		c.Checks = nil
+	}
 	return c
 }
 

@@ -75,18 +75,49 @@ func (w *World) Resealer(id, keyring string) string {
 	return id
 }
 
-// Reseal gives a node all copies that it lacks for its next root.
+// NextResealer is Resealer among the nodes of which the next root has refused nothing of
+// the version.
+func (w *World) NextResealer(id string, p state.Pending) string {
+	refused := w.State().Refused(id)
+	for _, n := range w.State().ResidentNodes(p.Keyring) {
+		by := func(x state.RefusedCopy) bool {
+			return x.By == n.ID && state.Pending{Keyring: x.Keyring, Key: x.Key, Version: x.Version} == p
+		}
+		if n.ID != id && !slices.ContainsFunc(refused, by) {
+			return n.ID
+		}
+	}
+	return w.Resealer(id, p.Keyring)
+}
+
+// Reseal gives a node all copies that it lacks for its next root, whatever it has
+// refused of other nodes.
 func (w *World) Reseal(id string) {
 	w.t.Helper()
 	for _, p := range w.State().Unsealed(id) {
-		w.Do(w.Resealer(id, p.Keyring), w.ResealCommand(id, p))
+		w.Do(w.NextResealer(id, p), w.ResealCommand(id, p))
 	}
 }
 
 // AdoptCommand returns the command by which a node adopts its next root.
 func (w *World) AdoptCommand(id string) state.AdoptRoot {
-	next, _ := w.State().Replacement(id)
-	return state.AdoptRoot{Root: next.Root}
+	s := w.State()
+	next, _ := s.Replacement(id)
+	return state.AdoptRoot{Root: next.Root, Copies: state.AdoptionDigest(s.Cluster(), id, next.Root, s.Adoption(id))}
+}
+
+// RefuseCommand returns the command by which a node refuses the copy of a version
+// for its next root, which by has sealed.
+func (w *World) RefuseCommand(id string, p state.Pending, by string) state.RefuseCopy {
+	s := w.State()
+	next, _ := s.Replacement(id)
+	c := state.RefuseCopy{Root: next.Root, Keyring: p.Keyring, Key: p.Key, Version: p.Version, By: by, Copy: hash("none")}
+	for _, x := range s.Adoption(id) {
+		if x.Keyring == p.Keyring && x.Key == p.Key && x.Version == p.Version && len(x.Copy) > 0 {
+			c.Copy = x.Copy
+		}
+	}
+	return c
 }
 
 // Rekey replaces a node's root, from the proposal to the adoption.

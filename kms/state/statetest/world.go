@@ -181,11 +181,11 @@ func (w *World) Envelope(node string, cmd state.Command, opts ...Option) state.E
 	return e
 }
 
-// Sign signs an envelope with the key of its origin; to adopt a root, with that of
-// the next one.
+// Sign signs an envelope with the key of its origin; to adopt a root or to refuse a
+// copy for it, with that of the next one.
 func (w *World) Sign(e state.Envelope) []byte {
 	w.t.Helper()
-	if next, pending := w.State().Replacement(e.Origin); pending && e.Type == state.TypeAdoptRoot {
+	if next, pending := w.State().Replacement(e.Origin); pending && (e.Type == state.TypeAdoptRoot || e.Type == state.TypeRefuseCopy) {
 		return w.RootWith(e.Origin, next.New.Signing).SignCommand(w.t, e.Marshal())
 	}
 	return w.Node(e.Origin).SignCommand(w.t, e.Marshal())
