@@ -23,6 +23,11 @@ type Config struct {
 	// Dial, optional, replaces plain TCP for connections to other nodes. TLS runs on top.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
 
+	// Log and Wire, optional, are taken over in place of a file in DataDir, and of TLS
+	// on Listener: a simulated disk and network. All else is as without them.
+	Log  LogStore
+	Wire Wire
+
 	Genesis     state.SignedGenesis
 	Certificate tls.Certificate // URI SAN spiffe://TRUST-DOMAIN/node/NODE-ID
 
@@ -111,7 +116,7 @@ func (c Config) check() (Config, error) {
 	if err := kms.CheckName("node id", c.NodeID); err != nil {
 		return c, err
 	}
-	if c.Listen == "" && c.Listener == nil {
+	if c.Listen == "" && c.Listener == nil && c.Wire == nil {
 		return c, kms.Errorf(kms.Invalid, "the address to listen on for other nodes is missing")
 	}
 	if c.Sign == nil {

@@ -1,9 +1,11 @@
 package cluster
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/canon"
@@ -57,6 +59,21 @@ type request struct {
 	Timeout int64  `cbor:"timeout"` // milliseconds that the caller waits
 	Raw     []byte `cbor:"raw"`
 	Size    uint64 `cbor:"size"`
+}
+
+// expect writes into the request how long its caller waits.
+func (r *request) expect(ctx context.Context) {
+	if deadline, ok := ctx.Deadline(); ok {
+		r.Timeout = max(time.Until(deadline).Milliseconds(), 1)
+	}
+}
+
+// limit returns how long the request may take.
+func (r *request) limit() time.Duration {
+	if r.Timeout > 0 && r.Timeout < maxRequestTime.Milliseconds() {
+		return time.Duration(r.Timeout) * time.Millisecond
+	}
+	return maxRequestTime
 }
 
 // response is a frame from the accepting side.

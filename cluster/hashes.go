@@ -134,11 +134,7 @@ func (n *Node) compareHashes(ctx context.Context, size uint64, own []byte) error
 func (n *Node) askHash(ctx context.Context, peer string, size uint64) []byte {
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timing.RPC)
 	defer cancel()
-	k, err := n.links.get(ctx, peer)
-	if err != nil {
-		return nil
-	}
-	resp, _, err := k.call(ctx, request{Op: opHash, Size: size})
+	resp, _, err := n.wire.call(ctx, peer, n.cfg.Timing.RPC, request{Op: opHash, Size: size})
 	if err != nil || resp.Status != statusOK {
 		return nil
 	}

@@ -144,9 +144,7 @@ func (k *link) call(ctx context.Context, req request) (resp response, sent bool,
 		delete(k.pending, req.ID)
 		k.mu.Unlock()
 	}()
-	if deadline, ok := ctx.Deadline(); ok {
-		req.Timeout = max(time.Until(deadline).Milliseconds(), 1)
-	}
+	req.expect(ctx)
 
 	k.write.Lock()
 	if !k.alive() || ctx.Err() != nil {

@@ -3,7 +3,6 @@ package cluster
 import (
 	"context"
 	"fmt"
-	"net"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,10 +21,9 @@ type Node struct {
 	cfg     Config
 	self    state.Node
 	dir     *dataDir
-	store   *raftboltdb.BoltStore
+	store   LogStore
 	logs    raft.LogStore
-	stream  *stream
-	links   *links
+	wire    wire
 	machine *machine
 	hashes  *hashes
 	watch   *watch
@@ -103,27 +101,14 @@ func (n *Node) open(ctx context.Context, genesis *state.State) error {
 	}
 	n.buildMachine(genesis, snapshots)
 
-	ln := n.cfg.Listener
-	if ln == nil {
-		var lc net.ListenConfig
-		if ln, err = lc.Listen(ctx, "tcp", n.cfg.Listen); err != nil {
-			return kms.Wrap(kms.Invalid, err, fmt.Sprintf("cannot listen for other nodes: %v", err), "")
-		}
+	if n.wire, err = n.newWire(ctx, genesis); err != nil {
+		return err
 	}
-	n.stream = newStream(n.cfg.NodeID, func() directory { return n.State() }, n.cfg.Certificate, ln, n.cfg.Dial, n.cfg.Logger)
-	n.links = newLinks(n.stream, genesis.Cluster())
-	transport := raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-		Logger: logger, Stream: n.stream, MaxPool: 3, Timeout: n.cfg.Timing.RPC,
-		MaxRPCsInFlight: 1, // more can wedge a follower (hashicorp/raft issue 612)
-	})
-	if err := n.openRaft(genesis, snapshots, transport); err != nil {
-		_ = transport.Close()
+	if err := n.openRaft(genesis, snapshots, n.wire.transport()); err != nil {
 		return err
 	}
 	close(n.ready)
-	n.stream.start(func(c *nodeConn) {
-		serveForward(n.ctx, c, greeting{Node: n.cfg.NodeID, Cluster: n.State().Cluster()}, n)
-	})
+	n.wire.serve(n)
 	n.loops.Go(func() { n.watchLeader(n.ctx) })
 	n.loops.Go(func() { n.supervise(n.ctx) })
 	n.loops.Go(func() { n.proveLoop(n.ctx) })
@@ -131,10 +116,22 @@ func (n *Node) open(ctx context.Context, genesis *state.State) error {
 	return nil
 }
 
-func (n *Node) openStore() error {
-	path := n.dir.file(logFile)
-	if err := checkStore(path); err != nil {
+// openStore opens the log: that of the configuration, or a file.
+func (n *Node) openStore() (err error) {
+	if n.cfg.Log != nil {
+		n.store = n.cfg.Log
+	} else if n.store, err = n.openFile(n.dir.file(logFile)); err != nil {
 		return err
+	}
+	if n.logs, err = raft.NewLogCache(512, &watchedStore{store: n.store, watch: n.watch}); err != nil {
+		return err
+	}
+	return checkModes(n.dir.path)
+}
+
+func (n *Node) openFile(path string) (LogStore, error) {
+	if err := checkStore(path); err != nil {
+		return nil, err
 	}
 	store, err := raftboltdb.New(raftboltdb.Options{
 		Path: path,
@@ -145,13 +142,9 @@ func (n *Node) openStore() error {
 		},
 	})
 	if err != nil {
-		return storeError(path, err)
+		return nil, storeError(path, err)
 	}
-	n.store = store
-	if n.logs, err = raft.NewLogCache(512, &watchedStore{store: store, watch: n.watch}); err != nil {
-		return err
-	}
-	return checkModes(n.dir.path)
+	return store, nil
 }
 
 func (n *Node) buildMachine(genesis *state.State, snapshots *snapshotStore) {
@@ -244,7 +237,7 @@ func (n *Node) halted(err error) {
 	n.cancel()
 	go func() { // Raft waits for the caller
 		<-n.ready
-		n.stream.hangUp()
+		n.wire.hangUp()
 		_ = n.stopRaft().Error()
 	}()
 }
@@ -265,7 +258,7 @@ func (n *Node) Close() error {
 	closed := make(chan error, 1)
 	go func() {
 		n.waitFutures(2 * n.cfg.Timing.Election)
-		n.stream.hangUp()
+		n.wire.hangUp()
 		_ = n.stopRaft().Error() // always nil
 		n.loops.Wait()
 		closed <- n.store.Close()
@@ -281,8 +274,8 @@ func (n *Node) Close() error {
 // abandon undoes a failed open.
 func (n *Node) abandon() {
 	n.cancel()
-	if n.stream != nil {
-		_ = n.stream.Close()
+	if n.wire != nil {
+		_ = n.wire.Close()
 	}
 	if n.store != nil {
 		_ = n.store.Close()

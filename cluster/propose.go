@@ -147,13 +147,7 @@ func (n *Node) callLeader(ctx context.Context, req request) (resp response, sent
 	if leader == "" || string(leader) == n.cfg.NodeID {
 		return response{}, false, errNotAppended
 	}
-	dial, cancel := context.WithTimeout(ctx, n.cfg.Timing.dial())
-	defer cancel()
-	k, err := n.links.get(dial, string(leader))
-	if err != nil {
-		return response{}, false, err
-	}
-	ctx, cancel = context.WithCancel(ctx)
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go func() { // ends with ctx
 		for {
@@ -169,7 +163,7 @@ func (n *Node) callLeader(ctx context.Context, req request) (resp response, sent
 			}
 		}
 	}()
-	return k.call(ctx, req)
+	return n.wire.call(ctx, string(leader), n.cfg.Timing.dial(), req)
 }
 
 // watchLeader fires n.leaders until ctx ends.

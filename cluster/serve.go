@@ -54,11 +54,7 @@ func serveForward(base context.Context, conn *nodeConn, g greeting, a answerer) 
 		}
 		wg.Go(func() {
 			defer func() { <-slots }()
-			limit := maxRequestTime
-			if t := time.Duration(req.Timeout) * time.Millisecond; req.Timeout > 0 && req.Timeout < limit.Milliseconds() {
-				limit = t
-			}
-			ctx, done := context.WithTimeout(ctx, limit)
+			ctx, done := context.WithTimeout(ctx, req.limit())
 			defer done()
 			resp := a.answer(ctx, conn.peer, req)
 			resp.ID = req.ID

@@ -73,7 +73,7 @@ func (n *Node) Status() Status {
 		if v, ok := suffrage[node.ID]; ok {
 			p.Suffrage = v
 		}
-		if g, ok := n.stream.group(node.ID); ok {
+		if g, ok := n.wire.group(node.ID); ok {
 			p.Group = groupName(g)
 		}
 		s.Peers = append(s.Peers, p)
