@@ -10,8 +10,6 @@ import (
 // sends and what is sent to it, as behind a broken cable: nothing is refused,
 // nothing arrives.
 type network struct {
-	delays *delays // nil: none
-
 	mu    sync.Mutex
 	cut   map[string]bool // addresses of members
 	conns map[*wire]struct{}
@@ -37,7 +35,7 @@ func (n *network) dialFrom(from string) func(ctx context.Context, address string
 			<-ctx.Done()
 			return nil, ctx.Err()
 		}
-		c, err := n.delays.dial(ctx, from, to)
+		c, err := new(net.Dialer).DialContext(ctx, "tcp", to)
 		if err != nil {
 			return nil, err
 		}
