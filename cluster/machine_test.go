@@ -65,12 +65,25 @@ func flip(b []byte) []byte {
 	return b
 }
 
-// A command of a release to come stops the nodes that do not know it.
+// A command of a release to come has no effect until all nodes have announced that they
+// know it; then it stops those that do not.
 func TestUnknownCommandHalts(t *testing.T) {
 	c := clustertest.New(t, clustertest.Options{})
 	leader := c.Leader()
 	c.SameState(c.Propose(leader, c.Tick(leader)).Index)
-	raw := c.Command(leader, state.Tick{}, func(e *state.Envelope) { e.Version = 99 })
+	later := func() []byte {
+		return c.Command(leader, state.Tick{}, func(e *state.Envelope) { e.Version = 99 })
+	}
+	resp, err := c.Node(leader).Inject(later())
+	if r, ok := resp.(state.Result); err != nil || !ok || r.Kind != kms.Unavailable {
+		t.Fatalf("a kind that nobody has announced: %+v, %v", resp, err)
+	}
+	program := state.Program("a later one")
+	program.Kinds = append([]state.CommandKind{{Type: state.TypeTick, Version: 99}}, program.Kinds...)
+	for i := range c.Members {
+		c.Propose(leader, c.Command(i, program, nil))
+	}
+	raw := later()
 	if _, err := c.Node(leader).Propose(t.Context(), raw); !errors.Is(err, state.ErrUnknownCommand) {
 		t.Errorf("proposing it: %v", err)
 	}

@@ -54,6 +54,8 @@ type Agent struct {
 
 	cannot map[string]bool // replacements to which this device cannot move keys
 	told   map[string]bool // refused copies that are in the log
+
+	downgraded bool // said that the program is older than the one before
 }
 
 // task is what the agent remembers of something to do.
@@ -148,7 +150,7 @@ func (a *Agent) work(ctx context.Context) time.Duration {
 	a.pass++
 	st := a.e.cluster.State()
 	a.e.forgetChanged(st)
-	wait := idleWait
+	wait := a.announce(ctx, st)
 	for _, p := range st.Pending(a.e.node) {
 		name := fmt.Sprintf("receipt/%s/%d", kms.KeyPath(p.Keyring, p.Key), p.Version)
 		wait = min(wait, a.attempt(ctx, "receipt", name, 0, func(ctx context.Context) error { return a.receipt(ctx, st, p) }))

@@ -21,6 +21,7 @@ const (
 	TypeReseal         Type = 9
 	TypeAdoptRoot      Type = 10
 	TypeRefuseCopy     Type = 11
+	TypeAnnounce       Type = 23
 )
 
 // Command is the payload of an envelope.
@@ -143,3 +144,4 @@ func (GiveReceipt) Type() Type    { return TypeReceipt }
 func (Reseal) Type() Type         { return TypeReseal }
 func (AdoptRoot) Type() Type      { return TypeAdoptRoot }
 func (RefuseCopy) Type() Type     { return TypeRefuseCopy }
+func (Announce) Type() Type       { return TypeAnnounce }

@@ -10,15 +10,16 @@ import (
 func (s *State) ContentHash() [32]byte {
 	h := sha256.New()
 	_ = binary.Write(h, binary.BigEndian, s.clock)
-	_ = s.writeTables(h, verifiedTables)
+	_ = s.writeTables(h, verifiedTables())
 	return [32]byte(h.Sum(nil))
 }
 
-// VerifiedTables names the tables that untrusted snapshots are checked for, in
-// the order of their record numbers from 1.
-func VerifiedTables() (names []string) {
-	for _, t := range snapshotTables[:verifiedTables] {
-		names = append(names, t.name)
+// VerifiedTables names the tables that untrusted snapshots are checked for, by
+// record number.
+func VerifiedTables() map[byte]string {
+	names := make(map[byte]string)
+	for _, t := range verifiedTables() {
+		names[t.number] = t.name
 	}
 	return names
 }

@@ -41,6 +41,7 @@ func (s *State) Extends(old *State) error {
 			return is.Root >= was.Root && revised(was, is, was.Revision, is.Revision)
 		}),
 		extended(tableFormer, formerID, func(was, is *FormerRoot) bool { return revised(was, is, 0, 0) }),
+		extended(tableRelease, releaseID, func(was, is *Release) bool { return is.extends(was) }),
 		kept(tableNext, nextID, func(r *Replacement) bool {
 			n, _ := s.Node(r.Node)
 			return n.Root < r.Root

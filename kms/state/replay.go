@@ -153,11 +153,11 @@ func (s *State) sameRecords(replay *State) error {
 	}
 	x.Commit()
 	var have, want bytes.Buffer
-	for i, t := range snapshotTables[:verifiedTables] {
+	for _, t := range verifiedTables() {
 		have.Reset()
 		want.Reset()
 		write := func(w io.Writer) func([]byte) error {
-			return func(b []byte) error { return writeRecord(w, uint8(i+1), b) }
+			return func(b []byte) error { return writeRecord(w, t.number, b) }
 		}
 		_ = t.write(s.db.Txn(false), write(&have))      // a buffer never fails
 		_ = t.write(replay.db.Txn(false), write(&want)) // a buffer never fails
@@ -192,6 +192,7 @@ func (s *State) statements() ([]statement, error) {
 		return nil, err
 	}
 	_ = each(x, tableResealed, func(r *resealed) error { add(r.Index, r.Time, r.Statement); return nil })
+	_ = each(x, tableRelease, func(r *Release) error { add(r.Index, r.Time, r.Statement); return nil })
 	_ = each(x, tableRefused, func(r *RefusedCopy) error { add(r.Index, r.Time, r.Statement); return nil })
 	_ = each(x, tableFormer, func(f *FormerRoot) error { add(f.Until, f.Time, f.Statement); return nil })
 	_ = each(x, tableProposal, func(p *Proposal) error {

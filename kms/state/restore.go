@@ -74,10 +74,12 @@ func readTables(in *recordReader, x *memdb.Txn) error {
 				return kms.Errorf(kms.Invalid, "snapshot: its hash does not match; it is damaged")
 			}
 			return nil
-		case number == recordHeader || int(number) > len(snapshotTables):
+		}
+		table, known := tableOf(number)
+		if !known {
 			return kms.Errorf(kms.Invalid, "snapshot: record number %d is not known here", number)
 		}
-		if err := snapshotTables[number-1].insert(x, b); err != nil {
+		if err := table.insert(x, b); err != nil {
 			return err
 		}
 	}
@@ -89,8 +91,8 @@ func readHeader(b []byte) (*State, error) {
 	if err := canon.Unmarshal(b, &h); err != nil {
 		return nil, kms.Wrap(kms.Invalid, err, "snapshot: the header is not in canonical form", "")
 	}
-	if h.Format != snapshotFormat {
-		return nil, kms.Errorf(kms.Invalid, "snapshot: format %d is not known; this program knows %d", h.Format, snapshotFormat)
+	if h.Format < baseFormat || h.Format > snapshotFormat {
+		return nil, kms.Errorf(kms.Invalid, "snapshot: format %d is not known; this program knows %d to %d", h.Format, baseFormat, snapshotFormat)
 	}
 	g, err := h.Genesis.Verify()
 	if err != nil {

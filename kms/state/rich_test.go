@@ -15,6 +15,8 @@ func target(key string) string { return approval.TargetKey + "/coalition/" + key
 // rich returns a cluster in which everything has happened at least once.
 func rich(t testing.TB) *statetest.World {
 	w := statetest.New(t, statetest.Options{})
+	w.Do("node-jp-1", state.Program("before"))
+	w.Announce()
 	w.CreateKeyring("coalition", "fr", "de", "jp")
 	w.CreateKeyring("europe", "fr", "de")
 	w.GiveReceipts()

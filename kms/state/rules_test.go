@@ -86,30 +86,6 @@ func TestEnvelopeRefused(t *testing.T) {
 	refused(t, w, kms.Expired, w.Command(fr, tick, statetest.At(w.State().Clock()-state.Window-1)))
 }
 
-func TestUnknownCommandHalts(t *testing.T) {
-	w := small(t)
-	for name, change := range map[string]statetest.Option{
-		"type":    func(e *state.Envelope) { e.Type = 999 },
-		"version": func(e *state.Envelope) { e.Version = 2 },
-	} {
-		raw := w.Command("node-fr-1", state.Tick{}, change)
-		before := w.State()
-		next, r := before.Apply(before.Index()+1, raw)
-		if !r.Halt || next != before || r.Err() == nil {
-			t.Errorf("unknown %s: %+v", name, r)
-		}
-		if err := before.Check(raw); !errors.Is(err, state.ErrUnknownCommand) {
-			t.Errorf("unknown %s: Check gives %v", name, err)
-		}
-		// Only a member can halt a node, and not with an old command.
-		env, sig, _ := state.Split(raw)
-		sig[0] ^= 1
-		refused(t, w, kms.BadSignature, state.Join(env, sig))
-		w.Advance(time.Hour)
-		refused(t, w, kms.Expired, raw)
-	}
-}
-
 func TestClockIsMedianOverSites(t *testing.T) {
 	w := statetest.New(t, statetest.Options{NodesPerSite: 2})
 	start := w.State().Clock()

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"hash"
 	"io"
+	"slices"
 
 	"github.com/hashicorp/go-memdb"
 
@@ -21,35 +22,59 @@ const (
 	recordHeader uint8 = 0
 	recordEnd    uint8 = 255
 
-	snapshotFormat uint8 = 3
+	snapshotFormat uint8 = 4 // the newest that this program reads and writes
+	baseFormat     uint8 = 4 // the oldest; every release that takes part in a cluster reads it
 )
 
-// snapshotTables are the tables of a snapshot; the record number is the place in
-// the list plus one.
-var snapshotTables = []struct {
-	name   string
-	write  func(x *memdb.Txn, f func([]byte) error) error
-	insert func(x *memdb.Txn, b []byte) error
-}{
-	{tableStatus, writeTable[NodeStatus](tableStatus), insertInto(tableStatus, statusID)},
-	{tableCustodian, writeTable[approval.Custodian](tableCustodian), insertInto(tableCustodian, custodianID)},
-	{tablePolicy, writeTable[approval.Policy](tablePolicy), insertInto(tablePolicy, policyID)},
-	{tableKeyring, writeTable[Keyring](tableKeyring), insertInto(tableKeyring, keyringID)},
-	{tableKEK, writeTable[KEK](tableKEK), insertInto(tableKEK, kekID)},
-	{tableKey, writeTable[Key](tableKey), insertInto(tableKey, keyID)},
-	{tableVersion, writeTable[Version](tableVersion), insertInto(tableVersion, versionID)},
-	{tableProposal, writeTable[Proposal](tableProposal), insertInto(tableProposal, proposalID)},
-	{tableNode, writeTable[Node](tableNode), insertInto(tableNode, nodeID)},
-	{tableNext, writeTable[Replacement](tableNext), insertInto(tableNext, nextID)},
-	{tableFormer, writeTable[FormerRoot](tableFormer), insertInto(tableFormer, formerID)},
-	{tableResealed, writeTable[resealed](tableResealed), insertInto(tableResealed, resealedID)},
-	{tableRefused, writeTable[RefusedCopy](tableRefused), insertInto(tableRefused, refusedID)},
-	{tableNonce, writeTable[nonce](tableNonce), insertInto(tableNonce, nonceID)},
-	{tableOutcome, writeTable[Outcome](tableOutcome), insertInto(tableOutcome, outcomeID)},
+// snapshotTable is a table in a snapshot.
+type snapshotTable struct {
+	number   uint8 // of its records
+	verified bool  // its records follow from signed statements
+	name     string
+	write    func(x *memdb.Txn, f func([]byte) error) error
+	insert   func(x *memdb.Txn, b []byte) error
 }
 
-// verifiedTables is how many of snapshotTables follow from signed statements.
-const verifiedTables = 13
+// snapshotTables are the tables of a snapshot, by number. Numbers are append only and
+// an empty table writes nothing: so a release with one more table has the same hash as
+// the one before it, until the table is used.
+var snapshotTables = []snapshotTable{
+	stated[NodeStatus](1, tableStatus, statusID),
+	stated[approval.Custodian](2, tableCustodian, custodianID),
+	stated[approval.Policy](3, tablePolicy, policyID),
+	stated[Keyring](4, tableKeyring, keyringID),
+	stated[KEK](5, tableKEK, kekID),
+	stated[Key](6, tableKey, keyID),
+	stated[Version](7, tableVersion, versionID),
+	stated[Proposal](8, tableProposal, proposalID),
+	stated[Node](9, tableNode, nodeID),
+	stated[Replacement](10, tableNext, nextID),
+	stated[FormerRoot](11, tableFormer, formerID),
+	stated[resealed](12, tableResealed, resealedID),
+	stated[RefusedCopy](13, tableRefused, refusedID),
+	remembered[nonce](14, tableNonce, nonceID),
+	remembered[Outcome](15, tableOutcome, outcomeID),
+	stated[Release](16, tableRelease, releaseID),
+}
+
+// stated is a table whose records follow from signed statements, remembered is another.
+func stated[T any](number uint8, table string, id func(*T) []byte) snapshotTable {
+	return snapshotTable{number, true, table, writeTable[T](table), insertInto(table, id)}
+}
+
+func remembered[T any](number uint8, table string, id func(*T) []byte) snapshotTable {
+	return snapshotTable{number, false, table, writeTable[T](table), insertInto(table, id)}
+}
+
+// tableOf returns the table of a record number.
+func tableOf(number uint8) (snapshotTable, bool) {
+	return search(snapshotTables, func(t snapshotTable) bool { return t.number == number })
+}
+
+// verifiedTables are those of snapshotTables that follow from signed statements.
+func verifiedTables() []snapshotTable {
+	return slices.DeleteFunc(slices.Clone(snapshotTables), func(t snapshotTable) bool { return !t.verified })
+}
 
 func writeTable[T any](table string) func(*memdb.Txn, func([]byte) error) error {
 	return func(x *memdb.Txn, f func([]byte) error) error {
@@ -88,7 +113,7 @@ type header struct {
 }
 
 func (s *State) header() header {
-	return header{snapshotFormat, s.cluster, s.index, s.clock, s.log.size, s.log.hashes, s.signed}
+	return header{s.format(), s.cluster, s.index, s.clock, s.log.size, s.log.hashes, s.signed}
 }
 
 // Hash identifies the state: SHA-256 over the records of its snapshot, as in the
@@ -112,14 +137,14 @@ func (s *State) records(w io.Writer) error {
 	if err := writeRecord(w, recordHeader, canon.Marshal(s.header())); err != nil {
 		return err
 	}
-	return s.writeTables(w, len(snapshotTables))
+	return s.writeTables(w, snapshotTables)
 }
 
-// writeTables writes the records of the first n tables.
-func (s *State) writeTables(w io.Writer, n int) error {
+// writeTables writes the records of some tables.
+func (s *State) writeTables(w io.Writer, tables []snapshotTable) error {
 	x := s.db.Txn(false)
-	for i, t := range snapshotTables[:n] {
-		if err := t.write(x, func(b []byte) error { return writeRecord(w, uint8(i+1), b) }); err != nil {
+	for _, t := range tables {
+		if err := t.write(x, func(b []byte) error { return writeRecord(w, t.number, b) }); err != nil {
 			return err
 		}
 	}

@@ -144,6 +144,7 @@ const (
 	EventResealed            = "resealed"       // Node has a copy for its next root
 	EventCopyRefused         = "copy-refused"   // the next root of Node does not take a copy
 	EventNodeReplaced        = "node-replaced"
+	EventReleaseAnnounced    = "release-announced"
 )
 
 // Result is what became of a command.
@@ -310,6 +311,9 @@ func (s *State) try(index uint64, raw []byte) (o outcome) {
 	o.fresh = true
 	if old, ok := s.Outcome(e.Idempotency); ok && len(e.Idempotency) > 0 {
 		return s.repeat(o, old)
+	}
+	if err := s.checkKind(e); err != nil {
+		return fail(err)
 	}
 	op, err := parseCommand(e)
 	if errors.Is(err, ErrUnknownCommand) {

@@ -28,6 +28,7 @@ const (
 	tableRefused   = "refused" // copies that next roots refused
 	tableNonce     = "nonce"
 	tableOutcome   = "outcome"
+	tableRelease   = "release" // what nodes announced
 )
 
 // The indexes. Index values are strings of names, which have no NUL, and of
@@ -168,6 +169,7 @@ func newDB() *memdb.MemDB {
 		table(tableRefused, unique(byID, refusedID)),
 		table(tableNonce, unique(byID, nonceID), some(byTime, func(r *nonce) []byte { return timeKey(r.Time) })),
 		table(tableOutcome, unique(byID, outcomeID), some(byTime, func(r *Outcome) []byte { return timeKey(r.Time) })),
+		table(tableRelease, unique(byID, releaseID)),
 	}
 	schema := &memdb.DBSchema{Tables: make(map[string]*memdb.TableSchema)}
 	for _, t := range tables {

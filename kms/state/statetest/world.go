@@ -206,9 +206,30 @@ func (w *World) Apply(raw []byte) state.Result {
 	return r
 }
 
-// Do signs and applies a command, which must be accepted.
+// Announce has every node that has not yet done so announce what this program knows.
+func (w *World) Announce() {
+	w.t.Helper()
+	for _, n := range w.State().Nodes() {
+		if news, any := w.State().News(n.ID, state.Program("test")); any && n.Root > 0 {
+			if r := w.Apply(w.Command(n.ID, news)); r.Err() != nil {
+				w.t.Fatalf("announcement of %s: %v", n.ID, r.Err())
+			}
+		}
+	}
+}
+
+// announced announces where a command is of a kind that not all nodes are known to know.
+func (w *World) announced(cmd state.Command) {
+	w.t.Helper()
+	if len(w.State().Lacking(state.CommandKind{Type: cmd.Type(), Version: state.CommandVersion})) > 0 {
+		w.Announce()
+	}
+}
+
+// Do signs and applies a command, which must be accepted. Announcements that it needs come first.
 func (w *World) Do(node string, cmd state.Command, opts ...Option) state.Result {
 	w.t.Helper()
+	w.announced(cmd)
 	r := w.Apply(w.Command(node, cmd, opts...))
 	if err := r.Err(); err != nil {
 		w.t.Fatalf("%T by %s: %v: %v", cmd, node, r.Kind, err)
@@ -219,6 +240,7 @@ func (w *World) Do(node string, cmd state.Command, opts ...Option) state.Result 
 // Refuse signs and applies a command, which must be refused with the kind.
 func (w *World) Refuse(kind kms.Kind, node string, cmd state.Command, opts ...Option) state.Result {
 	w.t.Helper()
+	w.announced(cmd)
 	r := w.Apply(w.Command(node, cmd, opts...))
 	if r.Kind != kind {
 		w.t.Fatalf("%T by %s: got kind %v (%q), want %v", cmd, node, r.Kind, r.Message, kind)
