@@ -22,6 +22,10 @@ type Custodian struct {
 // Custodian opens the key file of a custodian; the caller destroys the key.
 func (c *Cluster) Custodian(id string) (*Custodian, error) {
 	keyFile, passFile := c.CustodianFiles(id)
+	return openCustodian(id, keyFile, passFile)
+}
+
+func openCustodian(id, keyFile, passFile string) (*Custodian, error) {
 	b, err := os.ReadFile(keyFile)
 	if err != nil {
 		return nil, err

@@ -16,7 +16,7 @@ import (
 // readyWait bounds a node's start, including the election that it may need.
 const readyWait = 60 * time.Second
 
-// Node is one node of a development cluster.
+// Node is one node of a development cluster or of a coalition.
 type Node struct {
 	Site   string // fr, de or jp
 	ID     string // fr-1
@@ -26,8 +26,8 @@ type Node struct {
 	Data   string // data directory
 	Log    string // standard error
 
-	c     *Cluster
-	pid   int
+	program string // conclaved
+	pid     int
 	own   *process // once restarted by us
 	check func(context.Context) (wire.Ready, error)
 }
@@ -91,7 +91,7 @@ func (n *Node) Launch() error {
 		return err
 	}
 	defer log.Close()
-	cmd := exec.Command(n.c.Bin.Conclaved, "run", "--config", n.Config)
+	cmd := exec.Command(n.program, "run", "--config", n.Config)
 	cmd.Env = base().list()
 	cmd.Dir = n.Dir
 	cmd.Stdout, cmd.Stderr = log, log
@@ -120,7 +120,7 @@ func (n *Node) Ready(ctx context.Context) error {
 // newNode describes the node of a site from the environment file.
 func (c *Cluster) newNode(site string) (*Node, error) {
 	upper := strings.ToUpper(site)
-	n := &Node{Site: site, ID: site + "-1", c: c, Dir: filepath.Join(c.Dir, site), API: c.Vars["CONCLAVE_ADDR_"+upper]}
+	n := &Node{Site: site, ID: site + "-1", program: c.Bin.Conclaved, Dir: filepath.Join(c.Dir, site), API: c.Vars["CONCLAVE_ADDR_"+upper]}
 	n.Config, n.Data, n.Log = filepath.Join(n.Dir, "conclaved.toml"), filepath.Join(n.Dir, "data"), filepath.Join(n.Dir, "log")
 	if n.API == "" {
 		return nil, fmt.Errorf("%s lacks CONCLAVE_ADDR_%s", c.envFile(), upper)
