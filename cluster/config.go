@@ -45,6 +45,11 @@ type Config struct {
 	// RaftLogLevel, optional, is the least level at which Raft's own log is passed on.
 	RaftLogLevel *slog.Level // nil: Warn
 	Timing       Timing      // optional: for a LAN
+	// Profile, optional, sets Timing.Heartbeat where that is 0, and what follows from it.
+	Profile Profile
+	// PreferSites, optional, are the sites at which this node wants the leader, the
+	// best first. A leader elsewhere hands the lead to a voter there; see prefer.go.
+	PreferSites []string
 
 	// OnApply, optional, is called in log order after each entry that was applied,
 	// before anyone waiting for it wakes. After a restart it sees the entries since
@@ -62,11 +67,13 @@ type Config struct {
 	// FreeSpace, optional, tells the free and total bytes of the disk of a
 	// directory: FreeSpace of this package, other in tests.
 	FreeSpace func(dir string) (free, total uint64, err error)
+
+	given Timing // Timing before the defaults
 }
 
 // Timing are the node's periods and thresholds. The zero value of a field stands
-// for its default, which suits round trips up to about 100 ms; up to 300 ms set
-// Heartbeat and Election to 3 s and Lease to 1.5 s.
+// for its default, which suits round trips up to about 100 ms; for longer ones see
+// Profile. They stay as they are until the node stops.
 type Timing struct {
 	Heartbeat time.Duration // without a word from the leader before an election: 1 s
 	Election  time.Duration // of an election before the next: 1 s
@@ -138,6 +145,26 @@ func (c Config) check() (Config, error) {
 			return c, kms.Errorf(kms.Invalid, "a period of the cluster's timing is negative")
 		}
 	}
-	c.Timing = t.withDefaults()
+	return c.settle()
+}
+
+// settle chooses the timing as far as it can be without measuring.
+func (c Config) settle() (Config, error) {
+	c.given = c.Timing
+	if c.Profile != "" {
+		if _, err := ParseProfile(string(c.Profile)); err != nil {
+			return c, err
+		}
+	}
+	switch {
+	case c.Timing.Heartbeat > 0: // wins over any profile
+		c.Profile = ""
+		c.Timing = c.Timing.withDefaults()
+	case c.Profile == "":
+		c.Profile = LAN
+		fallthrough
+	default:
+		c.Timing = c.Profile.apply(c.Timing)
+	}
 	return c, nil
 }

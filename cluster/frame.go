@@ -35,6 +35,7 @@ const (
 	opBarrier op = 2 // prove leadership now; Index: all that was committed before
 	opProof   op = 3 // the leader's last proof of leadership: Index, and its Age
 	opHash    op = 4 // Hash: the state's hash at log size Size, empty if not known
+	opPing    op = 5 // Info: pingInfo
 )
 
 // status says how a request ended.
@@ -87,6 +88,10 @@ type response struct {
 	Index   uint64  `cbor:"index"`
 	Age     int64   `cbor:"age"` // nanoseconds
 	Hash    []byte  `cbor:"hash"`
+
+	// A node of a release that does not know a field refuses the frame: later fields
+	// are in answers to later operations only.
+	Info []byte `cbor:"info,omitempty"`
 }
 
 // outcome is state.Result on the wire.

@@ -27,6 +27,7 @@ const maxPending = 64
 type proofs struct {
 	mu      sync.Mutex
 	fresh   time.Time // of the latest proof that counts
+	newest  time.Time // of the latest of all
 	pending []proof   // that do not count yet, oldest first
 
 	led     proof // the latest made as leader
@@ -37,10 +38,24 @@ type proofs struct {
 func (p *proofs) note(index uint64, at time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if at.After(p.newest) {
+		p.newest = at
+	}
 	if len(p.pending) == maxPending {
 		p.pending = p.pending[:maxPending-1]
 	}
 	p.pending = append(p.pending, proof{index, at})
+}
+
+// age returns how long ago the latest proof was made, whether it counts or not;
+// negative for never.
+func (p *proofs) age() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.newest.IsZero() {
+		return -time.Millisecond
+	}
+	return time.Since(p.newest)
 }
 
 // latest returns the time of the latest proof that counts at an applied index.

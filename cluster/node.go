@@ -49,6 +49,9 @@ type Node struct {
 	readyTerm atomic.Uint64 // the term in which this node, as leader, has applied all that was committed before it
 	proofs    proofs
 	counters  counters
+
+	profile Profile // in force; "" where the configuration gives the heartbeat
+	peers   *peers
 }
 
 // Open starts the node. On an empty data directory it begins with the genesis;
@@ -80,7 +83,7 @@ func Open(ctx context.Context, cfg Config) (n *Node, err error) {
 	if err != nil {
 		return nil, err
 	}
-	n = &Node{cfg: cfg, self: self, dir: dir, watch: newWatch(), ready: make(chan struct{}), done: make(chan error, 1)}
+	n = &Node{cfg: cfg, self: self, dir: dir, watch: newWatch(), ready: make(chan struct{}), done: make(chan error, 1), peers: newPeers()}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	if err := n.open(ctx, genesis); err != nil {
 		n.abandon()
@@ -104,16 +107,29 @@ func (n *Node) open(ctx context.Context, genesis *state.State) error {
 	if n.wire, err = n.newWire(ctx, genesis); err != nil {
 		return err
 	}
+	n.wire.serve(n)
+	n.chooseProfile(ctx)
 	if err := n.openRaft(genesis, snapshots, n.wire.transport()); err != nil {
 		return err
 	}
 	close(n.ready)
-	n.wire.serve(n)
 	n.loops.Go(func() { n.watchLeader(n.ctx) })
 	n.loops.Go(func() { n.supervise(n.ctx) })
 	n.loops.Go(func() { n.proveLoop(n.ctx) })
 	n.loops.Go(func() { n.hashes.run(n.ctx) })
+	n.loops.Go(func() { n.pingLoop(n.ctx) })
+	n.loops.Go(func() { n.preferLoop(n.ctx) })
 	return nil
+}
+
+// running reports whether Raft has started.
+func (n *Node) running() bool {
+	select {
+	case <-n.ready:
+		return true
+	default:
+		return false
+	}
 }
 
 // openStore opens the log: that of the configuration, or a file.

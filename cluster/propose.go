@@ -232,7 +232,10 @@ func (n *Node) waitApplied(ctx context.Context, index uint64) error {
 
 // answer implements answerer.
 func (n *Node) answer(ctx context.Context, peer string, req request) response {
-	if n.up() != nil {
+	if req.Op == opPing {
+		return response{Status: statusOK, Info: n.answerPing()}
+	}
+	if n.up() != nil || !n.running() {
 		return response{Status: statusNotLeader}
 	}
 	var err error

@@ -27,6 +27,10 @@ type Status struct {
 	Committed   uint64        // index of the last entry known to be committed
 	LastContact time.Duration // since the leader was last heard, 0 at the leader itself, negative for never
 	Fresh       time.Duration // see Node.Fresh
+	Quorum      time.Duration // since a quorum last confirmed a leader, as far as is known here; negative for never
+	Lease       time.Duration // of a leader without a quorum before it steps down
+	Heartbeat   time.Duration // without a word from the leader before an election
+	Profile     Profile       // that Heartbeat comes from, "" if it is configured
 	ReadOnly    bool          // the disk is nearly full
 	Halted      bool
 	Peers       []Peer // all nodes, this one included
@@ -46,6 +50,12 @@ type Peer struct {
 	Address  string // host:port
 	Suffrage string // voter, nonvoter, none
 	Group    string // TLS group of the last handshake with it, "" for none yet
+
+	// Of another node, from asking it about once a heartbeat.
+	RTT   time.Duration // median of the latest round trips, 0 if it never answered
+	Heard time.Duration // since it last answered, negative for never
+	Lag   uint64        // entries that were committed when it last answered, and not applied there
+	Fresh time.Duration // what it said then of its own freshness
 }
 
 // Status returns the node's status. It does not block.
@@ -55,7 +65,8 @@ func (n *Node) Status() Status {
 	s := Status{
 		Node: n.cfg.NodeID, Cluster: st.Cluster(), Leader: string(leader), State: stateName(n.raft.State()),
 		Term: n.raft.CurrentTerm(), Applied: st.Index(), Committed: n.raft.CommitIndex(), LastContact: -time.Millisecond,
-		Fresh: n.Fresh(), ReadOnly: n.readOnly.Load(), Halted: n.machine.halted.Load(),
+		Fresh: n.Fresh(), Quorum: n.proofs.age(), Lease: n.cfg.Timing.Lease, Heartbeat: n.cfg.Timing.Heartbeat, Profile: n.profile,
+		ReadOnly: n.readOnly.Load(), Halted: n.machine.halted.Load(),
 		Entries: n.machine.applied.Load(), NoEffect: n.machine.noops.Load(),
 		Proposals: n.counters.proposed.Load(), Forwarded: n.counters.forwarded.Load(), Unknown: n.counters.unknown.Load(),
 	}
@@ -69,7 +80,10 @@ func (n *Node) Status() Status {
 		suffrage[string(server.ID)] = suffrageName(server.Suffrage)
 	}
 	for _, node := range st.Nodes() {
-		p := Peer{ID: node.ID, Site: node.Site, Address: node.Address, Suffrage: "none"}
+		p := Peer{ID: node.ID, Site: node.Site, Address: node.Address, Suffrage: "none", Heard: -time.Millisecond}
+		if a, ok := n.peers.of(node.ID); ok {
+			p.RTT, p.Heard, p.Lag, p.Fresh = a.rtt, time.Since(a.at), a.lag, time.Duration(a.Fresh)
+		}
 		if v, ok := suffrage[node.ID]; ok {
 			p.Suffrage = v
 		}

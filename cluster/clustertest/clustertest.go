@@ -28,6 +28,7 @@ const Patience = 60 * time.Second
 type Options struct {
 	World  statetest.Options                   // Address, and Created if 0, are filled in
 	Timing cluster.Timing                      // periods that are zero: those of Timing()
+	Delays Delays                              // of what the members send to one another
 	Change func(g *state.Genesis)              // changes the genesis before it is signed
 	Config func(member int, c *cluster.Config) // changes a node's configuration at each start
 	Logger func(member string) *slog.Logger    // nil: the test's log, warnings and worse
@@ -112,6 +113,7 @@ func Prepare(t testing.TB, o Options) *Cluster {
 		c.Members = append(c.Members, &Member{ID: n.ID, Site: n.Site, Address: n.Address, Dir: filepath.Join(dir, n.ID),
 			Certificate: c.CAs[n.Site].Issue(t, NodeURI(n.Site, n.ID)), Keys: c.World.Node(n.ID), listener: listeners[n.ID]})
 	}
+	c.network.delays = newDelays(o.Delays, c.Members)
 	t.Cleanup(c.close)
 	return c
 }
@@ -133,6 +135,13 @@ func (c *Cluster) Config(i int) cluster.Config {
 		Certificate: m.Certificate, Sign: m.Keys.Sign, Timing: c.timing(),
 		Dial:      c.network.dialFrom(m.Address),
 		FreeSpace: func(string) (uint64, uint64, error) { return 1 << 40, 1 << 40, nil }}
+	if d := c.network.delays; d != nil {
+		ln, err := d.listen(m.Address, m.listener)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		cfg.Listener = ln
+	}
 	if c.o.Logger != nil {
 		cfg.Logger = c.o.Logger(m.ID)
 	} else {

@@ -10,6 +10,8 @@ import (
 // sends and what is sent to it, as behind a broken cable: nothing is refused,
 // nothing arrives.
 type network struct {
+	delays *delays // nil: none
+
 	mu    sync.Mutex
 	cut   map[string]bool // addresses of members
 	conns map[*wire]struct{}
@@ -35,7 +37,7 @@ func (n *network) dialFrom(from string) func(ctx context.Context, address string
 			<-ctx.Done()
 			return nil, ctx.Err()
 		}
-		c, err := new(net.Dialer).DialContext(ctx, "tcp", to)
+		c, err := n.delays.dial(ctx, from, to)
 		if err != nil {
 			return nil, err
 		}
