@@ -122,7 +122,8 @@ const (
 	ActionDestroy    Action = "destroy"    // one version, or the whole key
 	ActionPolicy     Action = "policy"     // replace a policy
 	ActionCustodian  Action = "custodian"  // add, replace or revoke a custodian
-	ActionNode       Action = "node"       // replace a node's hardware root
+	ActionNode       Action = "node"       // a node joins, is promoted or removed, or gets another hardware root
+	ActionSite       Action = "site"       // add or remove a site, or change its CAs
 )
 
 // KeyActions are decided by the policy that a keyring names, GovernanceActions
@@ -130,8 +131,12 @@ const (
 // it decides.
 var (
 	KeyActions        = []Action{ActionCreate, ActionRotate, ActionSuspend, ActionResume, ActionDeactivate, ActionCompromise, ActionDestroy}
-	GovernanceActions = []Action{ActionKeyring, ActionPolicy, ActionCustodian, ActionNode}
+	GovernanceActions = []Action{ActionKeyring, ActionPolicy, ActionCustodian, ActionNode, ActionSite}
 )
+
+// LaterActions came after the first release, so a policy may lack a rule for one:
+// then nobody can do it until the policy has one.
+var LaterActions = []Action{ActionSite}
 
 // Governance is the name of the policy that decides GovernanceActions.
 const Governance = "governance"

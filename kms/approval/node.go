@@ -94,18 +94,57 @@ func (r NodeRoot) validateRest() error {
 	return nil
 }
 
+// HasRoot reports whether the change brings a hardware root.
+func (n NodeParams) HasRoot() bool { return n.Change == NodeReplaceRoot || n.Change == NodeJoin }
+
 // validateNode checks the parameters of the action node.
 func (p Proposal) validateNode() error {
 	params, err := p.NodeParams()
 	if err != nil {
 		return err
 	}
-	if err := params.Root.Validate(); err != nil {
+	return params.Validate()
+}
+
+// Validate checks the shape of the parameters: what the change has is there and well
+// formed, and nothing else is. Errors: kms.Invalid.
+func (n NodeParams) Validate() error {
+	switch n.Change {
+	case NodeReplaceRoot, NodeJoin, NodePromote, NodeRemove:
+	default:
+		return kms.Errorf(kms.Invalid, "the change %q of a node is none of %s, %s, %s, %s", n.Change, NodeReplaceRoot, NodeJoin, NodePromote, NodeRemove)
+	}
+	join := n.Change == NodeJoin
+	switch {
+	case join && (n.Site == "" || n.Address == ""):
+		return kms.Errorf(kms.Invalid, "a node that joins needs its site and the address at which other nodes reach it")
+	case !join && (n.Site != "" || n.Address != "" || n.API != ""):
+		return kms.Errorf(kms.Invalid, "only a node that joins brings its site and addresses")
+	case n.Change == NodePromote && n.Leave:
+		return kms.Errorf(kms.Invalid, "a promotion leaves nothing behind")
+	}
+	if join {
+		if err := kms.CheckName("site", n.Site); err != nil {
+			return err
+		}
+	}
+	if !n.HasRoot() {
+		if !n.Root.empty() || len(n.Possession) != 0 {
+			return kms.Errorf(kms.Invalid, "the change %q of a node brings no hardware root", n.Change)
+		}
+		return nil
+	}
+	if err := n.Root.Validate(); err != nil {
 		return err
 	}
-	s, ok := pqc.Lookup(pqc.SuiteID(params.Root.SigningSuite))
-	if !ok || len(params.Possession) != s.SignatureSize {
-		return kms.Errorf(kms.Invalid, "the proof of possession is no signature of suite %v", pqc.SuiteID(params.Root.SigningSuite))
+	s, ok := pqc.Lookup(pqc.SuiteID(n.Root.SigningSuite))
+	if !ok || len(n.Possession) != s.SignatureSize {
+		return kms.Errorf(kms.Invalid, "the proof of possession is no signature of suite %v", pqc.SuiteID(n.Root.SigningSuite))
 	}
 	return nil
+}
+
+func (r NodeRoot) empty() bool {
+	return r.Suite == 0 && r.SigningSuite == 0 && r.Device == "" && r.ImportKind == "" &&
+		len(r.Agreement)+len(r.Signing)+len(r.Import)+len(r.Attestation) == 0
 }

@@ -86,7 +86,7 @@ func TestNodeRootRefused(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 		p := sampleProposal(kms.ActionNode)
-		p.Parameters = canon.Marshal(NodeParams{Root: r, Possession: make([]byte, 64)})
+		p.Parameters = canon.Marshal(NodeParams{Change: NodeReplaceRoot, Root: r, Possession: make([]byte, 64)})
 		if err := p.Validate(); !errors.Is(err, kms.Invalid) {
 			t.Errorf("a proposal with %s: %v", name, err)
 		}

@@ -9,7 +9,7 @@ import (
 )
 
 // Validate checks the policy's name and rules: sorted by action, exactly one for
-// every action that a policy of its name decides (kms.GovernanceActions for the
+// every action (at most one for kms.LaterActions) that a policy of its name decides (kms.GovernanceActions for the
 // policy kms.Governance, which has no keyrings and so is not Attested, else
 // kms.KeyActions). Errors: kms.Invalid.
 func (p Policy) Validate() error {
@@ -35,7 +35,7 @@ func (p Policy) Validate() error {
 		}
 	}
 	for _, a := range decides {
-		if _, ok := p.Rule(a); !ok {
+		if _, ok := p.Rule(a); !ok && !slices.Contains(kms.LaterActions, a) {
 			return kms.Errorf(kms.Invalid, "policy %s has no rule for %q; write one, direct or quorum", p.Name, a)
 		}
 	}

@@ -109,6 +109,7 @@ var targetKinds = map[kms.Action]string{
 	kms.ActionRotate: TargetKey, kms.ActionSuspend: TargetKey, kms.ActionResume: TargetKey,
 	kms.ActionDeactivate: TargetKey, kms.ActionCompromise: TargetKey, kms.ActionDestroy: TargetKey,
 	kms.ActionPolicy: TargetPolicy, kms.ActionCustodian: TargetCustodian, kms.ActionNode: TargetNode,
+	kms.ActionSite: TargetSite,
 }
 
 // validateAction checks that the target is of the action's kind and that the
@@ -122,7 +123,7 @@ func (p Proposal) validateAction(bad func(string, ...any) error) error {
 	if !ok {
 		return bad("action %q cannot be proposed", p.Action)
 	}
-	if kind != want {
+	if kind != want && !(p.Action == kms.ActionRotate && kind == TargetKeyring) {
 		return bad("action %q has a target of the form %s/..., not %q", p.Action, want, p.Target)
 	}
 	switch p.Action {
@@ -160,6 +161,10 @@ func (p Proposal) validateAction(bad func(string, ...any) error) error {
 		if err := p.validateNode(); err != nil {
 			return bad("%v", err)
 		}
+	case kms.ActionSite:
+		if err := p.validateSite(); err != nil {
+			return bad("%v", err)
+		}
 	default:
 		if len(p.Parameters) != 0 {
 			return bad("action %q has no parameters", p.Action)
@@ -193,26 +198,31 @@ const (
 	TargetPolicy    = "policy"
 	TargetCustodian = "custodian"
 	TargetNode      = "node"
+	TargetSite      = "site"
+	TargetKeyring   = "keyring" // to rotate its KEK
 )
 
 // KeyTarget returns the target of a proposal about a key.
 func KeyTarget(keyring, key string) string { return TargetKey + "/" + kms.KeyPath(keyring, key) }
 
+// KeyringTarget returns the target of a proposal to rotate a keyring's KEK.
+func KeyringTarget(keyring string) string { return TargetKeyring + "/" + keyring }
+
 // NodeTarget returns the target of a proposal about a node.
 func NodeTarget(node string) string { return TargetNode + "/" + node }
 
-// ParseTarget splits a target "key/KEYRING/KEY", "policy/NAME",
-// "custodian/ID" or "node/ID" into its kind and the name ("KEYRING/KEY" for a key), and
+// ParseTarget splits a target "key/KEYRING/KEY", "keyring/NAME", "policy/NAME",
+// "custodian/ID", "node/ID" or "site/ID" into its kind and the name ("KEYRING/KEY" for a key), and
 // checks the names. Errors: kms.Invalid.
 func ParseTarget(s string) (kind, name string, err error) {
 	kind, name, _ = strings.Cut(s, "/")
 	switch kind {
 	case TargetKey:
 		_, _, err = kms.SplitKeyPath(name)
-	case TargetPolicy, TargetCustodian, TargetNode:
+	case TargetKeyring, TargetPolicy, TargetCustodian, TargetNode, TargetSite:
 		err = kms.CheckName(kind, name)
 	default:
-		err = kms.Errorf(kms.Invalid, "target %q is none of key/KEYRING/KEY, policy/NAME, custodian/ID, node/ID", s)
+		err = kms.Errorf(kms.Invalid, "target %q is none of key/KEYRING/KEY, keyring/NAME, policy/NAME, custodian/ID, node/ID, site/ID", s)
 	}
 	if err != nil {
 		return "", "", err

@@ -50,14 +50,17 @@ func sampleProposal(a kms.Action) Proposal {
 		p.Parameters = canon.Marshal(CustodianParams{Custodian: sampleCustodian()})
 	case kms.ActionNode:
 		p.Target, p.Policy = NodeTarget("fr-1"), kms.Governance
-		p.Parameters = canon.Marshal(NodeParams{Root: sampleRoot(), Possession: bytes.Repeat([]byte{0x11}, 64), Leave: true})
+		p.Parameters = canon.Marshal(NodeParams{Change: NodeReplaceRoot, Root: sampleRoot(), Possession: bytes.Repeat([]byte{0x11}, 64), Leave: true})
+	case kms.ActionSite:
+		p.Target, p.Policy = SiteTarget("it"), kms.Governance
+		p.Parameters = canon.Marshal(SiteParams{Change: SiteRemove})
 	}
 	return p
 }
 
 var proposable = []kms.Action{
 	kms.ActionRotate, kms.ActionSuspend, kms.ActionResume, kms.ActionDeactivate, kms.ActionCompromise,
-	kms.ActionDestroy, kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode,
+	kms.ActionDestroy, kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite,
 }
 
 func TestProposalRoundTrip(t *testing.T) {

@@ -63,7 +63,7 @@ type Proposal struct {
 	Parameters     []byte     `cbor:"parameters" json:"parameters"` // canonical encoding of the action's *Params type, empty where there is none
 }
 
-// Targets are "key/KEYRING/KEY", "policy/NAME", "custodian/ID", "node/ID".
+// Targets are "key/KEYRING/KEY", "keyring/NAME", "policy/NAME", "custodian/ID", "node/ID", "site/ID".
 
 // VersionParams are the parameters of deactivate, compromise and destroy.
 type VersionParams struct {
@@ -97,16 +97,53 @@ type NodeRoot struct {
 	Attestation  []byte `cbor:"attestation" json:"attestation,omitempty"`
 }
 
-// NodeParams are the parameters of the action node.
+// NodeChange is what the action node does with its target.
+type NodeChange string
+
+// The changes.
+const (
+	NodeReplaceRoot NodeChange = "root"    // give a member another hardware root
+	NodeJoin        NodeChange = "join"    // make a new member that does not vote
+	NodePromote     NodeChange = "promote" // let a member vote
+	NodeRemove      NodeChange = "remove"  // end a membership for good
+)
+
+// NodeParams are the parameters of the action node. Fields that a change does not
+// have are empty.
 type NodeParams struct {
+	Change NodeChange `cbor:"change" json:"change"`
+	// Site, Address (host:port between nodes) and API (https URL) are a new member's.
+	Site    string `cbor:"site" json:"site,omitempty"`
+	Address string `cbor:"address" json:"address,omitempty"`
+	API     string `cbor:"api" json:"api,omitempty"`
+	// Root is the hardware root to come, for the changes root and join.
 	Root NodeRoot `cbor:"root" json:"root"`
 	// Possession is the new signing key's signature over RootMessage, so that
 	// nobody proposes a key that is not theirs.
-	Possession []byte `cbor:"possession" json:"possession"`
-	// Leave lets the node adopt the root although key versions of protection
-	// hardware, or KEKs of keyrings at this node alone, could not be moved to it;
-	// it cannot use those any more.
+	Possession []byte `cbor:"possession" json:"possession,omitempty"`
+	// Leave, for the changes root and join, lets the node adopt the root although key
+	// versions of protection hardware, or KEKs of keyrings at this node alone, could
+	// not be moved to it; it cannot use those any more. For the change remove it lets the
+	// last node go that can open a keyring, whose keys are lost with it.
 	Leave bool `cbor:"leave" json:"leave,omitempty"`
+}
+
+// SiteChange is what the action site does with its target.
+type SiteChange string
+
+// The changes.
+const (
+	SiteAdd    SiteChange = "add"    // make a new site
+	SiteCAs    SiteChange = "cas"    // replace the bundle of CAs
+	SiteRemove SiteChange = "remove" // end a site for good
+)
+
+// SiteParams are the parameters of the action site. Fields that a change does not
+// have are empty.
+type SiteParams struct {
+	Change      SiteChange `cbor:"change" json:"change"`
+	TrustDomain string     `cbor:"trust-domain" json:"trust_domain,omitempty"` // of a new site
+	CAs         [][]byte   `cbor:"cas" json:"cas,omitempty"`                   // DER certificates that may speak for the trust domain
 }
 
 // Verdict is a custodian's answer.

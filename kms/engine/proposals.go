@@ -187,6 +187,7 @@ func policyParams(st *state.State, p approval.Proposal, q wire.ProposalParameter
 func nextRootFromWire(n wire.NextRoot) approval.NodeParams {
 	r := n.Root
 	return approval.NodeParams{
+		Change: approval.NodeReplaceRoot,
 		Root: approval.NodeRoot{
 			Suite: r.Suite, Agreement: r.Agreement, SigningSuite: r.SigningSuite, Signing: r.Signing, Device: r.Device,
 			ImportKind: r.ImportKind, Import: r.Import, Attestation: r.Attestation,

@@ -21,6 +21,7 @@ const (
 	TypeReseal         Type = 9
 	TypeAdoptRoot      Type = 10
 	TypeRefuseCopy     Type = 11
+	TypeConfirmMembers Type = 12
 	TypeAnnounce       Type = 23
 )
 
@@ -144,4 +145,5 @@ func (GiveReceipt) Type() Type    { return TypeReceipt }
 func (Reseal) Type() Type         { return TypeReseal }
 func (AdoptRoot) Type() Type      { return TypeAdoptRoot }
 func (RefuseCopy) Type() Type     { return TypeRefuseCopy }
+func (ConfirmMembers) Type() Type { return TypeConfirmMembers }
 func (Announce) Type() Type       { return TypeAnnounce }

@@ -154,6 +154,7 @@ var decoders = map[CommandKind]func(Envelope) (operation, error){
 	{TypeReseal, 1}:         decode[Reseal],
 	{TypeAdoptRoot, 1}:      decode[AdoptRoot],
 	{TypeRefuseCopy, 1}:     decode[RefuseCopy],
+	{TypeConfirmMembers, 1}: decode[ConfirmMembers],
 	{TypeAnnounce, 1}:       decode[Announce],
 }
 

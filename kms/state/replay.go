@@ -192,6 +192,12 @@ func (s *State) statements() ([]statement, error) {
 		return nil, err
 	}
 	_ = each(x, tableResealed, func(r *resealed) error { add(r.Index, r.Time, r.Statement); return nil })
+	_ = each(x, tableMembership, func(m *Membership) error {
+		if m.Confirmed != 0 {
+			add(m.Confirmed, m.Time, m.Statement)
+		}
+		return nil
+	})
 	_ = each(x, tableRelease, func(r *Release) error { add(r.Index, r.Time, r.Statement); return nil })
 	_ = each(x, tableRefused, func(r *RefusedCopy) error { add(r.Index, r.Time, r.Statement); return nil })
 	_ = each(x, tableFormer, func(f *FormerRoot) error { add(f.Until, f.Time, f.Statement); return nil })

@@ -55,6 +55,9 @@ var snapshotTables = []snapshotTable{
 	remembered[nonce](14, tableNonce, nonceID),
 	remembered[Outcome](15, tableOutcome, outcomeID),
 	stated[Release](16, tableRelease, releaseID),
+	stated[Membership](17, tableMembership, membershipID),
+	stated[Removal](18, tableRemoved, removalID),
+	stated[siteChange](19, tableSite, siteChangeID),
 }
 
 // stated is a table whose records follow from signed statements, remembered is another.

@@ -145,6 +145,12 @@ const (
 	EventCopyRefused         = "copy-refused"   // the next root of Node does not take a copy
 	EventNodeReplaced        = "node-replaced"
 	EventReleaseAnnounced    = "release-announced"
+	EventNodeJoining         = "node-joining"      // Node may have its first hardware root
+	EventNodeJoined          = "node-joined"       // Node has adopted it
+	EventNodePromoted        = "node-promoted"     // Node is a voter
+	EventNodeRemoved         = "node-removed"      // see State.Removal
+	EventMembersConfirmed    = "members-confirmed" // Raft counts with the members of the state
+	EventSiteChanged         = "site-changed"
 )
 
 // Result is what became of a command.

@@ -13,22 +13,25 @@ import (
 
 // The tables, in the order of a snapshot.
 const (
-	tableStatus    = "status"
-	tableCustodian = "custodian"
-	tablePolicy    = "policy"
-	tableKeyring   = "keyring"
-	tableKEK       = "kek"
-	tableKey       = "key"
-	tableVersion   = "version"
-	tableProposal  = "proposal"
-	tableNode      = "node"
-	tableNext      = "next" // replacements
-	tableFormer    = "former"
-	tableResealed  = "resealed"
-	tableRefused   = "refused" // copies that next roots refused
-	tableNonce     = "nonce"
-	tableOutcome   = "outcome"
-	tableRelease   = "release" // what nodes announced
+	tableStatus     = "status"
+	tableCustodian  = "custodian"
+	tablePolicy     = "policy"
+	tableKeyring    = "keyring"
+	tableKEK        = "kek"
+	tableKey        = "key"
+	tableVersion    = "version"
+	tableProposal   = "proposal"
+	tableNode       = "node"
+	tableNext       = "next" // replacements
+	tableFormer     = "former"
+	tableResealed   = "resealed"
+	tableRefused    = "refused" // copies that next roots refused
+	tableNonce      = "nonce"
+	tableOutcome    = "outcome"
+	tableRelease    = "release"    // what nodes announced
+	tableMembership = "membership" // the latest change
+	tableRemoved    = "removed"    // nodes
+	tableSite       = "site"       // changes since the genesis
 )
 
 // The indexes. Index values are strings of names, which have no NUL, and of
@@ -170,6 +173,9 @@ func newDB() *memdb.MemDB {
 		table(tableNonce, unique(byID, nonceID), some(byTime, func(r *nonce) []byte { return timeKey(r.Time) })),
 		table(tableOutcome, unique(byID, outcomeID), some(byTime, func(r *Outcome) []byte { return timeKey(r.Time) })),
 		table(tableRelease, unique(byID, releaseID)),
+		table(tableMembership, unique(byID, membershipID)),
+		table(tableRemoved, unique(byID, removalID)),
+		table(tableSite, unique(byID, siteChangeID)),
 	}
 	schema := &memdb.DBSchema{Tables: make(map[string]*memdb.TableSchema)}
 	for _, t := range tables {

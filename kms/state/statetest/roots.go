@@ -45,7 +45,7 @@ func (w *World) NodeParams(id string, root *Node, leave bool) approval.NodeParam
 	w.t.Helper()
 	r := root.Record.HardwareRoot()
 	m := approval.RootMessage(w.State().Cluster(), id, w.State().NextRoot(id), r)
-	return approval.NodeParams{Root: r, Possession: root.signature(w.t, m, approval.RootContext), Leave: leave}
+	return approval.NodeParams{Change: approval.NodeReplaceRoot, Root: r, Possession: root.signature(w.t, m, approval.RootContext), Leave: leave}
 }
 
 // Replace makes a new root and has it approved as the node's next one.
