@@ -64,6 +64,10 @@ type Config struct {
 	// them durable here. An error cancels the snapshot.
 	OnSnapshot func() error
 
+	// Counter, optional, is a counter in the node's device: with it the node notices that its
+	// disk was put back to an older state also where the other nodes' were, too.
+	Counter Counter
+
 	// FreeSpace, optional, tells the free and total bytes of the disk of a
 	// directory: FreeSpace of this package, other in tests.
 	FreeSpace func(dir string) (free, total uint64, err error)

@@ -54,3 +54,21 @@ func LogRaft(log *slog.Logger, min slog.Level, msg string, args ...any) {
 	l.Warn(msg, args...)
 	l.Error(msg, args...)
 }
+
+// Keeps reports whether this node keeps a mark of another as far as that has got.
+func (n *Node) Keeps(other *Node) bool {
+	return keeps(n.memory.others.of(other.cfg.NodeID), other)
+}
+
+// KeepsOnDisk is Keeps after a restart.
+func (n *Node) KeepsOnDisk(other *Node) bool {
+	return keeps(openPromises(n.memory.others.path, n.cfg.Logger).of(other.cfg.NodeID), other)
+}
+
+func keeps(raw []byte, other *Node) bool {
+	m, err := parseMark(raw)
+	return err == nil && m.At == other.position() && m.Counter == other.memory.count.value()
+}
+
+// RefusedCalls counts messages of Raft that probation has refused.
+func (n *Node) RefusedCalls() uint64 { return n.probation.refused.Load() }

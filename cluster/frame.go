@@ -36,6 +36,9 @@ const (
 	opProof   op = 3 // the leader's last proof of leadership: Index, and its Age
 	opHash    op = 4 // Hash: the state's hash at log size Size, empty if not known
 	opPing    op = 5 // Info: pingInfo
+
+	opMark   op = 20 // Raw: the caller's mark, to be kept
+	opRecall op = 21 // Info: keptMark of the caller
 )
 
 // status says how a request ended.

@@ -98,7 +98,7 @@ func (p *proofs) leader(r *raft.Raft) (uint64, time.Time, error) {
 // duration there is if that was never proven.
 func (n *Node) Fresh() time.Duration {
 	at := n.proofs.latest(n.State().Index())
-	if at.IsZero() || n.machine.halted.Load() {
+	if at.IsZero() || n.machine.halted.Load() || n.Probation() != nil {
 		return math.MaxInt64
 	}
 	return time.Since(at)

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -22,7 +23,7 @@ const lockWait = time.Second
 
 // checkStore walks through the file of the log. bbolt panics, partly in goroutines
 // of its own, on a file whose pages are damaged; here that becomes an error which
-// names the file. It does not verify the entries: those are signed.
+// names the file. What the entries hold is for checkedStore.
 func checkStore(path string) error {
 	if _, err := os.Stat(path); os.IsNotExist(err) {
 		return nil
@@ -31,10 +32,23 @@ func checkStore(path string) error {
 	if err != nil {
 		return storeError(path, err)
 	}
-	if err := errors.Join(walkStore(db), db.Close()); err != nil {
+	err = checkStructure(path) // while nobody else writes it
+	if err == nil {
+		err = walkStore(db)
+	}
+	if err := errors.Join(err, db.Close()); err != nil {
 		return storeError(path, err)
 	}
 	return nil
+}
+
+// checkStructure checks the pages of the file.
+func checkStructure(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(checkPages(f), f.Close())
 }
 
 func walkStore(db *bbolt.DB) (err error) {
@@ -45,9 +59,37 @@ func walkStore(db *bbolt.DB) (err error) {
 		}
 	}()
 	return db.View(func(tx *bbolt.Tx) error {
-		return tx.ForEach(func(_ []byte, b *bbolt.Bucket) error {
-			return b.ForEach(func(_, _ []byte) error { return nil })
+		found := 0
+		err := tx.ForEach(func(name []byte, b *bbolt.Bucket) error {
+			found++
+			switch string(name) {
+			case "logs":
+				return walkLog(b)
+			case "conf":
+				return b.ForEach(func(_, _ []byte) error { return nil })
+			}
+			return fmt.Errorf("it has a part %q", name)
 		})
+		if err == nil && found != 0 && found != 2 { // none: made just now
+			err = fmt.Errorf("it has %d parts of 2", found)
+		}
+		return err
+	})
+}
+
+// walkLog checks that the entries are numbered without a gap.
+func walkLog(b *bbolt.Bucket) error {
+	var last uint64
+	return b.ForEach(func(key, _ []byte) error {
+		if len(key) != 8 {
+			return fmt.Errorf("after entry %d comes one with a number of %d bytes", last, len(key))
+		}
+		i := binary.BigEndian.Uint64(key)
+		if last != 0 && i != last+1 || i == 0 {
+			return fmt.Errorf("after entry %d comes entry %d", last, i)
+		}
+		last = i
+		return nil
 	})
 }
 

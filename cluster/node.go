@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -49,6 +50,9 @@ type Node struct {
 	readyTerm atomic.Uint64 // the term in which this node, as leader, has applied all that was committed before it
 	proofs    proofs
 	counters  counters
+
+	probation probation
+	memory    memory
 
 	profile Profile // in force; "" where the configuration gives the heartbeat
 	peers   *peers
@@ -107,9 +111,10 @@ func (n *Node) open(ctx context.Context, genesis *state.State) error {
 	if n.wire, err = n.newWire(ctx, genesis); err != nil {
 		return err
 	}
+	n.openMemory()
 	n.wire.serve(n)
 	n.chooseProfile(ctx)
-	if err := n.openRaft(genesis, snapshots, n.wire.transport()); err != nil {
+	if err := n.openRaft(ctx, genesis, snapshots, n.probation.transport(n.wire.transport())); err != nil {
 		return err
 	}
 	close(n.ready)
@@ -118,6 +123,7 @@ func (n *Node) open(ctx context.Context, genesis *state.State) error {
 	n.loops.Go(func() { n.proveLoop(n.ctx) })
 	n.loops.Go(func() { n.hashes.run(n.ctx) })
 	n.loops.Go(func() { n.pingLoop(n.ctx) })
+	n.loops.Go(func() { n.keepMemory(n.ctx) })
 	n.loops.Go(func() { n.preferLoop(n.ctx) })
 	return nil
 }
@@ -160,7 +166,11 @@ func (n *Node) openFile(path string) (LogStore, error) {
 	if err != nil {
 		return nil, storeError(path, err)
 	}
-	return store, nil
+	checked := &checkedStore{store, path}
+	if err := checked.checkEntries(); err != nil {
+		return nil, errors.Join(err, store.Close())
+	}
+	return checked, nil
 }
 
 func (n *Node) buildMachine(genesis *state.State, snapshots *snapshotStore) {
@@ -177,7 +187,7 @@ func (n *Node) buildMachine(genesis *state.State, snapshots *snapshotStore) {
 }
 
 // openRaft starts Raft, with the first configuration if the log is empty.
-func (n *Node) openRaft(genesis *state.State, snapshots raft.SnapshotStore, transport raft.Transport) error {
+func (n *Node) openRaft(ctx context.Context, genesis *state.State, snapshots raft.SnapshotStore, transport raft.Transport) error {
 	conf := n.raftConfig()
 	stable := &watchedStore{store: n.store, watch: n.watch}
 	exists, err := raft.HasExistingState(n.logs, stable, snapshots)
@@ -193,15 +203,18 @@ func (n *Node) openRaft(genesis *state.State, snapshots raft.SnapshotStore, tran
 			return kms.Wrap(kms.Invalid, err, fmt.Sprintf("cannot begin the log: %v", err), "")
 		}
 	}
+	if err := n.recall(ctx, stable, snapshots); err != nil {
+		return err
+	}
 	if !n.dir.id.Initialised {
 		if err := n.dir.initialised(); err != nil {
 			return err
 		}
 	}
-	n.raft, err = raft.NewRaft(conf, n.machine, n.logs, stable, snapshots, transport)
-	if err != nil {
-		return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("cannot start from the log: %v", err), "")
+	if err := n.startRaft(conf, stable, snapshots, transport); err != nil {
+		return err
 	}
+	n.settleIfHeard()
 	return nil
 }
 
@@ -290,6 +303,7 @@ func (n *Node) Close() error {
 // abandon undoes a failed open.
 func (n *Node) abandon() {
 	n.cancel()
+	n.probation.close()
 	if n.wire != nil {
 		_ = n.wire.Close()
 	}

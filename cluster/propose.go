@@ -92,7 +92,7 @@ func (n *Node) up() error {
 	if n.ctx.Err() != nil {
 		return errStopping
 	}
-	return nil
+	return n.Probation()
 }
 
 // bound gives ctx a deadline if it has none.
@@ -234,6 +234,9 @@ func (n *Node) waitApplied(ctx context.Context, index uint64) error {
 func (n *Node) answer(ctx context.Context, peer string, req request) response {
 	if req.Op == opPing {
 		return response{Status: statusOK, Info: n.answerPing()}
+	}
+	if req.Op == opMark || req.Op == opRecall {
+		return n.answerMemory(peer, req)
 	}
 	if n.up() != nil || !n.running() {
 		return response{Status: statusNotLeader}

@@ -20,6 +20,7 @@ const keepSnapshots = 3
 type snapshotStore struct {
 	*raft.FileSnapshotStore
 	dir string
+	log hclog.Logger
 
 	mu      sync.Mutex
 	opened  string // last snapshot opened
@@ -31,7 +32,7 @@ func newSnapshotStore(dataDir string, logger hclog.Logger) (*snapshotStore, erro
 	if err != nil {
 		return nil, err
 	}
-	return &snapshotStore{FileSnapshotStore: files, dir: filepath.Join(dataDir, snapshotDir), created: map[string]bool{}}, nil
+	return &snapshotStore{log: logger, FileSnapshotStore: files, dir: filepath.Join(dataDir, snapshotDir), created: map[string]bool{}}, nil
 }
 
 // Create implements raft.SnapshotStore.
@@ -44,7 +45,7 @@ func (s *snapshotStore) Create(version raft.SnapshotVersion, index, term uint64,
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.created[sink.ID()] = true
-	return sink, nil
+	return &checkedSink{sink, filepath.Join(s.dir, sink.ID())}, nil
 }
 
 // Open implements raft.SnapshotStore.

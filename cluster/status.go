@@ -33,6 +33,7 @@ type Status struct {
 	Profile     Profile       // that Heartbeat comes from, "" if it is configured
 	ReadOnly    bool          // the disk is nearly full
 	Halted      bool
+	Probation   string // why the node serves nothing, see Node.Probation; empty if it does
 	Peers       []Peer // all nodes, this one included
 
 	// Counts since the start.
@@ -69,6 +70,9 @@ func (n *Node) Status() Status {
 		ReadOnly: n.readOnly.Load(), Halted: n.machine.halted.Load(),
 		Entries: n.machine.applied.Load(), NoEffect: n.machine.noops.Load(),
 		Proposals: n.counters.proposed.Load(), Forwarded: n.counters.forwarded.Load(), Unknown: n.counters.unknown.Load(),
+	}
+	if err := n.Probation(); err != nil {
+		s.Probation = err.Error()
 	}
 	if n.raft.State() == raft.Leader {
 		s.LastContact = 0

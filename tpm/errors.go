@@ -111,7 +111,7 @@ func classify(op string, err error) error {
 }
 
 func isKind(err error) bool {
-	for _, k := range []error{ErrUnavailable, ErrAuth, ErrNotProvisioned, ErrProvisioned, ErrUnsafe, ErrPCRs, ErrUnsupported, ErrInvalid} {
+	for _, k := range []error{ErrUnavailable, ErrAuth, ErrNotProvisioned, ErrProvisioned, ErrUnsafe, ErrPCRs, ErrUnsupported, ErrInvalid, ErrNoCounter} {
 		if errors.Is(err, k) {
 			return true
 		}

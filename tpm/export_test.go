@@ -179,3 +179,25 @@ func UseWithoutAuth(ctx context.Context, d *Device, blob []byte) error {
 		}, encryptInOut())
 	})
 }
+
+// UndefineCounter removes the counter, as a TPM lacks it that was provisioned before
+// there was one, and as an attacker with the owner's authorization could.
+func UndefineCounter() Fault {
+	return func(d *Device, c *conn) error {
+		x, err := d.findCounter(c)
+		if err != nil {
+			return err
+		}
+		salt, err := d.saltKey(c)
+		if err != nil {
+			return err
+		}
+		defer c.flush(salt.handle)
+		return c.withSession(salt, func(s tpm2.Session) error {
+			_, err := (tpm2.NVUndefineSpace{
+				AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: s}, NVIndex: x.named(),
+			}).Execute(c)
+			return err
+		}, tpm2.Auth(d.auth.owner.Reveal()))
+	}
+}

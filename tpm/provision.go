@@ -15,7 +15,7 @@ import (
 // Provision takes ownership of a TPM and makes the device keys and an
 // attestation key: it sets the owner and lockout authorizations, creates the
 // keys and makes them persistent. Where the device keys are there and only the
-// attestation key is missing, it adds that. It is refused with ErrProvisioned when the keys exist, with
+// attestation key or the counter is missing, it adds that. It is refused with ErrProvisioned when the keys exist, with
 // ErrAuth when the owner or lockout authorization is set to another value, and
 // with ErrInvalid when a foreign object occupies a handle. A run that was cut
 // short is taken up by running it again.
@@ -30,6 +30,12 @@ func Provision(ctx context.Context, cfg Config) error {
 
 func (d *Device) provision(c *conn) error {
 	leftover, err := d.inventory(c)
+	if errors.Is(err, ErrProvisioned) {
+		if _, missing := d.findCounter(c); !errors.Is(missing, ErrNoCounter) || d.counterIndex(false).NVIndex > nvOwnerMax {
+			return err
+		}
+		return d.addCounter(c)
+	}
 	if err != nil {
 		return err
 	}
@@ -55,6 +61,9 @@ func (d *Device) provision(c *conn) error {
 	if err := d.takeHierarchy(c, salt, tpm2.TPMRHLockout, d.auth.lockout, perm&permLockoutAuthSet != 0); err != nil {
 		return fmt.Errorf("lockout authorization: %w", err)
 	}
+	if err := d.makeCounter(c, salt); err != nil {
+		return fmt.Errorf("counter: %w", err)
+	}
 	if d.signing != nil {
 		return d.makeChild(c, salt, d.storage, d.suite.attestation(), d.handleOf(attestationKey))
 	}
@@ -64,6 +73,16 @@ func (d *Device) provision(c *conn) error {
 		}
 	}
 	return d.makeKeys(c, salt)
+}
+
+// addCounter makes the counter of a TPM that was provisioned before there was one.
+func (d *Device) addCounter(c *conn) error {
+	salt, err := d.saltKey(c)
+	if err != nil {
+		return err
+	}
+	defer c.flush(salt.handle)
+	return d.makeCounter(c, salt)
 }
 
 // extend gives the next step of Provision its own deadline: making keys may take

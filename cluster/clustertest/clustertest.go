@@ -326,9 +326,15 @@ func (c *Cluster) ID() string { return kms.ClusterID(c.Genesis.Genesis) }
 // test unless their states hash alike.
 func (c *Cluster) SameState(index uint64) {
 	c.t.Helper()
-	c.WaitApplied(index)
+	c.SameStateOf(index, c.Running()...)
+}
+
+// SameStateOf is SameState of some running members.
+func (c *Cluster) SameStateOf(index uint64, members ...int) {
+	c.t.Helper()
 	var first [32]byte
-	for k, i := range c.Running() {
+	for k, i := range members {
+		c.Wait(i, fmt.Sprintf("log entry %d", index), func(st *state.State) bool { return st.Index() >= index })
 		st := c.Node(i).State()
 		if st.Index() != index {
 			c.t.Fatalf("node %s is at %d, beyond %d: commands are still under way", c.Members[i].ID, st.Index(), index)

@@ -212,7 +212,7 @@ func (n *node) wait(ctx context.Context) error {
 	case err := <-n.failed:
 		return err
 	case err := <-n.cluster.Done():
-		return err
+		return n.again(err)
 	}
 }
 

@@ -19,7 +19,7 @@ func deviceCommand() *cobra.Command {
 		Short: "Look after this node's device",
 		Long:  "Look after this node's device. What it can do, and how fast, says: conclave device --help",
 	}
-	cmd.AddCommand(approvePCRsCommand())
+	cmd.AddCommand(approvePCRsCommand(), addCounterCommand())
 	return cmd
 }
 

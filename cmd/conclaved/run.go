@@ -221,7 +221,7 @@ func (n *node) openCluster(ctx context.Context) error {
 	}
 	n.cluster, err = cluster.Open(ctx, cluster.Config{
 		NodeID: n.cfg.Node, DataDir: filepath.Join(n.cfg.DataDir, "raft"), Listener: listener, Genesis: signed, Certificate: cert,
-		Sign: n.device.Sign, SigningSuite: uint16(n.signingSuite()), Signing: n.roots.own().public, Logger: n.log, Timing: n.cfg.Cluster.timing(), OnApply: n.applied, OnRestore: n.restored, OnSnapshot: n.clusterLog.Sync,
+		Sign: n.device.Sign, SigningSuite: uint16(n.signingSuite()), Signing: n.roots.own().public, Logger: n.log, Counter: n.counter(ctx), Timing: n.cfg.Cluster.timing(), OnApply: n.applied, OnRestore: n.restored, OnSnapshot: n.clusterLog.Sync,
 	})
 	if err != nil {
 		return err
@@ -300,7 +300,7 @@ func (n *node) openEngine(context.Context) error {
 	var err error
 	n.engine, err = engine.New(engine.Config{
 		Node: n.cfg.Node, Cluster: n.cluster, Cache: n.cache, Root: n.root, Signer: n.device, Device: n.device, Log: n.access,
-		Logger: n.log, Metrics: n.registry, Raft: n.raft, Version: version, Importers: importers(), SigningSuite: n.signingSuite(),
+		Logger: n.log, Metrics: n.registry, Hold: n.cluster.Probation, Raft: n.raft, Version: version, Importers: importers(), SigningSuite: n.signingSuite(),
 	})
 	return err
 }
@@ -316,7 +316,7 @@ func importers() map[string]keyring.Importer {
 // raft is the consensus layer's view in the API's words.
 func (n *node) raft() wire.Raft {
 	s := n.cluster.Status()
-	r := wire.Raft{State: s.State, Leader: s.Leader, Term: s.Term, Applied: s.Applied, Committed: s.Committed, LastContactMS: s.LastContact.Milliseconds()}
+	r := wire.Raft{State: s.State, Leader: s.Leader, Term: s.Term, Applied: s.Applied, Committed: s.Committed, LastContactMS: s.LastContact.Milliseconds(), Probation: s.Probation}
 	for _, p := range s.Peers {
 		r.Peers = append(r.Peers, wire.Peer{ID: p.ID, Site: p.Site, Address: p.Address, Suffrage: p.Suffrage})
 	}
@@ -366,6 +366,7 @@ func (n *node) serve(ctx context.Context) error {
 		err = nil
 	case err = <-n.failed:
 	case err = <-n.cluster.Done():
+		err = n.again(err)
 	}
 	n.log.Info("stopping")
 	cancel()

@@ -68,6 +68,7 @@ type Config struct {
 	Now     func() time.Time     // default time.Now
 	Logger  *slog.Logger         // default: discards
 	Metrics *prometheus.Registry // nil: none
+	Hold    func() error         // why the node must serve nothing, nil when it may; nil: it always may
 	Raft    func() wire.Raft     // the consensus layer's view for Status; nil: none
 	Version string               // of the program, for Status
 }
@@ -198,6 +199,9 @@ func do[R any](ctx context.Context, e *Engine, rq *request, f func(st *state.Sta
 	if err == nil && e.logFailed.Load() {
 		err = errLogFailed
 	}
+	if err == nil && rq.act != ActReadStatus {
+		err = e.held()
+	}
 	if err == nil && !rq.anyOf {
 		err = e.access.allow(st, rq.caller.Identity, rq.act, rq.res)
 	}
@@ -232,6 +236,14 @@ func unproven(age time.Duration, err error) error {
 	}
 	return kms.Wrap(kms.Unavailable, err, "this node has not caught up with the cluster since it started",
 		"use another node, or try again in a moment; if it lasts, see GET /v1/ready")
+}
+
+// held returns why the node must serve nothing at the moment.
+func (e *Engine) held() error {
+	if e.cfg.Hold == nil {
+		return nil
+	}
+	return e.cfg.Hold()
 }
 
 var errLogFailed error = &kms.Error{

@@ -67,13 +67,15 @@ func (e *Engine) deviceAnswers(ctx context.Context) error {
 }
 
 // Ready says whether requests should be sent to this node: its device answers,
-// its state is fresh and its access log can be written.
+// its state is fresh, it is not on probation and its access log can be written.
 func (e *Engine) Ready(ctx context.Context) wire.Ready {
 	var why []string
 	if err := e.deviceAnswers(ctx); err != nil {
 		why = append(why, "the device does not answer: "+cause(err))
 	}
-	if age := e.cluster.Fresh(); age > readyStaleness {
+	if err := e.held(); err != nil {
+		why = append(why, cause(err))
+	} else if age := e.cluster.Fresh(); age > readyStaleness {
 		why = append(why, cutOff(age))
 	}
 	if e.logFailed.Load() {

@@ -50,6 +50,7 @@ type Raft struct {
 	Applied       uint64 `json:"applied"`
 	Committed     uint64 `json:"committed"`
 	LastContactMS int64  `json:"last_contact_ms"`
+	Probation     string `json:"probation,omitempty"` // why the node serves nothing
 	Peers         []Peer `json:"peers,omitempty"`
 }
 

@@ -1,0 +1,91 @@
+package cluster
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/conclave-kms/conclave/kms"
+)
+
+// Counter is a device's counter that never goes back, whoever has the node's disk.
+type Counter interface {
+	// Count returns the counter's value; 0 if it was never incremented.
+	Count(ctx context.Context) (uint64, error)
+	// Increment adds one and returns the new value.
+	Increment(ctx context.Context) (uint64, error)
+}
+
+// countEvery is the time between two increments while the log grows. A TPM wears out by
+// writing: at this rate it takes decades.
+const countEvery = 10 * time.Minute
+
+// counter is the node's use of its device's counter. The disk keeps, signed, the
+// node's position at each count; a disk whose count is behind the device's was put back.
+type counter struct {
+	device Counter // nil: none
+
+	mu    sync.Mutex
+	now   uint64 // of the device
+	kept  uint64 // by the disk at the start
+	at    position
+	since time.Time // of the last increment
+}
+
+// read takes the device's and the disk's count at the start.
+func (c *counter) read(ctx context.Context, kept *mark) error {
+	if c.device == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, signTimeout)
+	defer cancel()
+	v, err := c.device.Count(ctx)
+	if err != nil {
+		return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("cannot read the device's counter: %v", err), "check the device and start the node again")
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.now = v
+	if kept != nil {
+		c.kept = kept.Counter
+	}
+	return nil
+}
+
+// behind returns the device's count, and whether the disk was from before it at the start.
+func (c *counter) behind() (device uint64, behind bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.now, c.device != nil && c.kept < c.now
+}
+
+func (c *counter) value() uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.now
+}
+
+// next returns a count that the device does not exceed by being incremented once, even
+// if the command has to be sent to it twice.
+func (c *counter) next(ctx context.Context) (uint64, error) {
+	v, err := c.device.Count(ctx)
+	if err != nil {
+		return 0, err
+	}
+	return v + 2, nil
+}
+
+// due reports whether it is time to count.
+func (c *counter) due(at position, now time.Time) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.device != nil && (c.since.IsZero() || now.Sub(c.since) >= countEvery && at != c.at)
+}
+
+// counted notes an increment.
+func (c *counter) counted(v uint64, at position, now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.now, c.kept, c.at, c.since = v, v, at, now
+}

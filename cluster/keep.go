@@ -1,0 +1,192 @@
+package cluster
+
+import (
+	"context"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/canon"
+)
+
+// keepMemory lets the others know what this node promises, keeps what they promise,
+// goes on asking who has not answered yet, and ends probation.
+func (n *Node) keepMemory(ctx context.Context) {
+	tick := time.NewTicker(n.cfg.Timing.Heartbeat / 8)
+	defer tick.Stop()
+	talks := talks{busy: map[string]bool{}, told: map[string]told{}}
+	defer talks.wg.Wait()
+	var saved, failed time.Time
+	for {
+		if n.memory.marker.Load() == nil && time.Since(failed) > n.cfg.Timing.Heartbeat {
+			if err := n.beginMarks(ctx); err != nil && ctx.Err() == nil {
+				failed = time.Now()
+				n.cfg.Logger.Warn("the device does not sign what this node promises; trying on", "error", err)
+			}
+		}
+		if n.settleIfHeard() {
+			n.judgeLate()
+			n.endProbation(ctx)
+		}
+		n.talk(ctx, &talks)
+		if time.Since(saved) >= saveEvery {
+			saved = time.Now()
+			if err := n.memory.others.save(); err != nil {
+				n.cfg.Logger.Warn("cannot keep the promises of other nodes on disk", "error", err)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// beginMarks has the device sign the key of this run.
+func (n *Node) beginMarks(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, signTimeout)
+	defer cancel()
+	t := n.machine.trust
+	k, err := newMarker(ctx, n.machine.cluster, n.cfg.NodeID, signingKey{t.suite, t.signing}, t.signer)
+	if err != nil {
+		return err
+	}
+	n.memory.marker.Store(k)
+	return nil
+}
+
+// endProbation ends it when this node has all that it had promised and, by a proof of
+// the leader, all that was committed. From then on it counts with its device.
+func (n *Node) endProbation(ctx context.Context) {
+	if n.memory.marker.Load() == nil {
+		return
+	}
+	at := n.position()
+	if _, held := n.probation.waitsFor(); held {
+		if n.proofs.latest(n.State().Index()).IsZero() || !n.probation.over(at) {
+			return
+		}
+	}
+	if n.memory.count.device == nil && n.accepted() {
+		_ = os.Remove(n.dir.file(acceptedFile)) // it stays in force for this run; the next looks again
+	}
+	if !n.memory.count.due(at, time.Now()) {
+		return
+	}
+	if err := n.advance(ctx, at); err != nil {
+		n.cfg.Logger.Warn("the device's counter could not be advanced; trying on", "error", err)
+	}
+}
+
+// advance has the device count, and keeps this node's position with the count. A disk
+// that is ahead of the device is no sign of anything: the step may be cut short anywhere.
+func (n *Node) advance(ctx context.Context, at position) error {
+	ctx, cancel := context.WithTimeout(ctx, signTimeout)
+	defer cancel()
+	next, err := n.memory.count.next(ctx)
+	if err != nil {
+		return err
+	}
+	if err := n.keepOwn(at, next); err != nil {
+		return err
+	}
+	v, err := n.memory.count.device.Increment(ctx)
+	if err != nil {
+		return err
+	}
+	if err := n.keepOwn(at, v); err != nil {
+		return err
+	}
+	n.memory.count.counted(v, at, time.Now())
+	if n.accepted() {
+		return os.Remove(n.dir.file(acceptedFile))
+	}
+	return nil
+}
+
+// keepOwn keeps a mark of this node on its own disk.
+func (n *Node) keepOwn(at position, counter uint64) error {
+	if err := n.memory.others.set(n.cfg.NodeID, canon.Marshal(n.memory.marker.Load().at(at, counter))); err != nil {
+		return err
+	}
+	return n.memory.others.save()
+}
+
+// told is what a peer has been told last.
+type told struct {
+	at      position
+	counter uint64
+}
+
+// talks are the calls to peers under way; one to each at a time.
+type talks struct {
+	wg   sync.WaitGroup
+	mu   sync.Mutex
+	busy map[string]bool
+	told map[string]told
+}
+
+// talk asks those who have not answered yet, and tells the others what is new.
+func (n *Node) talk(ctx context.Context, t *talks) {
+	at := told{n.position(), n.memory.count.value()}
+	_, held := n.probation.waitsFor()
+	var raw []byte
+	for _, peer := range n.others() {
+		ask := !n.memory.seen.has(peer)
+		t.mu.Lock()
+		tell := !ask && !held && n.memory.marker.Load() != nil && t.told[peer] != at
+		busy := t.busy[peer]
+		t.busy[peer] = busy || ask || tell
+		t.mu.Unlock()
+		if busy || !ask && !tell {
+			continue
+		}
+		if tell && raw == nil {
+			raw = canon.Marshal(n.memory.marker.Load().at(at.at, at.counter))
+		}
+		t.wg.Go(func() {
+			ctx, cancel := context.WithTimeout(ctx, n.cfg.Timing.RPC)
+			defer cancel()
+			var err error
+			if ask {
+				err = n.ask(ctx, peer)
+			} else {
+				err = n.tell(ctx, peer, raw)
+			}
+			t.mu.Lock()
+			defer t.mu.Unlock()
+			t.busy[peer] = false
+			if tell && err == nil {
+				t.told[peer] = at
+			}
+		})
+	}
+}
+
+// tell gives a peer a mark of this node.
+func (n *Node) tell(ctx context.Context, peer string, raw []byte) error {
+	resp, _, err := n.wire.call(ctx, peer, n.cfg.Timing.dial(), request{Op: opMark, Raw: raw})
+	if err != nil {
+		return err
+	}
+	if resp.Status == statusNotLeader {
+		return errStopping
+	}
+	return nil // an error is of a release that keeps none
+}
+
+// answerMemory answers opRecall and opMark, also before Raft runs.
+func (n *Node) answerMemory(peer string, req request) response {
+	if req.Op == opRecall {
+		return response{Status: statusOK, Info: canon.Marshal(keptMark{Mark: n.memory.others.of(peer)})}
+	}
+	if _, ok := n.State().Node(peer); !ok {
+		return errorResponse(kms.Errorf(kms.Denied, "%q is not a node of this cluster", peer))
+	}
+	if err := n.memory.others.note(peer, req.Raw); err != nil {
+		return errorResponse(err)
+	}
+	return response{Status: statusOK}
+}
