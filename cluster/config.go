@@ -28,7 +28,13 @@ type Config struct {
 	Log  LogStore
 	Wire Wire
 
-	Genesis     state.SignedGenesis
+	Genesis state.SignedGenesis
+	Site    string // of a node that is not in the genesis; optional for the others
+	// Introduced, optional, are nodes and sites that may connect although this node's
+	// own log does not know them yet: those that joined since the genesis, one of
+	// which may lead. It gives them no say: the log that they send must verify.
+	Introduced Introduction
+
 	Certificate tls.Certificate // URI SAN spiffe://TRUST-DOMAIN/node/NODE-ID
 
 	// Sign has the node's device sign a digest (pqc.Digest of the node's signing
@@ -37,7 +43,7 @@ type Config struct {
 	Sign func(ctx context.Context, digest []byte) ([]byte, error)
 	// SigningSuite (pqc.SuiteID) and Signing, optional together, are the public half of
 	// Sign. Without them it is the node's of the genesis, which a node whose hardware
-	// root was replaced no longer has.
+	// root was replaced no longer has, and one that is not in the genesis never had.
 	SigningSuite uint16
 	Signing      []byte
 

@@ -19,6 +19,17 @@ func (n *Node) Inject(raw []byte) (any, error) {
 	return f.Response(), nil
 }
 
+// RemoveServer takes a server off Raft's list, as a hostile leader could.
+func (n *Node) RemoveServer(id raft.ServerID) error {
+	return n.raft.RemoveServer(id, 0, time.Minute).Error()
+}
+
+// Servers returns Raft's list, committed or not.
+func (n *Node) Servers() []raft.Server { return n.raft.GetConfiguration().Configuration().Servers }
+
+// TransferTo hands the lead to a node.
+func (n *Node) TransferTo(ctx context.Context, id string) error { return n.transferTo(ctx, id) }
+
 // TakeSnapshot makes Raft write a snapshot now.
 func (n *Node) TakeSnapshot() error { return n.raft.Snapshot().Error() }
 

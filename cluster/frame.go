@@ -107,7 +107,8 @@ type outcome struct {
 	Events    []event `cbor:"events"`
 }
 
-// event is state.Event on the wire.
+// event is state.Event on the wire, with the fields that the first release had: nodes go
+// by what they have made of a command themselves.
 type event struct {
 	Type      string `cbor:"type"`
 	Keyring   string `cbor:"keyring"`
@@ -121,7 +122,7 @@ type event struct {
 func toOutcome(r state.Result) outcome {
 	o := outcome{Index: r.Index, Kind: uint8(r.Kind), Message: r.Message, Duplicate: r.Duplicate, Leaf: r.Leaf}
 	for _, e := range r.Events {
-		o.Events = append(o.Events, event(e))
+		o.Events = append(o.Events, event{e.Type, e.Keyring, e.Key, e.Proposal, e.Node, e.Custodian, e.Version})
 	}
 	return o
 }
@@ -129,7 +130,8 @@ func toOutcome(r state.Result) outcome {
 func (o outcome) result() state.Result {
 	r := state.Result{Index: o.Index, Kind: kms.Kind(o.Kind), Message: o.Message, Duplicate: o.Duplicate, Leaf: o.Leaf}
 	for _, e := range o.Events {
-		r.Events = append(r.Events, state.Event(e))
+		r.Events = append(r.Events, state.Event{Type: e.Type, Keyring: e.Keyring, Key: e.Key, Proposal: e.Proposal, Node: e.Node,
+			Custodian: e.Custodian, Version: e.Version})
 	}
 	return r
 }

@@ -12,7 +12,7 @@ import (
 
 // A proof says: at the time At the cluster had committed no command beyond
 // Index. It counts for a node once the node has applied Index. The leader proves
-// its leadership with a quorum twice a heartbeat; the others ask the leader for
+// its leadership with a quorum in proveLoop; the others ask the leader for
 // its last proof. Times are of the clock of the node that keeps the proof, and err
 // on the side of older.
 type proof struct {
@@ -182,9 +182,13 @@ func (n *Node) lastCommand(upTo uint64) uint64 {
 	return n.State().Index()
 }
 
-// proveLoop renews the proof of freshness twice a heartbeat.
+// proveMost is the longest time between two proofs of freshness, so that keyrings with a
+// short max_staleness are served over long distances too.
+const proveMost = 500 * time.Millisecond
+
+// proveLoop renews the proof of freshness twice a heartbeat or more often.
 func (n *Node) proveLoop(ctx context.Context) {
-	tick := time.NewTicker(n.cfg.Timing.Heartbeat / 2)
+	tick := time.NewTicker(min(n.cfg.Timing.Heartbeat/2, proveMost))
 	defer tick.Stop()
 	for {
 		n.prove(ctx)

@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"sync"
@@ -30,6 +31,7 @@ type machine struct {
 	background func(func()) // runs something that the log must not wait for
 
 	state   atomic.Pointer[state.State]
+	servers atomic.Pointer[raft.Configuration] // Raft's list as committed, at the place in the log where state is
 	recent  recent
 	changed signal
 
@@ -83,6 +85,26 @@ func (m *machine) Apply(l *raft.Log) any {
 	return result
 }
 
+// StoreConfiguration implements raft.ConfigurationStore: it is called in log order with
+// each of Raft's lists of servers when it is committed. A list that the state does not
+// call for is an attack of the leader or a damaged log: this node takes no part in it.
+func (m *machine) StoreConfiguration(index uint64, c raft.Configuration) {
+	if m.halted.Load() {
+		return
+	}
+	if err := checkMembers(m.current(), c); err != nil {
+		m.halt(kms.Wrap(kms.Internal, err, fmt.Sprintf("halted at log entry %d: %v", index, err), ""))
+		return
+	}
+	m.servers.Store(&c)
+}
+
+// hasMembers reports whether Raft's committed list is that of the state's members.
+func (m *machine) hasMembers(st *state.State) bool {
+	c := m.servers.Load()
+	return c != nil && sameServers(*c, servers(st.Members()))
+}
+
 // Snapshot implements raft.FSM.
 func (m *machine) Snapshot() (raft.FSMSnapshot, error) {
 	if m.halted.Load() {
@@ -100,12 +122,17 @@ func (m *machine) Restore(r io.ReadCloser) error {
 		return errHalted
 	}
 	st, err := m.restore(r)
+	var list *raft.Configuration
+	if list = m.snapshots.servers(); err == nil && list != nil {
+		err = checkSnapshotMembers(st, *list)
+	}
 	if err != nil {
 		m.log.Error("refused a snapshot", "error", err)
 		m.snapshots.refused()
 		return err
 	}
 	m.publish(st)
+	m.servers.Store(list)
 	if m.onRestore != nil {
 		m.onRestore(st)
 	}

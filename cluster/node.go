@@ -56,10 +56,12 @@ type Node struct {
 
 	profile Profile // in force; "" where the configuration gives the heartbeat
 	peers   *peers
+	kept    atomic.Pointer[kept] // on disk
 }
 
-// Open starts the node. On an empty data directory it begins with the genesis;
-// all nodes of the genesis do so with the same first configuration. A data
+// Open starts the node. On an empty data directory a node of the genesis begins with
+// the genesis; all of them do so with the same list of members. Any other node has an empty
+// log until the leader sends it the cluster's, once a proposal has made it a member. A data
 // directory of another cluster or node, or one that others can read, is refused.
 // ctx bounds opening only. On error Config.Listener is closed.
 func Open(ctx context.Context, cfg Config) (n *Node, err error) {
@@ -76,18 +78,22 @@ func Open(ctx context.Context, cfg Config) (n *Node, err error) {
 	if err != nil {
 		return nil, err
 	}
-	self, ok := genesis.Node(cfg.NodeID)
-	if !ok {
-		return nil, kms.Errorf(kms.Invalid, "%q is not a node of the genesis of cluster %s", cfg.NodeID, genesis.Cluster())
+	self, err := cfg.self(genesis)
+	if err != nil {
+		return nil, err
 	}
-	if err := checkOwnCertificate(genesis, cfg.NodeID, cfg.Certificate); err != nil {
+	if err := checkOwnCertificate(introductions{State: genesis, self: self, told: cfg.Introduced}, cfg.NodeID, cfg.Certificate); err != nil {
 		return nil, err
 	}
 	dir, err := openDataDir(cfg.DataDir, genesis.Cluster(), cfg.NodeID)
 	if err != nil {
 		return nil, err
 	}
+	if err := checkNotRemoved(dir); err != nil {
+		return nil, err
+	}
 	n = &Node{cfg: cfg, self: self, dir: dir, watch: newWatch(), ready: make(chan struct{}), done: make(chan error, 1), peers: newPeers()}
+	n.kept.Store(n.loadKept())
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	if err := n.open(ctx, genesis); err != nil {
 		n.abandon()
@@ -114,7 +120,9 @@ func (n *Node) open(ctx context.Context, genesis *state.State) error {
 	n.openMemory()
 	n.wire.serve(n)
 	n.chooseProfile(ctx)
-	if err := n.openRaft(ctx, genesis, snapshots, n.probation.transport(n.wire.transport())); err != nil {
+	gate := newGate(n.probation.transport(n.wire.transport()), n.State, n.logs, n.cfg.Timing.Heartbeat/2, n.cfg.Logger)
+	if err := n.openRaft(ctx, genesis, snapshots, gate); err != nil {
+		_ = gate.Close()
 		return err
 	}
 	close(n.ready)
@@ -125,6 +133,7 @@ func (n *Node) open(ctx context.Context, genesis *state.State) error {
 	n.loops.Go(func() { n.pingLoop(n.ctx) })
 	n.loops.Go(func() { n.keepMemory(n.ctx) })
 	n.loops.Go(func() { n.preferLoop(n.ctx) })
+	n.loops.Go(func() { n.followLoop(n.ctx) })
 	return nil
 }
 
@@ -194,19 +203,23 @@ func (n *Node) openRaft(ctx context.Context, genesis *state.State, snapshots raf
 	if err != nil {
 		return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("cannot read the log: %v", err), "")
 	}
-	if !exists {
-		if n.dir.id.Initialised {
-			return &kms.Error{Kind: kms.Conflict, Msg: "the log in " + n.dir.path + " is gone, though this node had one",
-				Fix: storeFix}
-		}
-		if err := raft.BootstrapCluster(conf, n.logs, stable, snapshots, transport, firstConfiguration(genesis)); err != nil {
+	_, founder := genesis.Node(n.cfg.NodeID)
+	switch {
+	case exists:
+	case n.dir.id.Initialised:
+		return &kms.Error{Kind: kms.Conflict, Msg: "the log in " + n.dir.path + " is gone, though this node had one",
+			Fix: storeFix}
+	case !founder:
+		n.cfg.Logger.Info("the log is empty: this node waits for the cluster's leader")
+	default:
+		if err := raft.BootstrapCluster(conf, n.logs, stable, snapshots, transport, servers(genesis.Members())); err != nil {
 			return kms.Wrap(kms.Invalid, err, fmt.Sprintf("cannot begin the log: %v", err), "")
 		}
 	}
 	if err := n.recall(ctx, stable, snapshots); err != nil {
 		return err
 	}
-	if !n.dir.id.Initialised {
+	if !n.dir.id.Initialised && (exists || founder) {
 		if err := n.dir.initialised(); err != nil {
 			return err
 		}
@@ -226,20 +239,7 @@ func (n *Node) raftConfig() *raft.Config {
 	c.SnapshotInterval, c.SnapshotThreshold, c.TrailingLogs = t.SnapshotInterval, t.SnapshotThreshold, t.TrailingLogs
 	c.Logger = raftLogger(n.cfg.Logger, *n.cfg.RaftLogLevel)
 	c.NoLegacyTelemetry = true
-	return c
-}
-
-// firstConfiguration lists the nodes of the genesis. Raft knows nodes by id
-// alone; the transport looks addresses up in the state.
-func firstConfiguration(genesis *state.State) raft.Configuration {
-	var c raft.Configuration
-	for _, node := range genesis.Nodes() {
-		s := raft.Server{Suffrage: raft.Nonvoter, ID: raft.ServerID(node.ID), Address: raft.ServerAddress(node.ID)}
-		if node.Voter {
-			s.Suffrage = raft.Voter
-		}
-		c.Servers = append(c.Servers, s)
-	}
+	c.ShutdownOnRemove = false // followLoop ends a removed node, saying why
 	return c
 }
 

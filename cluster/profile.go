@@ -216,7 +216,7 @@ func (n *Node) checkProfile() {
 	}
 	n.keepRTT(rtts)
 	limit := n.cfg.Timing.Heartbeat / 10
-	if worst > limit {
+	if worst > limit*3/2 { // there is some slack
 		n.cfg.Logger.Warn("the other nodes are too far away for this node's timing: elections may come for no reason",
 			"longest_rtt", worst, "suits_up_to", limit, "profile", string(n.profile), "fix", fixProfile(n.profile, wanted))
 	}

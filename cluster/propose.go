@@ -191,6 +191,9 @@ func (n *Node) proposeHere(ctx context.Context, raw []byte) (state.Result, error
 	if err := n.checkDisk(); err != nil {
 		return state.Result{}, err
 	}
+	if err := n.prematureConfirmation(raw); err != nil {
+		return state.Result{}, err
+	}
 	var future raft.ApplyFuture
 	err := n.await(ctx, func() raft.Future {
 		deadline, _ := ctx.Deadline() // bound has set one

@@ -23,7 +23,8 @@ type snapshotStore struct {
 	log hclog.Logger
 
 	mu      sync.Mutex
-	opened  string // last snapshot opened
+	opened  string              // last snapshot opened
+	list    *raft.Configuration // its list of servers
 	created map[string]bool
 }
 
@@ -50,10 +51,21 @@ func (s *snapshotStore) Create(version raft.SnapshotVersion, index, term uint64,
 
 // Open implements raft.SnapshotStore.
 func (s *snapshotStore) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error) {
+	meta, r, err := s.FileSnapshotStore.Open(id)
 	s.mu.Lock()
-	s.opened = id
-	s.mu.Unlock()
-	return s.FileSnapshotStore.Open(id)
+	defer s.mu.Unlock()
+	s.opened, s.list = id, nil
+	if err == nil {
+		s.list = &meta.Configuration
+	}
+	return meta, r, err
+}
+
+// servers returns Raft's list of servers in the snapshot opened last, nil for none.
+func (s *snapshotStore) servers() *raft.Configuration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.list
 }
 
 // refused removes the snapshot opened last, if it came into being in this run.

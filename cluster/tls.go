@@ -62,6 +62,9 @@ func verifyPeer(dir directory, self, want string, cs tls.ConnectionState) (strin
 		return "", err
 	}
 	node, ok := dir.Node(id.Name)
+	if d, joining := dir.(introductions); !ok && joining {
+		node, ok = d.anyone(id)
+	}
 	if !ok {
 		return "", refuse("%s is not a node of this cluster", id)
 	}

@@ -139,10 +139,8 @@ func (n *Node) checkDisk() error {
 	return nil
 }
 
-// supervise looks for stalls, a filling disk and members that the genesis does not
-// name until the node closes.
+// supervise looks for stalls and a filling disk until the node closes.
 func (n *Node) supervise(ctx context.Context) {
-	strange := false
 	var handed time.Time // when the lead was last offered to another node
 	tick := time.NewTicker(min(n.cfg.Timing.Stall/4, time.Second))
 	defer tick.Stop()
@@ -156,12 +154,6 @@ func (n *Node) supervise(ctx context.Context) {
 			n.machine.halt(err)
 			return
 		}
-		changed := checkMembers(firstConfiguration(n.State()), n.raft.GetConfiguration().Configuration())
-		if changed != nil && !strange {
-			_, leader := n.raft.LeaderWithID()
-			n.cfg.Logger.Error("the cluster's members have been tampered with", "error", changed, "leader", string(leader))
-		}
-		strange = changed != nil
 		err := n.checkDisk()
 		if was := n.readOnly.Swap(err != nil); err != nil && !was {
 			n.cfg.Logger.Error("the node is read-only", "error", err)

@@ -68,7 +68,7 @@ func (n *Node) newWire(ctx context.Context, genesis *state.State) (wire, error) 
 			return nil, kms.Wrap(kms.Invalid, err, "cannot listen for other nodes: "+err.Error(), "")
 		}
 	}
-	s := newStream(n.cfg.NodeID, func() directory { return n.State() }, n.cfg.Certificate, ln, n.cfg.Dial, n.cfg.Logger)
+	s := newStream(n.cfg.NodeID, n.directory, n.cfg.Certificate, ln, n.cfg.Dial, n.cfg.Logger)
 	return &tlsWire{
 		stream: s, links: newLinks(s, genesis.Cluster()),
 		raft: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{

@@ -64,7 +64,9 @@ type Cluster struct {
 	o      Options
 	closed atomic.Bool
 
-	network *network
+	network   *network
+	dir       string                  // of the data directories
+	listeners map[string]net.Listener // of new nodes, by id
 }
 
 // NodeURI returns the SPIFFE ID of a node.
@@ -86,13 +88,13 @@ func New(t testing.TB, o Options) *Cluster {
 func Prepare(t testing.TB, o Options) *Cluster {
 	t.Helper()
 	c := &Cluster{t: t, o: o, CAs: map[string]*CA{}, network: &network{cut: map[string]bool{}, conns: map[*wire]struct{}{}}}
-	listeners := map[string]net.Listener{}
+	c.listeners = map[string]net.Listener{}
 	o.World.Address = func(node string) string {
 		ln, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)
 		}
-		listeners[node] = ln
+		c.listeners[node] = ln
 		return ln.Addr().String()
 	}
 	if o.World.Created == 0 {
@@ -108,10 +110,10 @@ func Prepare(t testing.TB, o Options) *Cluster {
 		ca := c.World.CA(site.ID)
 		c.CAs[site.ID] = &CA{Certificate: ca.Certificate, key: ca.Key}
 	}
-	dir := t.TempDir()
+	c.dir = t.TempDir()
 	for _, n := range g.Nodes {
-		c.Members = append(c.Members, &Member{ID: n.ID, Site: n.Site, Address: n.Address, Dir: filepath.Join(dir, n.ID),
-			Certificate: c.CAs[n.Site].Issue(t, NodeURI(n.Site, n.ID)), Keys: c.World.Node(n.ID), listener: listeners[n.ID]})
+		c.Members = append(c.Members, &Member{ID: n.ID, Site: n.Site, Address: n.Address, Dir: filepath.Join(c.dir, n.ID),
+			Certificate: c.CAs[n.Site].Issue(t, NodeURI(n.Site, n.ID)), Keys: c.World.Node(n.ID), listener: c.listeners[n.ID]})
 	}
 	c.network.delays = newDelays(o.Delays, c.Members)
 	t.Cleanup(c.close)
@@ -135,6 +137,7 @@ func (c *Cluster) Config(i int) cluster.Config {
 		Certificate: m.Certificate, Sign: m.Keys.Sign, Timing: c.timing(),
 		Dial:      c.network.dialFrom(m.Address),
 		FreeSpace: func(string) (uint64, uint64, error) { return 1 << 40, 1 << 40, nil }}
+	c.introduce(m, &cfg)
 	if d := c.network.delays; d != nil {
 		ln, err := d.listen(m.Address, m.listener)
 		if err != nil {
@@ -151,6 +154,19 @@ func (c *Cluster) Config(i int) cluster.Config {
 		c.o.Config(i, &cfg)
 	}
 	return cfg
+}
+
+// introduce completes the configuration of a member that is not in the genesis.
+func (c *Cluster) introduce(m *Member, cfg *cluster.Config) {
+	for _, n := range c.World.Genesis().Nodes {
+		if n.ID == m.ID {
+			return
+		}
+	}
+	r := m.Keys.Record
+	cfg.Site, cfg.SigningSuite, cfg.Signing = m.Site, r.SigningSuite, r.Signing
+	st := c.World.State()
+	cfg.Introduced = cluster.Introduction{Nodes: st.Nodes(), Sites: st.Sites()}
 }
 
 // timing fills the periods that Options leaves open.

@@ -31,7 +31,7 @@ type delays struct {
 	Delays
 	member map[string]int // by address
 
-	mu      sync.Mutex
+	mu      sync.Mutex        // also for member
 	dialler map[string]string // member's address by the address that a connection comes from
 	counts  map[[2]int]uint64 // connections made
 }
@@ -47,12 +47,29 @@ func newDelays(d Delays, members []*Member) *delays {
 	return s
 }
 
+// add makes a new member's wires slow too.
+func (d *delays) add(address string, member int) {
+	if d == nil {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.member[address] = member
+}
+
+// of returns a member's index.
+func (d *delays) of(address string) int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.member[address]
+}
+
 // dial connects after a round trip.
 func (d *delays) dial(ctx context.Context, from, to string) (net.Conn, error) {
 	if d == nil {
 		return new(net.Dialer).DialContext(ctx, "tcp", to)
 	}
-	a, b := d.member[from], d.member[to]
+	a, b := d.of(from), d.of(to)
 	select {
 	case <-time.After(d.OneWay(a, b) + d.OneWay(b, a)):
 	case <-ctx.Done():
@@ -76,7 +93,7 @@ func (d *delays) listen(address string, ln net.Listener) (net.Listener, error) {
 			return nil, err
 		}
 	}
-	return &slowListener{Listener: ln, delays: d, self: d.member[address]}, nil
+	return &slowListener{Listener: ln, delays: d, self: d.of(address)}, nil
 }
 
 // line returns the delay of each next segment of a new connection in one direction.
@@ -123,7 +140,7 @@ func (l *slowListener) Accept() (net.Conn, error) {
 		if !ok {
 			return func() time.Duration { return 0 }
 		}
-		return l.delays.line(l.self, l.delays.member[from])
+		return l.delays.line(l.self, l.delays.of(from))
 	})
 	return newSlow(c, func() time.Duration { return line()() }), nil
 }

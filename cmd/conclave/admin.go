@@ -45,7 +45,7 @@ func look[T any](a *app, cmd *cobra.Command, ask func(ctx context.Context, c *cl
 
 func (a *app) keyringCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "keyring", Short: "Create and look at keyrings"}
-	cmd.AddCommand(a.keyringCreateCommand(), a.keyringListCommand(), a.keyringShowCommand())
+	cmd.AddCommand(a.keyringCreateCommand(), a.keyringListCommand(), a.keyringShowCommand(), a.keyringRotateCommand())
 	return cmd
 }
 
@@ -133,6 +133,7 @@ func keyringDetail(w io.Writer, k wire.Keyring) {
 	row(w, "KEK version", kekVersion(k))
 	row(w, "keys", k.Keys)
 	row(w, "created", when(k.Created)+" by "+k.Creator)
+	kekRotation(w, k)
 }
 
 func (a *app) keyCommand() *cobra.Command {
@@ -261,65 +262,6 @@ func madeIn(v wire.KeyVersion) string {
 		return "locked memory, then wiped"
 	}
 	return or(v.Generated, "-")
-}
-
-func (a *app) statusCommand() *cobra.Command {
-	heard := map[string]time.Time{}
-	return look(a, &cobra.Command{Use: "status", Short: "Show how the cluster looks from one node"},
-		func(ctx context.Context, c *client.Client, _ []string) (wire.Status, error) {
-			s, err := c.Status(ctx)
-			if nodes, nerr := c.Nodes(ctx); err == nil && nerr == nil { // an addition: whoever may not read it sees the rest
-				for _, n := range nodes {
-					heard[n.ID] = n.LastHeard
-				}
-			}
-			return s, err
-		},
-		func(w io.Writer, s wire.Status) { statusTable(w, s, heard) })
-}
-
-// statusTable shows a node's status; heard is when each node last signed its time.
-func statusTable(w io.Writer, s wire.Status, heard map[string]time.Time) {
-	row(w, "cluster", s.Cluster+" ("+s.Name+")")
-	row(w, "node", s.Node+", site "+s.Site)
-	row(w, "device", s.Device)
-	if s.Raft != nil {
-		row(w, "role", s.Raft.State)
-		row(w, "leader", or(s.Raft.Leader, "none"))
-		row(w, "term, index", fmt.Sprintf("%d, %d", s.Raft.Term, s.Index))
-	}
-	row(w, "up to date", freshness(s.FreshMS))
-	row(w, "cluster clock", when(s.Clock))
-	row(w, "cluster log", fmt.Sprintf("%d leaves, root %s", s.LogSize, b64(s.LogRoot)))
-	row(w, "keyrings", fmt.Sprintf("%d, of which this node opens %d", s.Keys.Keyrings, s.Keys.Resident))
-	row(w, "keys", fmt.Sprintf("%d, of which %d overdue for rotation", s.Keys.Keys, s.Keys.Overdue))
-	row(w, "open proposals", s.Open)
-	row(w, "receipts owed", s.Pending)
-	if s.Raft != nil {
-		row(w)
-		row(w, "PEER", "SITE", "ADDRESS", "SUFFRAGE", "LAST HEARD")
-		for _, p := range s.Raft.Peers {
-			row(w, p.ID, p.Site, p.Address, p.Suffrage, lastHeard(heard[p.ID], s.Clock))
-		}
-	}
-}
-
-// freshness says how old the last proof is that a node is up to date; a node that
-// never had one gives the longest time there is.
-func freshness(ms int64) string {
-	if age := time.Duration(ms) * time.Millisecond; age < 365*24*time.Hour {
-		return "proved " + age.String() + " ago"
-	}
-	return "not proved since it started"
-}
-
-// lastHeard says when a node last signed its time, and that it is silent where that
-// is longer ago than a running node ever leaves it.
-func lastHeard(at, clock time.Time) string {
-	if silent := clock.Sub(at); !at.IsZero() && silent > 15*time.Second {
-		return fmt.Sprintf("%s (silent for %s)", when(at), silent.Round(time.Second))
-	}
-	return when(at)
 }
 
 func (a *app) policyCommand() *cobra.Command {

@@ -23,6 +23,7 @@ type app struct {
 	addr, cacert, cert, key string
 	output                  string
 	timeout                 time.Duration
+	local                   bool
 }
 
 func (a *app) flags(root *cobra.Command) {
@@ -32,6 +33,7 @@ func (a *app) flags(root *cobra.Command) {
 	f.StringVar(&a.cert, "cert", "", "`FILE` with the client certificate, PEM (CONCLAVE_CLIENT_CERT or CONCLAVE_ADMIN_CERT)")
 	f.StringVar(&a.key, "key-file", "", "`FILE` with the client certificate's key, PEM (CONCLAVE_CLIENT_KEY or CONCLAVE_ADMIN_KEY)")
 	f.StringVarP(&a.output, "output", "o", "table", "output `FORMAT`: table or json")
+	f.BoolVar(&a.local, "local", false, "show what the node itself knows, even if it is cut off and that is outdated")
 	f.DurationVar(&a.timeout, "timeout", 30*time.Second, "longest wait for one request")
 	root.PersistentPreRunE = func(*cobra.Command, []string) error {
 		if a.output != "table" && a.output != "json" {
@@ -66,7 +68,7 @@ func (a *app) connect(certEnv, keyEnv string) (*client.Client, error) {
 			addresses = append(addresses, s)
 		}
 	}
-	return client.New(client.Config{Addresses: addresses, TLS: tlsConfig, Timeout: a.timeout})
+	return client.New(client.Config{Addresses: addresses, TLS: tlsConfig, Timeout: a.timeout, Local: a.local})
 }
 
 func or(s, fallback string) string {

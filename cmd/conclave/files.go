@@ -1,8 +1,13 @@
 package main
 
 import (
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
+	"fmt"
 	"os"
+	"time"
 
 	"github.com/conclave-kms/conclave/kms"
 )
@@ -25,4 +30,36 @@ func create(path string, b []byte, mode os.FileMode) error {
 
 func exists(path string, cause error) error {
 	return kms.Wrap(kms.Exists, cause, path+" exists already and is not replaced", "choose another name")
+}
+
+// readPEM returns the certificates of a PEM file, DER.
+func readPEM(path string) ([][]byte, error) {
+	rest, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var ders [][]byte
+	for {
+		var b *pem.Block
+		if b, rest = pem.Decode(rest); b == nil {
+			break
+		}
+		if b.Type != "CERTIFICATE" {
+			return nil, fmt.Errorf("%s holds a %s, not certificates alone", path, b.Type)
+		}
+		ders = append(ders, b.Bytes)
+	}
+	if len(ders) == 0 {
+		return nil, fmt.Errorf("%s holds no PEM certificate", path)
+	}
+	return ders, nil
+}
+
+// certificateName is a certificate's subject, end and fingerprint, for people.
+func certificateName(der []byte) (string, error) {
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%s, until %s, SHA-256 %x", c.Subject, c.NotAfter.UTC().Format(time.DateOnly), sha256.Sum256(der)), nil
 }

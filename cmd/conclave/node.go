@@ -21,17 +21,15 @@ import (
 )
 
 func (a *app) nodeCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "node", Short: "Look at the members of the cluster; propose another hardware root for one"}
+	cmd := &cobra.Command{Use: "node", Short: "Look at the members of the cluster; propose that one joins, votes, goes, or gets another hardware root"}
 	cmd.AddCommand(
-		look(a, &cobra.Command{Use: "list", Short: "List the nodes"},
-			func(ctx context.Context, c *client.Client, _ []string) ([]wire.Node, error) { return c.Nodes(ctx) },
-			nodeTable),
+		a.nodeListCommand(),
 		look(a, &cobra.Command{Use: "show NODE", Short: "Show a node: what is proven of its hardware, and what it only claims"},
 			func(ctx context.Context, c *client.Client, args []string) (wire.Node, error) {
 				return findNode(ctx, c, args[0])
 			},
 			nodeDetail),
-		a.nodeRekeyCommand())
+		a.nodeJoinCommand(), a.nodePromoteCommand(), a.nodeRemoveCommand(), a.nodeRekeyCommand())
 	return cmd
 }
 
@@ -51,6 +49,9 @@ func nodeTable(w io.Writer, nodes []wire.Node) {
 	row(w, "NODE", "SITE", "API", "SUITE", "ROOT", "ATTESTED", "LAST HEARD", "DEVICE (as claimed)")
 	for _, n := range nodes {
 		root := fmt.Sprint(n.Root)
+		if n.Root == 0 {
+			root = "joins"
+		}
 		if n.Replacing != nil {
 			root += fmt.Sprintf(", next %d", n.Replacing.Root)
 		}
@@ -73,9 +74,13 @@ func nodeDetail(w io.Writer, n wire.Node) {
 	row(w, "voter", yesNo(n.Voter))
 	row(w, "last heard", when(n.LastHeard))
 	row(w, "device", n.Device)
-	row(w, "root", fmt.Sprintf("number %d", n.Root))
-	row(w, "signing key", pqc.Fingerprint(n.Signing)+" ("+n.SigningSuite+")")
-	row(w, "agreement key", pqc.Fingerprint(n.Agreement)+" ("+n.Suite+")")
+	if n.Root == 0 {
+		row(w, "root", "none yet: it joins")
+	} else {
+		row(w, "root", fmt.Sprintf("number %d", n.Root))
+		row(w, "signing key", pqc.Fingerprint(n.Signing)+" ("+n.SigningSuite+")")
+		row(w, "agreement key", pqc.Fingerprint(n.Agreement)+" ("+n.Suite+")")
+	}
 	row(w, "protections", or(strings.Join(n.Protections, ", "), "-"))
 	row(w, "keys wrapped by", or(n.ImportKind, "-"))
 	row(w, "attested", yesNo(n.Attested))
@@ -115,6 +120,9 @@ func replacing(r *wire.Replacing) string {
 type nextCard struct {
 	Format       int    `json:"format"`
 	Node         string `json:"node"`
+	Site         string `json:"site"`
+	Address      string `json:"address"`
+	API          string `json:"api"`
 	Suite        string `json:"suite"`
 	Agreement    []byte `json:"agreement"`
 	SigningSuite string `json:"signing_suite"`
@@ -134,10 +142,10 @@ func readNextCard(path string) (nextCard, error) {
 		return c, err
 	}
 	if err := json.Unmarshal(b, &c); err != nil || c.Format != 1 {
-		return c, fmt.Errorf("%s is damaged, or not a card of format 1 as conclaved rekey prepare writes it; fetch it again from the node's data directory, or prepare again", path)
+		return c, fmt.Errorf("%s is damaged, or not a card of format 1 as conclaved rekey prepare and conclaved join write it; fetch it again from the node's data directory, or prepare again", path)
 	}
 	if c.Root == 0 || len(c.Possession) == 0 {
-		return c, fmt.Errorf("%s is the card of a node's present root; give next-node.json, which conclaved rekey prepare writes", path)
+		return c, fmt.Errorf("%s is a card without proof of its key; give next-node.json, which conclaved rekey prepare writes, or the node.json of a new node, which conclaved join writes", path)
 	}
 	return c, nil
 }
@@ -153,6 +161,7 @@ func (c nextCard) params(leave bool) (wire.ProposalParameters, error) {
 		return wire.ProposalParameters{}, fmt.Errorf("the card names the unknown suite %q", c.SigningSuite)
 	}
 	return wire.ProposalParameters{Node: &wire.NextRoot{
+		Change: string(approval.NodeReplaceRoot),
 		Root: wire.NodeRoot{Suite: uint16(kem.ID), Agreement: c.Agreement, SigningSuite: uint16(sig.ID), Signing: c.Signing,
 			Device: c.Device, ImportKind: c.ImportKind, Import: c.Import, Attestation: c.Attestation},
 		Possession: c.Possession, Leave: leave,
@@ -192,20 +201,15 @@ adopts it. With --wait the command shows the progress until that has happened.`,
 				return usageError{err}
 			}
 			req := wire.OpenProposalRequest{Action: string(kms.ActionNode), Target: approval.NodeTarget(c.Node), Reason: reason, Parameters: params, ExpiresInMS: expires.Milliseconds()}
+			if wait {
+				return a.proposeRoot(cmd, req, c)
+			}
 			return a.asOperator(cmd, func(ctx context.Context, cl *client.Client) error {
 				p, err := cl.OpenProposal(ctx, req)
 				if err != nil {
 					return err
 				}
-				if !wait {
-					return a.show(cmd, p, func(w io.Writer) { opened(w, p) })
-				}
-				fmt.Fprintf(cmd.ErrOrStderr(), "proposal %s; custodians approve with: conclave proposal approve %s --custodian-key FILE\n", p.ID, p.ID)
-				n, err := awaitRoot(ctx, cl, p.ID, c, cmd.ErrOrStderr())
-				if err != nil {
-					return err
-				}
-				return a.show(cmd, n, func(w io.Writer) { nodeDetail(w, n) })
+				return a.show(cmd, p, func(w io.Writer) { opened(w, p) })
 			})
 		},
 	}
@@ -216,6 +220,22 @@ adopts it. With --wait the command shows the progress until that has happened.`,
 	f.BoolVar(&wait, "wait", false, "show the progress until the node has adopted the root")
 	f.DurationVar(&expires, "expires", 0, "give up after this time (default and most: the policy's lifetime)")
 	return cmd
+}
+
+// proposeRoot opens a proposal for a root and waits until the node has adopted it.
+func (a *app) proposeRoot(cmd *cobra.Command, req wire.OpenProposalRequest, c nextCard) error {
+	return a.asOperator(cmd, func(ctx context.Context, cl *client.Client) error {
+		p, err := cl.OpenProposal(ctx, req)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(cmd.ErrOrStderr(), "proposal %s; custodians approve with: conclave proposal approve %s --custodian-key FILE\n", p.ID, p.ID)
+		n, err := awaitRoot(ctx, cl, p.ID, c, cmd.ErrOrStderr())
+		if err != nil {
+			return err
+		}
+		return a.show(cmd, n, func(w io.Writer) { nodeDetail(w, n) })
+	})
 }
 
 func opened(w io.Writer, p wire.Proposal) {
@@ -256,7 +276,7 @@ func awaitRoot(ctx context.Context, cl *client.Client, proposal string, c nextCa
 // rootProgress says what a node's root waits for; "" when it is adopted.
 func rootProgress(ctx context.Context, cl *client.Client, proposal string, c nextCard) (wire.Node, string, error) {
 	n, err := findNode(ctx, cl, c.Node)
-	if err != nil {
+	if err != nil && kms.KindOf(err) != kms.NotFound { // one that is to join is not there yet
 		return n, "", err
 	}
 	if bytes.Equal(n.Signing, c.Signing) {

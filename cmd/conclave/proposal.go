@@ -191,6 +191,8 @@ func parameters(p approval.Proposal) string {
 		v, err = p.CustodianParams()
 	case kms.ActionNode:
 		v, err = nodeParameters(p)
+	case kms.ActionSite:
+		v, err = siteParameters(p)
 	default:
 		return "-"
 	}
@@ -204,8 +206,8 @@ func parameters(p approval.Proposal) string {
 	if pp, ok := v.(approval.PolicyParams); ok {
 		return string(b) + map[bool]string{true: "; every node of its keyrings needs ATTESTED hardware", false: "; attested hardware is not asked for"}[pp.Attested]
 	}
-	if np, err := p.NodeParams(); p.Action == kms.ActionNode && err == nil && np.Leave {
-		return string(b) + ", which means that the node MAY LOSE KEYS of protection hardware"
+	if np, err := p.NodeParams(); p.Action == kms.ActionNode && err == nil {
+		return string(b) + nodeWarning(np)
 	}
 	if vp, ok := v.(approval.VersionParams); ok && vp.Version == 0 {
 		return string(b) + ", which means THE WHOLE KEY, every version"
@@ -213,8 +215,8 @@ func parameters(p approval.Proposal) string {
 	return string(b)
 }
 
-// nodeParameters are those of a node's next root with the keys as fingerprints, as
-// conclaved rekey prepare prints them.
+// nodeParameters are those of a change of a node, keys as fingerprints, as conclaved
+// rekey prepare and conclaved join print them.
 func nodeParameters(p approval.Proposal) (any, error) {
 	n, err := p.NodeParams()
 	if err != nil {
@@ -226,17 +228,28 @@ func nodeParameters(p approval.Proposal) (any, error) {
 		}
 		return pqc.Fingerprint(b)
 	}
+	if !n.HasRoot() {
+		return struct {
+			Change approval.NodeChange `json:"change"`
+			Leave  bool                `json:"leave,omitempty"`
+		}{n.Change, n.Leave}, nil
+	}
 	return struct {
-		Device       string `json:"device"`
-		SigningKey   string `json:"signing_key"`
-		SigningSuite string `json:"signing_suite"`
-		AgreementKey string `json:"agreement_key"`
-		Suite        string `json:"suite"`
-		ImportKind   string `json:"import_kind"`
-		ImportKey    string `json:"import_key"`
-		Attestation  string `json:"attestation"`
-		Leave        bool   `json:"leave"`
+		Change       approval.NodeChange `json:"change"`
+		Site         string              `json:"site,omitempty"`
+		Address      string              `json:"address,omitempty"`
+		API          string              `json:"api,omitempty"`
+		Device       string              `json:"device"`
+		SigningKey   string              `json:"signing_key"`
+		SigningSuite string              `json:"signing_suite"`
+		AgreementKey string              `json:"agreement_key"`
+		Suite        string              `json:"suite"`
+		ImportKind   string              `json:"import_kind"`
+		ImportKey    string              `json:"import_key"`
+		Attestation  string              `json:"attestation"`
+		Leave        bool                `json:"leave"`
 	}{
+		n.Change, n.Site, n.Address, n.API,
 		n.Root.Device, some(n.Root.Signing), pqc.SuiteID(n.Root.SigningSuite).String(), some(n.Root.Agreement), pqc.SuiteID(n.Root.Suite).String(),
 		n.Root.ImportKind, some(n.Root.Import), some(n.Root.Attestation), n.Leave,
 	}, nil

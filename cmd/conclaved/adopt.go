@@ -24,14 +24,21 @@ const (
 	rootUnknown  rootVerdict = iota // the state is older than the root: not yet caught up
 	rootInForce                     // it is the node's
 	rootReplaced                    // the next root is the node's already
+	rootJoins                       // the node has yet to adopt its first
 )
 
 // checkRoot compares the node's record in the state with its root. Right after the
 // start the state is the genesis or a snapshot, whose root may be an older one.
 func (n *node) checkRoot(st *state.State, caughtUp bool) (rootVerdict, error) {
 	me, ok := st.Node(n.cfg.Node)
-	if !ok {
-		return 0, fmt.Errorf("the cluster has no node %s any more", n.cfg.Node)
+	if old, removed := st.Removal(n.cfg.Node); removed {
+		return 0, fmt.Errorf("node %s was removed from the cluster by proposal %s; its name and its keys do not come back: a machine that is to serve again joins under another name (conclaved join)", n.cfg.Node, old.Proposal)
+	}
+	switch {
+	case !ok: // not yet approved, or a state from before
+		return rootUnknown, nil
+	case me.Root == 0:
+		return rootJoins, nil
 	}
 	own := n.roots.own()
 	if bytes.Equal(me.Signing, own.public) {
@@ -78,6 +85,14 @@ func (n *node) watchRoot(ctx context.Context) {
 			return
 		case verdict == rootInForce:
 			known()
+		case verdict == rootJoins:
+			if err := n.join(ctx, st); err != nil {
+				if ctx.Err() == nil {
+					n.fail(err)
+				}
+				return
+			}
+			continue
 		}
 		var again <-chan time.Time
 		if r, ok := st.Replacement(n.cfg.Node); ok && verdict == rootInForce {
@@ -119,7 +134,7 @@ func (n *node) adopt(ctx context.Context, r state.Replacement, a *attempts) bool
 		return false
 	}
 	n.log.Info("custodians have approved the next hardware root; taking it into use", "root", r.Root, "device", n.roots.next.dev.Describe())
-	if err := n.runAdoption(ctx); err != nil {
+	if err := n.runAdoption(ctx, n.roots.next); err != nil {
 		if ctx.Err() == nil {
 			n.log.Error("the next hardware root is not adopted; prepare and propose one again", "root", r.Root, "err", err)
 			a.next = time.Time{}
@@ -146,10 +161,9 @@ func (n *node) holdNext(ctx context.Context, r state.Replacement) error {
 	return nil
 }
 
-// runAdoption takes the next root into use; the device of the present one is not
-// needed.
-func (n *node) runAdoption(ctx context.Context) error {
-	next := n.roots.next
+// runAdoption takes a root into use, the next one or a node's first; the device of the
+// present one is not needed.
+func (n *node) runAdoption(ctx context.Context, next *heldRoot) error {
 	_, suite := next.cfg.Device.suites()
 	a, err := engine.NewAdoption(engine.AdoptionConfig{
 		Node: n.cfg.Node, Cluster: n.cluster, Watch: n.cluster, Root: next.root, Signer: next.dev, SigningSuite: suite, Logger: n.log,
@@ -194,7 +208,7 @@ func (n *node) wait(ctx context.Context) error {
 	defer wg.Wait() // nothing may use the device any more
 	defer cancel()
 	adopted := make(chan error, 1)
-	wg.Go(func() { adopted <- n.runAdoption(ctx) })
+	wg.Go(func() { adopted <- n.runAdoption(ctx, n.roots.next) })
 	wg.Go(func() { n.awaitPresent(ctx) })
 	n.log.Info("waiting for the next hardware root to be approved and adopted", "root", n.roots.next.file.Root, "cluster", n.cluster.State().Cluster())
 	select {

@@ -48,14 +48,39 @@ type ClusterConfig struct {
 	Listen    string `toml:"listen"`
 	Advertise string `toml:"advertise"` // host:port put into the node card; default: listen
 
-	Heartbeat         Duration `toml:"heartbeat"`          // without a word from the leader before an election; default 1s
+	Profile           string   `toml:"profile"`            // auto (default), lan, wan: the timing, by the round trips between the nodes
+	Heartbeat         Duration `toml:"heartbeat"`          // without a word from the leader before an election, in place of profile
+	PreferSites       []string `toml:"prefer_sites"`       // at which the leader should be, the best first; default: anywhere
 	SnapshotThreshold uint64   `toml:"snapshot_threshold"` // log entries between snapshots; default 8192
 }
 
-// timing is for round trips up to 100 ms unless heartbeat says more.
+// timing is what the profile leaves open, and all of it where heartbeat is given.
 func (c ClusterConfig) timing() cluster.Timing {
 	h := c.Heartbeat.Duration
 	return cluster.Timing{Heartbeat: h, Election: h, Lease: h / 2, SnapshotThreshold: c.SnapshotThreshold}
+}
+
+func (c ClusterConfig) profile() cluster.Profile {
+	if c.Profile == "" {
+		return cluster.Auto
+	}
+	return cluster.Profile(c.Profile)
+}
+
+// check returns the first field that is wrong and why.
+func (c ClusterConfig) check() (field, why string) {
+	if _, err := cluster.ParseProfile(string(c.profile())); err != nil {
+		return "cluster.profile", err.Error()
+	}
+	if c.Profile != "" && c.Heartbeat.Duration != 0 {
+		return "cluster.heartbeat", "the profile sets it; leave out one of the two"
+	}
+	for _, site := range c.PreferSites {
+		if err := kms.CheckName("site", site); err != nil {
+			return "cluster.prefer_sites", err.Error()
+		}
+	}
+	return "", ""
 }
 
 // APIConfig is where clients connect.
@@ -193,6 +218,9 @@ func (c *Config) check() (field, why string) {
 		if ip := net.ParseIP(host); l.advertise == "" && (host == "" || ip != nil && ip.IsUnspecified()) {
 			return l.section + ".listen", "it listens on every address, so advertise must say by which one others reach it"
 		}
+	}
+	if field, why = c.Cluster.check(); field != "" {
+		return field, why
 	}
 	if field, why = c.Device.check("device"); field != "" {
 		return field, why

@@ -61,7 +61,8 @@ func TestConfigDefaults(t *testing.T) {
 		{"cache.keks, keys", fmt.Sprint(c.Cache.KEKs, c.Cache.Keys), "1024 16384"},
 		{"log", c.Log.Level + " " + c.Log.Format, "info text"},
 		{"require_hybrid", fmt.Sprint(c.API.RequireHybrid), "false"},
-		{"heartbeat", fmt.Sprint(c.Cluster.timing().Heartbeat), "0s"}, // the cluster's default
+		{"heartbeat", fmt.Sprint(c.Cluster.timing().Heartbeat), "0s"}, // the profile's
+		{"profile", string(c.Cluster.profile()), "auto"},
 	} {
 		if x.got != x.want {
 			t.Errorf("%s is %q, want %q", x.what, x.got, x.want)
@@ -93,6 +94,9 @@ func TestConfigErrors(t *testing.T) {
 		{"device type", `type = "pkcs11"`, `type = "yubikey"`, `:17: device.type: "yubikey" is not "pkcs11" or "tpm"`},
 		{"device type missing", `type = "pkcs11"`, "", ":16: device.type: missing: "},
 		{"uri missing", "uri ", "#uri ", ":16: device.uri: missing: "},
+		{"unknown profile", "[api]", "profile = \"moon\"\n[api]", ":13: cluster.profile: profile \"moon\" is none of lan, wan, auto"},
+		{"profile and heartbeat", "[api]", "profile = \"wan\"\nheartbeat = \"1s\"\n[api]", ":14: cluster.heartbeat: the profile sets it"},
+		{"preferred site", "[api]", "prefer_sites = [\"F R\"]\n[api]", ":13: cluster.prefer_sites: "},
 		{"uri and uris", "uri ", "uris = [\"pkcs11:token=a\", \"pkcs11:token=b\"]\nuri ", ":18: device.uris: there is uri too"},
 		{"uris of one", "uri ", "uris = [\"pkcs11:token=a\"]\n#uri ", ":18: device.uris: 1 members make no group"},
 		{"uris of none", "uri ", "uris = []\n#uri ", ":18: device.uris: 0 members make no group"},

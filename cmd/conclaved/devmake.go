@@ -172,6 +172,7 @@ key         = "node.key"
 
 [cluster]
 listen = "127.0.0.1:{{.Cluster}}"
+heartbeat = "1s"
 
 [api]
 listen = "127.0.0.1:{{.API}}"

@@ -113,6 +113,7 @@ key = "node.key"
 [cluster]
 listen = "127.0.0.1:0"
 advertise = "%s.example:7600"
+heartbeat = "1s"
 [api]
 listen = "127.0.0.1:0"
 advertise = "https://%s.example:7700"

@@ -38,12 +38,13 @@ func rootCommand() *cobra.Command {
 opens those of the keyrings that are resident at its site with its own HSM or TPM.
 
 To try it out:            conclaved dev --dir /tmp/conclave
-To found a real cluster:  conclaved init, conclaved genesis --help, conclaved run`,
+To found a real cluster:  conclaved init, conclaved genesis --help, conclaved run
+To join a running one:    conclaved join --help`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Version:       version,
 	}
-	root.AddCommand(runCommand(), initCommand(), genesisCommand(), attestCommand(), rekeyCommand(), deviceCommand(), devCommand(), hsmChildCommand(), versionCommand())
+	root.AddCommand(runCommand(), initCommand(), genesisCommand(), joinCommand(), attestCommand(), rekeyCommand(), deviceCommand(), devCommand(), hsmChildCommand(), versionCommand())
 	return root
 }
 

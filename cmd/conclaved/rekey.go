@@ -15,6 +15,7 @@ import (
 	"github.com/conclave-kms/conclave/hsm"
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/approval"
+	"github.com/conclave-kms/conclave/kms/keyring"
 	"github.com/conclave-kms/conclave/pqc"
 	"github.com/conclave-kms/conclave/tpm"
 )
@@ -137,7 +138,8 @@ func (c Config) devicesTogether() error {
 	return nil
 }
 
-// preparation is what the card of a next root is made of.
+// preparation is what the card of a next root, or of the first one of a node that
+// joins, is made of.
 type preparation struct {
 	cfg     Config // of the node on its next device
 	present rootFile
@@ -168,11 +170,17 @@ func (p preparation) make(ctx context.Context) (c card, err error) {
 	if err := p.renumber(path); err != nil {
 		return c, err
 	}
-	if c, err = newCard(ctx, p.cfg, dev, root); err != nil {
+	return p.finish(ctx, dev, root, nextCardPath(p.cfg.DataDir))
+}
+
+// finish makes the card of a root, in the place of a former one at path.
+func (p preparation) finish(ctx context.Context, dev device, root *keyring.Root, path string) (card, error) {
+	c, err := newCard(ctx, p.cfg, dev, root)
+	if err != nil {
 		return c, err
 	}
 	// A witness has seen the attestation that the card had then: it stays.
-	if former, err := readCard(nextCardPath(p.cfg.DataDir)); err == nil && string(former.Signing) == string(c.Signing) && string(former.Agreement) == string(c.Agreement) {
+	if former, err := readCard(path); err == nil && string(former.Signing) == string(c.Signing) && string(former.Agreement) == string(c.Agreement) {
 		c.Attestation = former.Attestation
 	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return c, err

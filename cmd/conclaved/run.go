@@ -221,7 +221,8 @@ func (n *node) openCluster(ctx context.Context) error {
 	}
 	n.cluster, err = cluster.Open(ctx, cluster.Config{
 		NodeID: n.cfg.Node, DataDir: filepath.Join(n.cfg.DataDir, "raft"), Listener: listener, Genesis: signed, Certificate: cert,
-		Sign: n.device.Sign, SigningSuite: uint16(n.signingSuite()), Signing: n.roots.own().public, Logger: n.log, Counter: n.counter(ctx), Timing: n.cfg.Cluster.timing(), OnApply: n.applied, OnRestore: n.restored, OnSnapshot: n.clusterLog.Sync,
+		Sign: n.device.Sign, SigningSuite: uint16(n.signingSuite()), Signing: n.roots.own().public, Site: n.cfg.Site, Logger: n.log, Counter: n.counter(ctx),
+		Timing: n.cfg.Cluster.timing(), Profile: n.cfg.Cluster.profile(), PreferSites: n.cfg.Cluster.PreferSites, OnApply: n.applied, OnRestore: n.restored, OnSnapshot: n.clusterLog.Sync,
 	})
 	if err != nil {
 		return err
@@ -252,7 +253,12 @@ func (n *node) checkGenesis(g state.Genesis) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("the genesis document %s does not name node %s", n.cfg.Genesis, n.cfg.Node)
+	c, err := readCard(cardPath(n.cfg.DataDir))
+	_, ran := os.Stat(filepath.Join(n.cfg.DataDir, "raft"))
+	if err == nil && c.Node == n.cfg.Node && (len(c.Possession) > 0 || ran == nil) {
+		return nil
+	}
+	return fmt.Errorf("the genesis document %s does not name node %s; to join a running cluster, see: conclaved join --help", n.cfg.Genesis, n.cfg.Node)
 }
 
 // applied keeps the cluster log: every command with its leaf, in order.
@@ -316,9 +322,17 @@ func importers() map[string]keyring.Importer {
 // raft is the consensus layer's view in the API's words.
 func (n *node) raft() wire.Raft {
 	s := n.cluster.Status()
-	r := wire.Raft{State: s.State, Leader: s.Leader, Term: s.Term, Applied: s.Applied, Committed: s.Committed, LastContactMS: s.LastContact.Milliseconds(), Probation: s.Probation}
+	r := wire.Raft{State: s.State, Leader: s.Leader, Term: s.Term, Applied: s.Applied, Committed: s.Committed, LastContactMS: s.LastContact.Milliseconds(),
+		QuorumMS: s.Quorum.Milliseconds(), LeaseMS: s.Lease.Milliseconds(), HeartbeatMS: s.Heartbeat.Milliseconds(), Profile: string(s.Profile), Probation: s.Probation}
 	for _, p := range s.Peers {
-		r.Peers = append(r.Peers, wire.Peer{ID: p.ID, Site: p.Site, Address: p.Address, Suffrage: p.Suffrage})
+		v := wire.Peer{ID: p.ID, Site: p.Site, Address: p.Address, Suffrage: p.Suffrage, HeardMS: p.Heard.Milliseconds(), Lag: p.Lag}
+		if p.RTT > 0 {
+			v.RTTMS, v.FreshMS = float64(p.RTT.Microseconds())/1000, p.Fresh.Milliseconds()
+		}
+		if p.ID == s.Node {
+			v.HeardMS = 0
+		}
+		r.Peers = append(r.Peers, v)
 	}
 	return r
 }

@@ -60,9 +60,9 @@ func BuildEvidence(s *state.State, proposalID string) (Evidence, error) {
 	return e, nil
 }
 
-// governs reports whether a proposal is about policies, custodians or nodes.
+// governs reports whether a proposal is about policies, custodians, nodes or sites.
 func governs(p state.Proposal) bool {
-	return slices.Contains([]kms.Action{kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode}, p.Content.Action)
+	return slices.Contains([]kms.Action{kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite}, p.Content.Action)
 }
 
 // decisionsBefore returns a proposal and the governing ones executed before a place
@@ -80,18 +80,18 @@ func decisionsBefore(s *state.State, index uint64, p state.Proposal) []state.Pro
 // root that was approved later.
 func reach(s *state.State, p state.Proposal) uint64 {
 	limit := p.Executed
-	_, name, _ := approval.ParseTarget(p.Content.Target)
+	kind, name, _ := approval.ParseTarget(p.Content.Target)
+	if kind == approval.TargetKeyring {
+		kek, _ := broughtKEK(s, p, name)
+		return lateRemovals(s, p, name, kek.Receipts, lateRoots(s, p, kek.Receipts, limit))
+	}
 	ring, key, err := kms.SplitKeyPath(name)
 	if err != nil || p.Content.Action != kms.ActionRotate {
 		return limit
 	}
 	for _, v := range s.Versions(ring, key) {
-		for _, r := range v.Receipts {
-			for _, f := range s.FormerRoots(r.Node) {
-				if since, _ := s.Proposal(f.Proposal); v.Proposal == p.ID && f.Until < r.Index && since.Executed > p.Executed {
-					limit = max(limit, since.Executed+1)
-				}
-			}
+		if v.Proposal == p.ID {
+			limit = lateRemovals(s, p, ring, v.Receipts, lateRoots(s, p, v.Receipts, limit))
 		}
 	}
 	return limit
@@ -118,9 +118,12 @@ func (w *replay) collect(s *state.State, p state.Proposal) Decision {
 	return d
 }
 
-// addTarget adds what belongs to a decision about a key.
+// addTarget adds what belongs to a decision about a key or a keyring.
 func addTarget(s *state.State, p state.Proposal, e *Evidence) error {
 	kind, name, err := approval.ParseTarget(p.Content.Target)
+	if kind == approval.TargetKeyring {
+		return addKEK(s, p, name, e)
+	}
 	if err != nil || kind != approval.TargetKey {
 		return err
 	}
@@ -150,7 +153,7 @@ func addTarget(s *state.State, p state.Proposal, e *Evidence) error {
 		e.Receipts = append(e.Receipts, r.Statement)
 		given = append(given, r.Node)
 	}
-	if missing := unproven(s.ResidentNodes(ringName), state.CreateKeyring{Residency: ring.Residency, Receipts: ring.Receipts}, given); len(missing) > 0 {
+	if missing := unproven(askedNodes(s, p, ringName), state.CreateKeyring{Residency: ring.Residency, Receipts: ring.Receipts}, given); len(missing) > 0 {
 		return kms.Errorf(kms.Conflict, "version %d of %s waits for the receipts of %s; there is evidence once they are in", v.Version, name, list(missing))
 	}
 	return nil

@@ -18,7 +18,10 @@ import (
 type replay struct {
 	genesis    state.Genesis
 	cluster    string
-	nodes      map[string]*member
+	nodes      map[string]*member // those that were removed too
+	members    [][]state.Node     // who was a member with a hardware root, one time after the other; ID and Site alone
+	since      int                // index in members from the last removal on
+	sites      map[string]site    // those that were removed too
 	custodians map[string]approval.Custodian
 	policies   map[string]approval.Policy
 	past       map[string][]approval.Policy // every revision so far, by name
@@ -33,13 +36,18 @@ func newReplay(signed state.SignedGenesis) (*replay, error) {
 	w := &replay{
 		genesis: g, cluster: kms.ClusterID(signed.Genesis),
 		nodes:      make(map[string]*member),
+		sites:      make(map[string]site),
 		custodians: make(map[string]approval.Custodian),
 		policies:   make(map[string]approval.Policy),
 		past:       make(map[string][]approval.Policy),
 	}
 	for _, n := range g.Nodes {
-		w.nodes[n.ID] = &member{revision: n.Revision, roots: []root{{n.Root, n.HardwareRoot()}}}
+		w.nodes[n.ID] = &member{site: n.Site, revision: n.Revision, roots: []root{{n.Root, n.HardwareRoot()}}}
 	}
+	for _, s := range g.Sites {
+		w.sites[s.ID] = site{domain: s.TrustDomain, revision: 1}
+	}
+	w.mark(false)
 	for _, c := range g.Custodians {
 		w.custodians[c.ID] = c
 	}
@@ -69,27 +77,9 @@ func (w *replay) enrolled(site string) bool {
 	return false
 }
 
-func (w *replay) node(id string) (state.Node, bool) {
-	i := slices.IndexFunc(w.genesis.Nodes, func(n state.Node) bool { return n.ID == id })
-	if i < 0 {
-		return state.Node{}, false
-	}
-	return w.genesis.Nodes[i], true
-}
-
 func (w *replay) siteOf(node string) (string, bool) {
 	n, ok := w.node(node)
 	return n.Site, ok
-}
-
-// residents returns the nodes at the given sites, sorted.
-func (w *replay) residents(sites []string) (nodes []state.Node) {
-	for _, n := range w.genesis.Nodes {
-		if slices.Contains(sites, n.Site) {
-			nodes = append(nodes, n)
-		}
-	}
-	return nodes
 }
 
 // signed is an envelope with the number of its origin's hardware root that signed it.
@@ -147,7 +137,7 @@ func (w *replay) identity(principal string) (kms.Identity, error) {
 	if err != nil {
 		return id, err
 	}
-	if !slices.ContainsFunc(w.genesis.Sites, func(s state.Site) bool { return s.TrustDomain == id.TrustDomain }) {
+	if !slices.ContainsFunc(slices.Collect(maps.Values(w.sites)), func(s site) bool { return s.domain == id.TrustDomain }) {
 		return id, refuse(kms.Denied, nil, "%s is not of the trust domain of any site", principal)
 	}
 	return id, nil
@@ -155,12 +145,7 @@ func (w *replay) identity(principal string) (kms.Identity, error) {
 
 func (w *replay) nodeIdentity(node string) string {
 	n, _ := w.node(node)
-	for _, s := range w.genesis.Sites {
-		if s.ID == n.Site {
-			return kms.Identity{TrustDomain: s.TrustDomain, Role: "node", Name: n.ID}.String()
-		}
-	}
-	return ""
+	return kms.Identity{TrustDomain: w.sites[n.Site].domain, Role: "node", Name: n.ID}.String()
 }
 
 // decided is a decision that verified.
@@ -173,7 +158,8 @@ type decided struct {
 	open       signed
 	execution  signed
 	adoption   []byte
-	commit     state.CommitRotation // for a rotation
+	commit     state.CommitRotation // for a rotation of a key
+	kek        state.CommitKEK      // for a rotation of a KEK
 }
 
 // decide verifies a decision under the custodians and policies in force.
@@ -221,7 +207,7 @@ func (w *replay) checkOpen(id string, p approval.Proposal, d Decision) (signed, 
 	return e, err
 }
 
-// checkRevision holds a proposal on a policy, custodian or node against the revision in
+// checkRevision holds a proposal on a policy, custodian, node or site against the revision in
 // force. The revision of a key is in the signed execution.
 func (w *replay) checkRevision(p approval.Proposal) error {
 	kind, name, err := approval.ParseTarget(p.Target)
@@ -235,11 +221,12 @@ func (w *replay) checkRevision(p approval.Proposal) error {
 	case approval.TargetCustodian:
 		now = w.custodians[name].Revision
 	case approval.TargetNode:
-		m, ok := w.nodes[name]
-		if !ok {
-			return refuse(kms.NotFound, nil, "there is no node %s", name)
+		now = 0
+		if m, ok := w.nodes[name]; ok {
+			now = m.revision
 		}
-		now = m.revision
+	case approval.TargetSite:
+		now = w.sites[name].revision
 	}
 	if now != p.Revision {
 		return refuse(kms.Conflict, nil, "%s was at revision %d, the proposal is about revision %d", p.Target, now, p.Revision)
@@ -301,7 +288,11 @@ func (w *replay) checkExecution(d Decision, out *decided) error {
 	what := "the execution of proposal " + out.id
 	var proposal string
 	var err error
-	if out.content.Action == kms.ActionRotate {
+	kind, _, _ := approval.ParseTarget(out.content.Target)
+	if kind == approval.TargetKeyring {
+		out.execution, out.kek, err = command[state.CommitKEK](w, what, d.Execution)
+		proposal = out.kek.Proposal
+	} else if out.content.Action == kms.ActionRotate {
 		out.execution, out.commit, err = command[state.CommitRotation](w, what, d.Execution)
 		proposal = out.commit.Proposal
 	} else {
@@ -320,6 +311,9 @@ func (w *replay) checkExecution(d Decision, out *decided) error {
 	if err := w.inOrder(what, out.open, out.execution); err != nil {
 		return err
 	}
+	if m := w.nodes[out.execution.Origin]; m.removed {
+		return refuse(kms.Denied, nil, "%s is signed by node %s, which was removed by then", what, out.execution.Origin)
+	}
 	if err := w.nodes[out.execution.Origin].act(what, out.execution); err != nil {
 		return err
 	}
@@ -332,7 +326,7 @@ func (w *replay) checkExecution(d Decision, out *decided) error {
 	return nil
 }
 
-// govern applies a verified decision on a policy, a custodian or a node's hardware.
+// govern applies a verified decision on a policy, a custodian, a node or a site.
 func (w *replay) govern(d decided) error {
 	_, name, err := approval.ParseTarget(d.content.Target)
 	if err != nil {
@@ -352,9 +346,11 @@ func (w *replay) govern(d decided) error {
 		}
 		return w.changeCustodian(params.Custodian)
 	case kms.ActionNode:
-		return w.replaceRoot(name, d)
+		return w.changeNode(name, d)
+	case kms.ActionSite:
+		return w.changeSite(name, d)
 	}
-	return refuse(kms.Invalid, nil, "proposal %s is about %q, which changes neither policies, custodians nor nodes", d.id, d.content.Action)
+	return refuse(kms.Invalid, nil, "proposal %s is about %q, which changes neither policies, custodians, nodes nor sites", d.id, d.content.Action)
 }
 
 func (w *replay) changePolicy(p approval.Policy) error {
@@ -362,7 +358,7 @@ func (w *replay) changePolicy(p approval.Policy) error {
 		return err
 	}
 	for _, r := range p.Rules {
-		if slices.Contains([]kms.Action{kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode}, r.Action) && !r.Quorum() {
+		if slices.Contains([]kms.Action{kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite}, r.Action) && !r.Quorum() {
 			return refuse(kms.Invalid, nil, "policy %s lets one person alone change %q", p.Name, r.Action)
 		}
 	}
@@ -382,7 +378,7 @@ func (w *replay) changeCustodian(next approval.Custodian) error {
 		return refuse(kms.Conflict, nil, "custodian %s is of site %s, which cannot change", next.ID, old.Site)
 	case !exists && next.Revoked:
 		return refuse(kms.NotFound, nil, "there is no custodian %s to revoke", next.ID)
-	case !slices.ContainsFunc(w.genesis.Sites, func(s state.Site) bool { return s.ID == next.Site }):
+	case w.sites[next.Site].domain == "" || w.sites[next.Site].removed:
 		return refuse(kms.NotFound, nil, "there is no site %s", next.Site)
 	}
 	next.Revision = old.Revision + 1

@@ -14,8 +14,10 @@ import (
 
 // member is a node with the hardware roots that it had one after the other.
 type member struct {
+	site     string
+	removed  bool
 	revision uint64
-	roots    []root // the first one from the genesis
+	roots    []root // the first one from the genesis, or adopted when the node joined
 	pending  uint32 // number of a root that was approved and never adopted, if higher
 	last     uint32 // number of the root that signed its latest execution
 }
@@ -26,8 +28,13 @@ type root struct {
 	keys   approval.NodeRoot
 }
 
-// present returns the root that the node adopted last.
-func (m *member) present() root { return m.roots[len(m.roots)-1] }
+// present returns the root that the node adopted last; number 0 before its first.
+func (m *member) present() (r root) {
+	if n := len(m.roots); n > 0 {
+		r = m.roots[n-1]
+	}
+	return r
+}
 
 // has reports whether the node has or had a root of that number.
 func (m *member) has(number uint32) bool {
@@ -112,9 +119,9 @@ func (w *replay) attested(id string, keys approval.NodeRoot, d decided) (err err
 
 // unusedKey refuses a signing key that a root of any node is or was.
 func (w *replay) unusedKey(id string, signing []byte) error {
-	for _, n := range w.genesis.Nodes {
-		if slices.ContainsFunc(w.nodes[n.ID].roots, func(r root) bool { return bytes.Equal(r.keys.Signing, signing) }) {
-			return refuse(kms.Conflict, nil, "the signing key of the new root of node %s is or was that of node %s", id, n.ID)
+	for o, m := range w.nodes {
+		if slices.ContainsFunc(m.roots, func(r root) bool { return bytes.Equal(r.keys.Signing, signing) }) {
+			return refuse(kms.Conflict, nil, "the signing key of the new root of node %s is or was that of node %s", id, o)
 		}
 	}
 	return nil
@@ -142,6 +149,9 @@ func (w *replay) reportAdoption(d decided, r *Report) {
 		return
 	}
 	_, id, _ := approval.ParseTarget(d.content.Target)
+	if params, err := d.content.NodeParams(); err != nil || !params.HasRoot() {
+		return
+	}
 	if len(d.adoption) == 0 {
 		r.Notes = append(r.Notes, "That node "+id+" has adopted the hardware root of proposal "+d.id+" is not in this file.")
 		return

@@ -17,8 +17,8 @@ func (w *replay) keyringForm(what string, e signed, ring state.CreateKeyring) er
 	if ring.Protection == kms.Hardware {
 		return nil // it has neither copies nor checks: parsing has refused others
 	}
-	nodes := w.residents(ring.Residency)
-	if !sameNodes(nodes, ring.Checks, func(c state.Check) string { return c.Node }) || !w.rootsOf(e, nodes, ring.Copies) {
+	nodes, ok := residentsOf(w, ring.Residency, ring.Checks, checkNode, true)
+	if !ok || !w.rootsOf(e, nodes, ring.Copies) {
 		return refuse(kms.Invalid, nil, "%s is not for exactly the nodes of its residency and their hardware", what)
 	}
 	return nil
@@ -48,10 +48,11 @@ func (w *replay) verifyRotation(e Evidence, ring state.CreateKeyring, key state.
 		return err
 	}
 	r.Version = commit.Version
+	var nodes []state.Node // that it was made for
 	if ring.Protection == kms.Hardware {
-		err = w.hardwareCommit(what, env, ring, commit, r)
+		nodes, err = w.hardwareCommit(what, env, ring, commit, r)
 	} else {
-		err = w.softwareCommit(what, env.Origin, ring, commit, r)
+		nodes, err = w.softwareCommit(what, env.Origin, ring, commit, r)
 	}
 	if err != nil {
 		return err
@@ -67,7 +68,7 @@ func (w *replay) verifyRotation(e Evidence, ring state.CreateKeyring, key state.
 	if r.Receipts, err = w.verifyReceipts(e, key, out); err != nil {
 		return err
 	}
-	if missing := unproven(w.residents(ring.Residency), ring, r.Receipts); len(missing) > 0 {
+	if missing := unproven(w.stillMembers(nodes), ring, r.Receipts); len(missing) > 0 {
 		return refuse(kms.Conflict, nil, "version %d is not proven: receipts of %s are missing by the rule %s", commit.Version, list(missing), ring.Receipts)
 	}
 	how := "showing its key check value"
@@ -78,34 +79,36 @@ func (w *replay) verifyRotation(e Evidence, ring state.CreateKeyring, key state.
 	return nil
 }
 
-func (w *replay) softwareCommit(what, origin string, ring state.CreateKeyring, commit state.CommitRotation, r *Report) error {
+func (w *replay) softwareCommit(what, origin string, ring state.CreateKeyring, commit state.CommitRotation, r *Report) ([]state.Node, error) {
 	if len(commit.Copies) != 0 {
-		return refuse(kms.Invalid, nil, "%s brings a version of protection %s for a keyring of protection %s", what, kms.Hardware, ring.Protection)
+		return nil, refuse(kms.Invalid, nil, "%s brings a version of protection %s for a keyring of protection %s", what, kms.Hardware, ring.Protection)
 	}
-	if !sameNodes(w.residents(ring.Residency), commit.Checks, func(c state.Check) string { return c.Node }) {
-		return refuse(kms.Invalid, nil, "%s does not ask exactly the resident nodes for receipts", what)
+	nodes, exact := residentsOf(w, ring.Residency, commit.Checks, checkNode, false)
+	if !exact {
+		return nil, refuse(kms.Invalid, nil, "%s does not ask exactly the resident nodes for receipts", what)
 	}
 	r.passed("Node %s, resident for keyring %s, committed version %d (wrapped material SHA-256 %x).", origin, ring.Name, commit.Version, sha256.Sum256(commit.Wrapped))
-	return nil
+	return nodes, nil
 }
 
-func (w *replay) hardwareCommit(what string, e signed, ring state.CreateKeyring, commit state.CommitRotation, r *Report) error {
-	nodes := w.residents(ring.Residency)
+func (w *replay) hardwareCommit(what string, e signed, ring state.CreateKeyring, commit state.CommitRotation, r *Report) ([]state.Node, error) {
+	if len(commit.Copies) == 0 {
+		return nil, refuse(kms.Invalid, nil, "%s brings a version of protection %s for a keyring of protection %s", what, kms.Software, ring.Protection)
+	}
+	nodes, exact := residentsOf(w, ring.Residency, commit.Copies, copyNode, false)
 	switch {
-	case len(commit.Copies) == 0:
-		return refuse(kms.Invalid, nil, "%s brings a version of protection %s for a keyring of protection %s", what, kms.Software, ring.Protection)
-	case !w.rootsOf(e, nodes, commit.Copies):
-		return refuse(kms.Invalid, nil, "%s has not exactly one copy for the hardware of every resident node", what)
-	case !signsReceipts(commit) && !sameNodes(nodes, commit.Checks, func(c state.Check) string { return c.Node }):
-		return refuse(kms.Invalid, nil, "%s does not ask exactly the resident nodes for receipts", what)
+	case !exact || !w.rootsOf(e, nodes, commit.Copies):
+		return nil, refuse(kms.Invalid, nil, "%s has not exactly one copy for the hardware of every resident node", what)
+	case !signsReceipts(commit) && !sameNodes(nodes, commit.Checks, checkNode):
+		return nil, refuse(kms.Invalid, nil, "%s does not ask exactly the resident nodes for receipts", what)
 	case signsReceipts(commit) && len(commit.Checks) != 0:
-		return refuse(kms.Invalid, nil, "%s has checks, but the receipts of a sign key are signatures", what)
+		return nil, refuse(kms.Invalid, nil, "%s has checks, but the receipts of a sign key are signatures", what)
 	}
 	r.Generated = commit.Generated
 	r.passed("Node %s, resident for keyring %s, committed version %d, %s for the devices of %s (sealed copies SHA-256 %x).",
 		e.Origin, ring.Name, commit.Version, generated(commit.Generated, e.Origin), list(names(nodes)), sha256.Sum256(canon.Marshal(commit.Copies)))
 	r.Notes = append(r.Notes, "Where the material was generated is the word of node "+e.Origin+"; what its device is, its attestation shows, if it has one.")
-	return nil
+	return nodes, nil
 }
 
 // generated says where the material of a version was made.

@@ -2,6 +2,7 @@ package audit
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/conclave-kms/conclave/kms"
@@ -137,6 +138,9 @@ func (w *replay) verifyTarget(e Evidence, out decided, r *Report) error {
 	if err != nil {
 		return err
 	}
+	if kind == approval.TargetKeyring {
+		return w.verifyKEK(e, name, out, r)
+	}
 	if kind != approval.TargetKey {
 		if len(e.Keyring) != 0 || len(e.Key) != 0 || len(e.KeyID) != 0 || len(e.Receipts) != 0 || len(e.Later) != 0 {
 			return refuse(kms.Invalid, nil, "the evidence holds commands on a key, but %s is none", r.Content.Target)
@@ -230,7 +234,7 @@ func (w *replay) verifyKey(e Evidence, ring state.CreateKeyring, created signed,
 		return key, refuse(kms.Invalid, nil, "%s is that of %s", what, kms.KeyPath(key.Keyring, key.Name))
 	case len(e.KeyID) != 0:
 		return key, refuse(kms.Invalid, nil, "the evidence holds %s and its identifier again", what)
-	case ring.Protection == kms.Hardware && key.Purpose != kms.Sign && !sameNodes(w.residents(ring.Residency), key.Checks, func(c state.Check) string { return c.Node }):
+	case ring.Protection == kms.Hardware && key.Purpose != kms.Sign && !w.wereResident(ring.Residency, key.Checks):
 		return key, refuse(kms.Invalid, nil, "%s does not ask exactly the resident nodes for receipts", what)
 	}
 	if err := w.inOrder(what, created, env); err != nil {
@@ -249,17 +253,26 @@ func (w *replay) verifyKey(e Evidence, ring state.CreateKeyring, created signed,
 	return key, nil
 }
 
+func (w *replay) wereResident(sites []string, checks []state.Check) bool {
+	_, ok := residentsOf(w, sites, checks, checkNode, true)
+	return ok
+}
+
+// residentOrigin refuses a command of a node that is or was a member, but never at a
+// site of the residency. That it was one when it signed, the replicas have judged; of
+// an execution it is checked besides.
 func (w *replay) residentOrigin(what string, e signed, ring state.CreateKeyring) error {
-	for _, n := range w.residents(ring.Residency) {
-		if n.ID == e.Origin {
-			return nil
-		}
+	if n, ok := w.node(e.Origin); ok && slices.Contains(ring.Residency, n.Site) {
+		return nil
 	}
 	return refuse(kms.NotResident, nil, "%s: node %s may not open keyring %s", what, e.Origin, ring.Name)
 }
 
 // unproven returns the nodes, or sites, whose receipts the keyring's rule misses.
 func unproven(nodes []state.Node, ring state.CreateKeyring, given []string) (missing []string) {
+	if len(nodes) == 0 {
+		return []string{"any node"}
+	}
 	has := make(map[string]bool)
 	for _, n := range given {
 		has[n] = true
@@ -277,7 +290,7 @@ func unproven(nodes []state.Node, ring state.CreateKeyring, given []string) (mis
 		sites[n.Site] = sites[n.Site] || has[n.ID]
 	}
 	for _, s := range ring.Residency {
-		if !sites[s] {
+		if proven, asked := sites[s]; asked && !proven {
 			missing = append(missing, "site "+s)
 		}
 	}

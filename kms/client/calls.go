@@ -49,6 +49,12 @@ func (c *Client) Nodes(ctx context.Context) ([]wire.Node, error) {
 	return r.Nodes, err
 }
 
+// Members lists the members of the cluster, those that were removed, and the change
+// of the members that is under way.
+func (c *Client) Members(ctx context.Context) (wire.Nodes, error) {
+	return get[wire.Nodes](ctx, c, "/v1/nodes")
+}
+
 // Sites lists the trust domains.
 func (c *Client) Sites(ctx context.Context) ([]wire.Site, error) {
 	r, err := get[wire.Sites](ctx, c, "/v1/sites")

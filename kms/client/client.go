@@ -35,6 +35,9 @@ type Config struct {
 	Attempts int
 	// Timeout bounds one try; 0 means 30 seconds.
 	Timeout time.Duration
+	// Local has reads answered from what a node itself knows, which may be outdated,
+	// and so also by one that is cut off from the cluster.
+	Local bool
 }
 
 // Client speaks to a cluster. It is safe for concurrent use.
@@ -43,6 +46,7 @@ type Client struct {
 	http     *http.Client
 	attempts int
 	timeout  time.Duration
+	local    bool
 }
 
 // New checks the configuration; it does not connect.
@@ -50,7 +54,7 @@ func New(cfg Config) (*Client, error) {
 	if len(cfg.Addresses) == 0 {
 		return nil, kms.Errorf(kms.Invalid, "no address of a node is given; set CONCLAVE_ADDR to a node's https URL")
 	}
-	c := &Client{attempts: cfg.Attempts, timeout: cfg.Timeout}
+	c := &Client{attempts: cfg.Attempts, timeout: cfg.Timeout, local: cfg.Local}
 	for _, a := range cfg.Addresses {
 		u, err := url.Parse(strings.TrimRight(a, "/"))
 		if err != nil || u.Scheme != "https" || u.Host == "" {
@@ -91,12 +95,13 @@ func (c *Client) At(address string) (*Client, error) {
 	if err != nil || u.Scheme != "https" || u.Host == "" {
 		return nil, kms.Errorf(kms.Invalid, "address %q is not an https URL", address)
 	}
-	return &Client{bases: []*url.URL{u}, http: c.http, attempts: 3, timeout: c.timeout}, nil
+	return &Client{bases: []*url.URL{u}, http: c.http, attempts: 3, timeout: c.timeout, local: c.local}, nil
 }
 
 type callOptions struct {
 	query       url.Values
 	idempotency string
+	local       bool
 }
 
 // Option changes one call.
@@ -131,6 +136,7 @@ func (c *Client) Do(ctx context.Context, method, path string, in, out any, opts 
 			return kms.Wrap(kms.Invalid, err, "the request cannot be encoded", "")
 		}
 	}
+	o.local = c.local && method == http.MethodGet
 	if method != http.MethodGet && o.idempotency == "" {
 		o.idempotency = newIdempotencyKey()
 	}
@@ -248,6 +254,9 @@ func newRequest(ctx context.Context, base *url.URL, method, path string, body []
 	req.Header.Set("Accept", "application/json")
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
+	}
+	if o.local {
+		req.Header.Set("Conclave-Consistency", "local")
 	}
 	if o.idempotency != "" {
 		req.Header.Set("Idempotency-Key", o.idempotency)

@@ -123,7 +123,7 @@ func (a *Adoption) step(ctx context.Context) (done bool, err error) {
 	}
 	p := AdoptionProgress{Node: a.cfg.Node}
 	if !next {
-		p.Note = "custodians have to approve it: conclave node rekey"
+		p.Note = "custodians have to approve it: conclave node rekey, or conclave node join for a new node"
 		if _, other := st.Replacement(a.cfg.Node); other {
 			p.Note = "custodians have approved another root; propose this one to have it instead"
 		}
@@ -182,7 +182,7 @@ func leaves(st *state.State, r state.Replacement, p state.Pending) bool {
 	switch nobody := len(resealers(st, r, p)) == 0; {
 	case !r.Leave || nobody:
 		return r.Leave
-	case p.Key == "" && len(st.ResidentNodes(p.Keyring)) > 1:
+	case p.Key == "" && slices.ContainsFunc(st.ResidentNodes(p.Keyring), func(n state.Node) bool { return n.ID != r.Node }):
 		return false
 	}
 	return st.Clock() >= r.Time+leaveAfter
@@ -273,8 +273,9 @@ func copiesFor(st *state.State, node string, root uint32) []nodeCopy {
 			out = append(out, c)
 		}
 	}
+	n, _ := st.Node(node)
 	for _, kr := range st.Keyrings() {
-		if !st.Resident(kr.Name, node) {
+		if !slices.Contains(kr.Residency, n.Site) { // also of a node that joins
 			continue
 		}
 		for _, k := range st.KEKs(kr.Name) {
@@ -340,7 +341,9 @@ func (a *Adoption) checkKEK(ctx context.Context, st *state.State, c nodeCopy) er
 		return err
 	}
 	defer kek.Destroy()
-	return agrees(c.kek.Checks, a.cfg.Node, keyring.CheckValue(kek, b.Cluster, b.Keyring, kekID, b.Version, a.cfg.Node))
+	return agrees(c.kek.Checks, c.kek.Receipts, a.cfg.Node, func(node string) ([]byte, error) {
+		return keyring.CheckValue(kek, b.Cluster, b.Keyring, kekID, b.Version, node), nil
+	})
 }
 
 func (a *Adoption) checkVersion(ctx context.Context, st *state.State, c nodeCopy) error {
@@ -355,18 +358,42 @@ func (a *Adoption) checkVersion(ctx context.Context, st *state.State, c nodeCopy
 	if err != nil || b.Purpose == kms.Sign {
 		return err
 	}
-	return agrees(c.version.Checks, a.cfg.Node, kcv)
+	return agrees(c.version.Checks, c.version.Receipts, a.cfg.Node, func(node string) ([]byte, error) {
+		if node == a.cfg.Node {
+			return kcv, nil
+		}
+		return m.CheckValue(ctx, node)
+	})
 }
 
-// agrees compares a check value with what was committed for the node. Nothing that
-// has no commitment for it is ever taken.
-func agrees(checks []state.Check, node string, kcv []byte) error {
-	i := slices.IndexFunc(checks, func(c state.Check) bool { return c.Node == node })
-	switch {
-	case i < 0:
+// agrees compares check values with what was committed: with the node's own, or where
+// it joined after the version came with those of every node that has proven by its
+// receipt that the commitment to it is right; where none has, with all. Nothing that
+// has no commitment is ever taken.
+func agrees(checks []state.Check, receipts []state.Receipt, node string, kcv func(node string) ([]byte, error)) error {
+	among := func(l []state.Check, ok func(state.Check) bool) []state.Check {
+		return slices.DeleteFunc(slices.Clone(l), func(c state.Check) bool { return !ok(c) })
+	}
+	held := among(checks, func(c state.Check) bool { return c.Node == node })
+	if len(held) == 0 {
+		held = among(checks, func(c state.Check) bool {
+			return slices.ContainsFunc(receipts, func(r state.Receipt) bool { return r.Node == c.Node })
+		})
+	}
+	if len(held) == 0 {
+		held = checks
+	}
+	if len(held) == 0 {
 		return kms.Errorf(kms.Internal, "nobody has committed to the check value of node %s", node)
-	case !bytes.Equal(checks[i].Hash, keyring.CheckHash(kcv)):
-		return kms.ErrOpen
+	}
+	for _, c := range held {
+		got, err := kcv(c.Node)
+		if err != nil {
+			return err
+		}
+		if !bytes.Equal(c.Hash, keyring.CheckHash(got)) {
+			return kms.ErrOpen
+		}
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -28,6 +29,7 @@ type AgentConfig struct {
 	Watch     Watcher
 	Tick      time.Duration // between the times that this node signs; default 5 s
 	RankDelay time.Duration // how much longer each next node waits before it executes; default 2 s
+	Batch     int           // key versions that it rewraps with one command; default and most state.MaxRewrap
 	Backoff   time.Duration // after a first failure, doubled up to MaxBackoff; default 1 s
 	After     Timer         // default: the system's timer
 }
@@ -54,6 +56,7 @@ type Agent struct {
 
 	cannot map[string]bool // replacements to which this device cannot move keys
 	told   map[string]bool // refused copies that are in the log
+	kek    kekWork
 
 	downgraded bool // said that the program is older than the one before
 }
@@ -80,10 +83,14 @@ func NewAgent(e *Engine, cfg AgentConfig) (*Agent, error) {
 	if cfg.Backoff <= 0 {
 		cfg.Backoff = time.Second
 	}
+	if cfg.Batch <= 0 || cfg.Batch > state.MaxRewrap {
+		cfg.Batch = state.MaxRewrap
+	}
 	if cfg.After == nil {
 		cfg.After = systemTimer
 	}
-	return &Agent{e: e, cfg: cfg, tasks: map[string]*task{}, cannot: map[string]bool{}, told: map[string]bool{}}, nil
+	return &Agent{e: e, cfg: cfg, tasks: map[string]*task{}, cannot: map[string]bool{}, told: map[string]bool{},
+		kek: kekWork{live: map[string][]uint32{}, broken: map[string]bool{}, told: map[string]bool{}}}, nil
 }
 
 func systemTimer(d time.Duration) (<-chan time.Time, func()) {
@@ -166,7 +173,7 @@ func (a *Agent) work(ctx context.Context) time.Duration {
 		wait = min(wait, a.attempt(ctx, "execute", "proposal/"+p.ID, time.Duration(rank)*a.cfg.RankDelay,
 			func(ctx context.Context) error { return a.execute(ctx, p) }))
 	}
-	wait = min(wait, a.reseal(ctx, st), a.schedule(ctx, st))
+	wait = min(wait, a.reseal(ctx, st), a.rotateKEKs(ctx, st), a.schedule(ctx, st))
 	for name, t := range a.tasks {
 		if t.pass != a.pass {
 			delete(a.tasks, name) // done, by us or by another node
@@ -282,9 +289,12 @@ func proof(ctx context.Context, m *keyring.Material, v state.Version, node strin
 // they are ordered by a hash of the proposal and their id, so that a different
 // node goes first each time.
 func (a *Agent) rank(st *state.State, p state.Proposal) (int, bool) {
-	nodes := st.Nodes()
+	nodes := slices.DeleteFunc(st.Nodes(), func(n state.Node) bool { return n.Root == 0 })
 	if p.Content.Action == kms.ActionRotate {
 		ring, _, ok := keyTarget(p.Content.Target)
+		if !ok {
+			ring, ok = keyringTarget(p.Content.Target)
+		}
 		if !ok {
 			return 0, false
 		}
@@ -325,6 +335,9 @@ func (a *Agent) execute(ctx context.Context, p state.Proposal) error {
 	if p.Content.Action != kms.ActionRotate {
 		_, err := a.e.submit(ctx, attempt{expect: p.Content.Revision}, state.Execute{Proposal: p.ID})
 		return err
+	}
+	if ring, ok := keyringTarget(p.Content.Target); ok {
+		return a.commitKEK(ctx, p, ring)
 	}
 	st := a.e.cluster.State() // the newest: another node's commit may be in
 	ring, key, ok := keyTarget(p.Content.Target)

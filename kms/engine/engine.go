@@ -25,6 +25,9 @@ type Cluster interface {
 	// Propose submits a signed command and returns its outcome once it is
 	// applied here. Errors: kms.Unavailable (certainly not applied), kms.Unknown.
 	Propose(ctx context.Context, raw []byte) (state.Result, error)
+	// Barrier returns when State has everything that the cluster had committed when
+	// it was called. Error: kms.Unavailable.
+	Barrier(ctx context.Context) error
 	// Fresh is the age of the last proof that State is up to date, the longest
 	// duration there is if there was none since the start.
 	Fresh() time.Duration
@@ -98,8 +101,9 @@ func New(cfg Config) (*Engine, error) {
 	if cfg.Cache == nil || cfg.Root == nil {
 		return nil, kms.Errorf(kms.Invalid, "engine: hardware root and key cache are required")
 	}
-	if _, ok := cfg.Cluster.State().Node(cfg.Node); !ok {
-		return nil, kms.Errorf(kms.Invalid, "engine: %q is not a node of the cluster", cfg.Node)
+	// A node that joined later stands in no state yet at a start from the genesis.
+	if err := kms.CheckName("node", cfg.Node); err != nil {
+		return nil, err
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
@@ -126,6 +130,7 @@ type Caller struct {
 	Identity       kms.Identity
 	RequestID      string // for logs and problems; at most MaxRequestID bytes
 	IdempotencyKey string // of a write, may be empty; at most MaxIdempotencyKey bytes
+	Local          bool   // a read is content with what this node knows, however old
 }
 
 // Limits of a Caller, in bytes.
@@ -176,23 +181,31 @@ type request struct {
 	version uint32               // key version used, 0 for none or several
 	context map[string]string    // encryption context
 	anyOf   bool                 // f itself authorises, item by item
+	view    bool                 // a read, which may be of this node's local view
+	written bool                 // a change was made, or may have been
 	count   int                  // items, 0 and 1 both mean one
 	failed  int                  // items that failed
 }
 
-// do is the path of every request: authorise, act, write the access log,
-// answer. f acts; it runs only when the request is permitted.
+// do is the path of every request: catch up if it needs that, authorise, act, write
+// the access log, answer. f acts; it runs only when the request is permitted.
 func do[R any](ctx context.Context, e *Engine, rq *request, f func(st *state.State) (R, error)) (R, error) {
-	started, age := e.now(), e.cluster.Fresh()
-	st := e.cluster.State() // after its age was taken, so that it is no older
-	rq.fresh = func() time.Duration { return age + e.now().Sub(started) }
+	started := e.now()
 	var zero, r R
+	var stale error
 	err := rq.caller.check()
 	if err == nil {
 		err = rq.res.check()
 	}
 	if err == nil {
+		stale = e.upToDate(ctx, rq)
+	}
+	looked, age := e.now(), e.cluster.Fresh()
+	st := e.cluster.State() // after its age was taken, so that it is no older
+	rq.fresh = func() time.Duration { return age + e.now().Sub(looked) }
+	if err == nil {
 		rq.res, rq.found = e.lookups.find(st, rq.res)
+		err = stale
 	} else {
 		rq.res, rq.about = resource{}, ""
 	}
@@ -282,8 +295,11 @@ func (e *Engine) record(ctx context.Context, rq *request, at time.Time, outcome 
 	if errors.Is(err, kms.ReadOnly) && !e.logFailed.Swap(true) {
 		e.log.ErrorContext(ctx, "the access log cannot be written; refusing every request from now on", "error", err)
 	}
-	return kms.Wrap(kms.ReadOnly, err, "the access log cannot be written, so the answer is withheld",
-		"use another node; a write may have been made: ask again with the same idempotency key")
+	if rq.written {
+		return kms.Wrap(kms.Unknown, err, "the access log cannot be written, so the answer is withheld; the change may have been made",
+			"ask another node again with the same idempotency key")
+	}
+	return kms.Wrap(kms.ReadOnly, err, "the access log cannot be written, so the answer is withheld", "use another node")
 }
 
 // plain turns an error that is not ours into one that may leave.

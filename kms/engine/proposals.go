@@ -2,6 +2,7 @@ package engine
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"reflect"
@@ -97,7 +98,7 @@ func (e *Engine) newProposal(st *state.State, c Caller, q wire.OpenProposalReque
 }
 
 // target returns the policy that decides about a target and the target's present
-// revision, 0 for a policy or custodian that is to be added.
+// revision, 0 for a policy, custodian, node or site that is to be added.
 func target(st *state.State, s string) (policy string, revision uint64, err error) {
 	kind, name, err := approval.ParseTarget(s)
 	if err != nil {
@@ -118,6 +119,12 @@ func target(st *state.State, s string) (policy string, revision uint64, err erro
 			return "", 0, noKey(ring, key)
 		}
 		return kr.Policy, k.Revision, nil
+	case approval.TargetKeyring:
+		kr, ok := st.Keyring(name)
+		if !ok {
+			return "", 0, noKeyring(name)
+		}
+		return kr.Policy, kr.Revision, nil
 	case approval.TargetPolicy:
 		p, _ := st.Policy(name)
 		return kms.Governance, p.Revision, nil
@@ -125,11 +132,10 @@ func target(st *state.State, s string) (policy string, revision uint64, err erro
 		c, _ := st.Custodian(name)
 		return kms.Governance, c.Revision, nil
 	case approval.TargetNode:
-		n, ok := st.Node(name)
-		if !ok {
-			return "", 0, kms.Errorf(kms.NotFound, "there is no node %q", name)
-		}
+		n, _ := st.Node(name)
 		return kms.Governance, n.Revision, nil
+	case approval.TargetSite:
+		return kms.Governance, st.SiteRevision(name), nil
 	}
 	return "", 0, kms.Errorf(kms.Invalid, "target %q is of no known kind", s)
 }
@@ -158,6 +164,12 @@ func parameters(st *state.State, p approval.Proposal, q wire.ProposalParameters)
 		}
 		only.Node = q.Node
 		encoded = canon.Marshal(nextRootFromWire(*q.Node))
+	case kms.ActionSite:
+		if q.Site == nil {
+			return nil, kms.Errorf(kms.Invalid, "parameters.site is missing")
+		}
+		only.Site = q.Site
+		encoded = canon.Marshal(approval.SiteParams{Change: approval.SiteChange(q.Site.Change), TrustDomain: q.Site.TrustDomain, CAs: q.Site.CAs})
 	}
 	if !reflect.DeepEqual(q, only) {
 		return nil, kms.Errorf(kms.Invalid, "the parameters are not those of action %q", p.Action)
@@ -187,7 +199,8 @@ func policyParams(st *state.State, p approval.Proposal, q wire.ProposalParameter
 func nextRootFromWire(n wire.NextRoot) approval.NodeParams {
 	r := n.Root
 	return approval.NodeParams{
-		Change: approval.NodeReplaceRoot,
+		Change: approval.NodeChange(cmp.Or(n.Change, string(approval.NodeReplaceRoot))),
+		Site:   n.Site, Address: n.Address, API: n.API,
 		Root: approval.NodeRoot{
 			Suite: r.Suite, Agreement: r.Agreement, SigningSuite: r.SigningSuite, Signing: r.Signing, Device: r.Device,
 			ImportKind: r.ImportKind, Import: r.Import, Attestation: r.Attestation,

@@ -12,12 +12,13 @@ import (
 	"github.com/conclave-kms/conclave/kms/wire"
 )
 
-// Every read is answered from this node's own state, is authorised, and has its
-// entry in the access log. Errors: kms.Denied, kms.NotFound, kms.ReadOnly.
+// Every read is authorised and has its entry in the access log. Errors: kms.Denied,
+// kms.NotFound, kms.ReadOnly, and kms.Unavailable where the node cannot catch up; see
+// consistency.go.
 
 // read is the path of a read.
 func read[R any](ctx context.Context, e *Engine, c Caller, act Action, res resource, about string, f func(st *state.State) (R, error)) (R, error) {
-	return do(ctx, e, &request{caller: c, act: act, res: res, about: about}, f)
+	return do(ctx, e, &request{caller: c, act: act, res: res, about: about, view: true}, f)
 }
 
 // views makes a list of views.
@@ -78,6 +79,14 @@ func (e *Engine) Ready(ctx context.Context) wire.Ready {
 	} else if age := e.cluster.Fresh(); age > readyStaleness {
 		why = append(why, cutOff(age))
 	}
+	switch n, known := e.cluster.State().Node(e.node); {
+	case !known && e.cluster.State().Removed(e.node):
+		why = append(why, "it was removed from the cluster")
+	case !known:
+		why = append(why, "custodians have not approved that it joins, or it has not heard of that: conclave node join")
+	case n.Root == 0:
+		why = append(why, "it joins and has yet to adopt its hardware root: conclave node show "+e.node)
+	}
 	if e.logFailed.Load() {
 		why = append(why, "the access log could not be written, so every request is refused: free or repair the disk, then restart the node")
 	}
@@ -128,6 +137,7 @@ func (e *Engine) Status(ctx context.Context, c Caller) (wire.Status, error) {
 			Open: len(st.ProposalsOpen()), Pending: len(st.Pending(e.node)),
 		}
 		v.Keys = e.counts(st)
+		v.Staleness = e.staleness(st, c)
 		if e.cfg.Raft != nil {
 			r := e.cfg.Raft()
 			v.Raft = &r
@@ -157,8 +167,7 @@ func (e *Engine) counts(st *state.State) wire.KeyCounts {
 // Nodes lists the members, sorted by id.
 func (e *Engine) Nodes(ctx context.Context, c Caller) (wire.Nodes, error) {
 	return read(ctx, e, c, ActReadCluster, resource{}, "nodes", func(st *state.State) (wire.Nodes, error) {
-		l := views(st.Nodes(), func(n state.Node) wire.Node { return nodeView(st, n) })
-		return wire.Nodes{Nodes: byName(l, func(n wire.Node) string { return n.ID })}, nil
+		return nodesView(st), nil
 	})
 }
 
@@ -189,7 +198,7 @@ func (e *Engine) Policies(ctx context.Context, c Caller) (wire.Policies, error) 
 // Keyrings lists the keyrings that the caller may read, sorted by name. It is
 // denied only to those who may read none.
 func (e *Engine) Keyrings(ctx context.Context, c Caller) (wire.Keyrings, error) {
-	rq := &request{caller: c, act: ActReadKeyring, anyOf: true, about: "keyrings"}
+	rq := &request{caller: c, act: ActReadKeyring, anyOf: true, view: true, about: "keyrings"}
 	return do(ctx, e, rq, func(st *state.State) (wire.Keyrings, error) {
 		out := wire.Keyrings{Keyrings: []wire.Keyring{}}
 		whole := e.access.allow(st, c.Identity, ActReadKeyring, resource{})

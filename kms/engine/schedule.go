@@ -46,6 +46,7 @@ func (a *Agent) schedule(ctx context.Context, st *state.State) time.Duration {
 		if r, ok := policy.Rule(kms.ActionRotate); !ok || !r.Quorum() {
 			continue
 		}
+		a.scheduleKEK(ctx, st, kr)
 		for _, k := range st.Keys(kr.Name) {
 			if !a.due(st, k) {
 				continue
@@ -79,19 +80,8 @@ func (a *Agent) due(st *state.State, k state.Key) bool {
 
 // propose opens the proposal for a scheduled rotation.
 func (a *Agent) propose(ctx context.Context, st *state.State, k state.Key) error {
-	n, _ := st.Node(a.e.node)
-	site, ok := st.Site(n.Site)
-	if !ok {
-		return kms.Errorf(kms.Internal, "node %s has no site", a.e.node)
-	}
-	self := kms.Identity{TrustDomain: site.TrustDomain, Role: "node", Name: n.ID}
-	p, err := a.e.newProposal(st, Caller{Identity: self}, wire.OpenProposalRequest{
+	return a.open(ctx, st, wire.OpenProposalRequest{
 		Action: string(kms.ActionRotate), Target: approval.KeyTarget(k.Keyring, k.Name),
 		Reason: fmt.Sprintf("Scheduled rotation: the period of %s ends at %s.", duration(k.RotationPeriod), at(rotationDue(k)).Format(time.RFC3339)),
 	})
-	if err != nil {
-		return err
-	}
-	_, err = a.e.submit(ctx, attempt{}, state.OpenProposal{Proposal: p.Marshal()})
-	return err
 }

@@ -23,7 +23,7 @@ func at(ms int64) time.Time {
 }
 
 func siteView(st *state.State, s state.Site) wire.Site {
-	v := wire.Site{ID: s.ID, TrustDomain: s.TrustDomain, CAs: s.CAs, Nodes: []string{}}
+	v := wire.Site{ID: s.ID, TrustDomain: s.TrustDomain, CAs: s.CAs, Nodes: []string{}, Revision: st.SiteRevision(s.ID)}
 	for _, n := range st.NodesOf(s.ID) {
 		v.Nodes = append(v.Nodes, n.ID)
 	}
@@ -116,6 +116,7 @@ func (e *Engine) keyringView(st *state.State, kr state.Keyring) wire.Keyring {
 	for _, n := range st.ResidentNodes(kr.Name) {
 		v.Nodes = append(v.Nodes, wire.NodeAPI{ID: n.ID, Site: n.Site, API: n.API})
 	}
+	v.Rotation = rotationView(st, kr)
 	return v
 }
 
@@ -282,7 +283,13 @@ func contentView(p approval.Proposal) (wire.ProposalContent, error) {
 		if err != nil {
 			return v, err
 		}
-		v.Parameters.Node = &wire.NextRoot{Root: rootView(x.Root), Possession: x.Possession, Leave: x.Leave}
+		v.Parameters.Node = nodeParamsView(x)
+	case kms.ActionSite:
+		x, err := p.SiteParams()
+		if err != nil {
+			return v, err
+		}
+		v.Parameters.Site = &wire.NextSite{Change: string(x.Change), TrustDomain: x.TrustDomain, CAs: x.CAs}
 	}
 	return v, nil
 }

@@ -15,14 +15,17 @@ import (
 func nodeView(st *state.State, n state.Node) wire.Node {
 	v := wire.Node{
 		ID: n.ID, Site: n.Site, Address: n.Address, API: n.API,
-		Suite: pqc.SuiteID(n.Suite).String(), Agreement: n.Agreement,
-		SigningSuite: pqc.SuiteID(n.SigningSuite).String(), Signing: n.Signing, Device: n.Device, Voter: n.Voter,
-		Root: n.Root, ImportKind: n.ImportKind, Protections: []string{string(kms.Software)},
+		Agreement: n.Agreement, Signing: n.Signing, Device: n.Device, Voter: n.Voter,
+		Root: n.Root, ImportKind: n.ImportKind, Protections: []string{},
+	}
+	if n.Root != 0 { // else it has no keys yet
+		v.Suite, v.SigningSuite = pqc.SuiteID(n.Suite).String(), pqc.SuiteID(n.SigningSuite).String()
+		v.Protections = append(v.Protections, string(kms.Software))
 	}
 	if n.ImportKind != "" {
 		v.Protections = append(v.Protections, string(kms.Hardware))
 	}
-	if s, ok := st.NodeStatus(n.ID); ok {
+	if s, ok := st.NodeStatus(n.ID); ok && (n.Root != 0 || len(s.Statement) > 0) {
 		v.LastHeard = at(s.Time)
 	}
 	r := st.Attestation(n.ID)
@@ -43,6 +46,9 @@ func replacingView(st *state.State, r state.Replacement) *wire.Replacing {
 		}
 	}
 	v.Note = "the node has to adopt it: it must run with its next device"
+	if n, _ := st.Node(r.Node); n.Root == 0 {
+		v.Note = "the node has to adopt it: it must run (conclaved run)"
+	}
 	if v.Missing > 0 {
 		v.Note = hindrance(st, r)
 	}
@@ -128,6 +134,32 @@ func refusedView(st *state.State, node string) (l []wire.RefusedCopy) {
 		l = append(l, wire.RefusedCopy{Root: x.Root, Keyring: x.Keyring, Key: x.Key, Version: x.Version, SealedBy: x.By, Time: at(x.Time)})
 	}
 	return l
+}
+
+// nodeParamsView is what becomes of a node by a proposal.
+func nodeParamsView(x approval.NodeParams) *wire.NextRoot {
+	v := &wire.NextRoot{Change: string(x.Change), Site: x.Site, Address: x.Address, API: x.API, Possession: x.Possession, Leave: x.Leave}
+	if x.HasRoot() {
+		v.Root = rootView(x.Root)
+	}
+	return v
+}
+
+// nodesView lists the members, those that were removed, and the change under way.
+func nodesView(st *state.State) wire.Nodes {
+	l := views(st.Nodes(), func(n state.Node) wire.Node { return nodeView(st, n) })
+	v := wire.Nodes{Nodes: byName(l, func(n wire.Node) string { return n.ID })}
+	for _, x := range st.Removals() {
+		gone := wire.RemovedNode{ID: x.Node.ID, Site: x.Node.Site, Proposal: x.Proposal, Time: at(x.Time)}
+		for _, k := range x.Keyrings {
+			gone.Keyrings = append(gone.Keyrings, k.Keyring)
+		}
+		v.Removed = append(v.Removed, gone)
+	}
+	if m, ok := st.Membership(); ok && m.Confirmed == 0 {
+		v.Change = &wire.MemberChange{Node: m.Node, Proposal: m.Proposal}
+	}
+	return v
 }
 
 func rootView(r approval.NodeRoot) wire.NodeRoot {

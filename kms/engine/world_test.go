@@ -47,6 +47,7 @@ type testNode struct {
 	id     string
 	dev    *fakedevice.Device
 	fresh  *time.Duration
+	cutOff bool // its barriers fail
 	log    *memoryLog
 	cache  *keyring.Cache
 	engine *Engine
@@ -331,6 +332,14 @@ type nodeCluster struct {
 }
 
 func (c nodeCluster) Fresh() time.Duration { return *c.n.fresh }
+
+// Barrier fails where the node is cut off.
+func (c nodeCluster) Barrier(ctx context.Context) error {
+	if c.n.cutOff {
+		return kms.Errorf(kms.Unavailable, "the cluster has no leader that this node can reach")
+	}
+	return ctx.Err()
+}
 
 // memoryLog is an access log in memory.
 type memoryLog struct {

@@ -66,12 +66,17 @@ func (a attempt) before(st *state.State) (state.Result, bool, error) {
 
 // submit signs a command with the node's device and proposes it.
 func (e *Engine) submit(ctx context.Context, a attempt, cmd state.Command) (state.Result, error) {
-	st, suite := e.cluster.State(), e.cfg.SigningSuite
-	if suite == 0 {
-		n, _ := st.Node(e.node)
-		suite = pqc.SuiteID(n.SigningSuite)
+	st := e.cluster.State()
+	return origin{e.node, st.Cluster(), e.signingSuite(st), e.cfg.Signer, e.now()}.submit(ctx, e.cluster, a, cmd)
+}
+
+// signingSuite is that of this node's signer.
+func (e *Engine) signingSuite(st *state.State) pqc.SuiteID {
+	if e.cfg.SigningSuite != 0 {
+		return e.cfg.SigningSuite
 	}
-	return origin{e.node, st.Cluster(), suite, e.cfg.Signer, e.now()}.submit(ctx, e.cluster, a, cmd)
+	n, _ := st.Node(e.node)
+	return pqc.SuiteID(n.SigningSuite)
 }
 
 // origin is a node as the sender of commands.
@@ -118,7 +123,9 @@ func (e *Engine) write(ctx context.Context, st *state.State, rq *request, q any,
 	if res, done, err := a.before(st); done || err != nil {
 		return res, err
 	}
-	return f(a)
+	res, err := f(a)
+	rq.written = err == nil || kms.KindOf(err) == kms.Unknown
+	return res, err
 }
 
 // CreateKeyring makes a keyring, with protection software with its first KEK,
@@ -266,11 +273,11 @@ func (e *Engine) CreateKey(ctx context.Context, c Caller, ring string, q wire.Cr
 	}
 	return do(ctx, e, rq, func(st *state.State) (wire.Key, error) {
 		_, err := e.write(ctx, st, rq, []any{ring, q}, func(a attempt) (state.Result, error) {
-			cmd, err := e.newKey(ctx, st, ring, q)
-			if err != nil {
-				return state.Result{}, err
+			res, err := e.createKey(ctx, a, st, ring, q)
+			if now := e.cluster.State(); kms.KindOf(err) == kms.Conflict && kekOf(now, ring) != kekOf(st, ring) {
+				res, err = e.createKey(ctx, a, now, ring, q) // the KEK was rotated meanwhile
 			}
-			return e.submit(ctx, a, cmd)
+			return res, err
 		})
 		if err != nil {
 			return wire.Key{}, err
@@ -282,6 +289,20 @@ func (e *Engine) CreateKey(ctx context.Context, c Caller, ring string, q wire.Cr
 		}
 		return e.keyView(now, k, true), nil
 	})
+}
+
+func (e *Engine) createKey(ctx context.Context, a attempt, st *state.State, ring string, q wire.CreateKeyRequest) (state.Result, error) {
+	cmd, err := e.newKey(ctx, st, ring, q)
+	if err != nil {
+		return state.Result{}, err
+	}
+	return e.submit(ctx, a, cmd)
+}
+
+// kekOf is the primary KEK version of a keyring.
+func kekOf(st *state.State, ring string) uint32 {
+	kr, _ := st.Keyring(ring)
+	return kr.KEK
 }
 
 func (e *Engine) newKey(ctx context.Context, st *state.State, ring string, q wire.CreateKeyRequest) (state.CreateKey, error) {

@@ -29,7 +29,9 @@ func (a *actor) draw(t *rapid.T) []byte {
 	ring := rapid.SampledFrom([]string{"ring", "vault"}).Draw(t, "ring")
 	target := approval.KeyTarget(ring, name)
 	version := uint32(rapid.IntRange(1, 3).Draw(t, "version"))
-	switch rapid.IntRange(0, 17).Draw(t, "command") {
+	switch rapid.IntRange(0, 21).Draw(t, "command") {
+	case 18, 19, 20:
+		return a.rotateKEK(t, node)
 	case 0:
 		ahead := rapid.SampledFrom([]int64{-700_000, 1000, 1000, 60_000, 8 * 24 * 3600_000}).Draw(t, "ahead")
 		return w.Command(node, state.Tick{}, statetest.At(s.Clock()+ahead))
@@ -87,6 +89,9 @@ func (a *actor) push(t *rapid.T, node string) []byte {
 
 func (a *actor) execution(node string, p state.Proposal) []byte {
 	expect := statetest.Expect(p.Content.Revision)
+	if p.Content.Target == approval.KeyringTarget("ring") {
+		return a.w.Command(node, a.w.CommitKEKCommand(p.ID), expect, now(a.w.State()))
+	}
 	if p.Content.Action == kms.ActionRotate {
 		return a.w.Command(node, a.w.CommitCommand(p.ID), expect, now(a.w.State()))
 	}
@@ -211,9 +216,14 @@ func start(t testing.TB) (*actor, *state.State) {
 	w := statetest.New(t, statetest.Options{})
 	first := w.State()
 	a := &actor{w: w}
+	for _, id := range w.NodeIDs() {
+		news, _ := w.State().News(id, state.Program("test"))
+		a.log = append(a.log, w.Command(id, news))
+		w.Apply(a.log[len(a.log)-1])
+	}
 	a.log = append(a.log, w.Command("node-fr-1", w.KeyringCommand("ring", "fr", "de", "jp"), statetest.As(w.Operator("fr"))))
-	w.Apply(a.log[0])
+	w.Apply(a.log[len(a.log)-1])
 	a.log = append(a.log, w.Command("node-fr-1", w.HardwareKeyringCommand("vault", "fr", "de", "jp"), statetest.As(w.Operator("fr"))))
-	w.Apply(a.log[1])
+	w.Apply(a.log[len(a.log)-1])
 	return a, first
 }

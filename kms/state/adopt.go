@@ -13,8 +13,8 @@ import (
 
 func (c AdoptRoot) validate(e Envelope) error {
 	switch {
-	case c.Root < 2:
-		return kms.Errorf(kms.Invalid, "adopt: it needs the number of a root after the first")
+	case c.Root == 0:
+		return kms.Errorf(kms.Invalid, "adopt: it needs the number of the root")
 	case len(c.Copies) != HashSize:
 		return kms.Errorf(kms.Invalid, "adopt: the digest of the copies has %d bytes, not %d", len(c.Copies), HashSize)
 	case e.Principal != "":
@@ -54,11 +54,16 @@ func (c AdoptRoot) apply(t *tx) error {
 		Proposal: next.Proposal, Time: t.clock, Until: t.index, Statement: t.raw,
 	})
 	mustDB(t.Delete(tableNext, &next))
+	first := n.Root == 0
 	n = n.with(next.Root, next.New)
 	insert(t.Txn, tableNode, n)
 	t.voidTarget(nodeTarget(n))
 	t.attested = &attestedRoot{n.ID, report}
-	t.event(Event{Type: EventNodeReplaced, Node: n.ID, Proposal: next.Proposal})
+	kind := EventNodeReplaced
+	if first {
+		kind = EventNodeJoined
+	}
+	t.event(Event{Type: kind, Node: n.ID, Proposal: next.Proposal})
 	return nil
 }
 
@@ -83,7 +88,8 @@ func (r reader) pendingRoot(node string, number uint32) (Node, Replacement, erro
 func (r reader) wanted(n Node, next Replacement) []Pending {
 	return slices.DeleteFunc(r.unsealed(n, next), func(p Pending) bool {
 		k, _ := r.keyring(p.Keyring)
-		return next.Leave && (p.Key != "" || len(r.residents(k.Residency)) == 1 || r.exhausted(k, next, p))
+		alone := !slices.ContainsFunc(r.residents(k.Residency), func(o Node) bool { return o.ID != n.ID })
+		return next.Leave && (p.Key != "" || alone || r.exhausted(k, next, p))
 	})
 }
 
@@ -104,9 +110,12 @@ func pendingText(l []Pending) string {
 	return text
 }
 
-// unsealed lists what a node has a copy of for its present root and none for the
-// next one: KEKs first.
+// unsealed lists what a node has a copy of for its present root, or needs for its
+// first one, and none for the next one: KEKs first.
 func (r reader) unsealed(n Node, next Replacement) (l []Pending) {
+	if n.Root == 0 {
+		return r.unsealedJoining(n, next)
+	}
 	for _, k := range list[KEK](r.x, tableKEK, byCopy, copyKey(n.ID, n.Root)) {
 		if !hasCopy(k.Copies, n.ID, next.Root) {
 			l = append(l, Pending{Keyring: k.Keyring, Version: k.Version})
@@ -121,7 +130,7 @@ func (r reader) unsealed(n Node, next Replacement) (l []Pending) {
 }
 
 // Unsealed returns the versions of which the node has a copy for its present root
-// and none for its next one, KEKs first: what resident nodes have to reseal before
+// (before its first one: which its site may open) and none for its next one, KEKs first: what resident nodes have to reseal before
 // it can adopt that root. It is empty while no root is pending.
 func (s *State) Unsealed(node string) []Pending {
 	r := s.reader()

@@ -64,6 +64,9 @@ func (g Genesis) validateAttestations() error {
 func (r reader) attestNext(n Node, root approval.NodeRoot, at int64, index uint64) (attest.Report, error) {
 	return r.genesis.attest(n, root, at, func(id string) (attest.Subject, bool) {
 		w, ok := r.node(id)
+		if old, removed := r.removal(id); removed && old.Index > index {
+			w, ok = old.Node, true
+		}
 		for _, f := range slices.Backward(r.formers(id)) {
 			if f.Until > index {
 				w.SigningSuite, w.Signing = f.SigningSuite, f.Signing
@@ -95,7 +98,9 @@ func (r reader) report(n Node) attest.Report {
 func (r reader) reports() map[string]attest.Report {
 	m := make(map[string]attest.Report)
 	for _, n := range r.nodes() {
-		m[n.ID] = r.report(n)
+		if n.Root != 0 {
+			m[n.ID] = r.report(n)
+		}
 	}
 	return m
 }

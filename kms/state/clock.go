@@ -1,9 +1,8 @@
 package state
 
 import (
+	"maps"
 	"slices"
-
-	"github.com/hashicorp/go-memdb"
 
 	"github.com/conclave-kms/conclave/kms"
 )
@@ -24,24 +23,35 @@ func (Tick) apply(t *tx) error {
 		return nil // time never runs backwards
 	}
 	insert(t.Txn, tableStatus, NodeStatus{Node: t.env.Origin, Time: t.env.Time, Statement: t.raw})
-	t.clock = max(t.clock, median(t.Txn, t.before.genesis))
+	t.advance()
 	return nil
+}
+
+// advance moves the clock to where the ticks put it, after one of them or a change of
+// who counts.
+func (t *tx) advance() { t.clock = max(t.clock, t.reader().median()) }
+
+// latest returns the latest time that a node of each site has signed, for the sites
+// that have a voter: others do not hold the clock.
+func (r reader) latest() map[string]int64 {
+	m, voting := make(map[string]int64), make(map[string]bool)
+	for _, n := range r.nodes() {
+		if st, ok := find[NodeStatus](r.x, tableStatus, byID, nameKey(n.ID)); ok && n.Root != 0 {
+			m[n.Site] = max(m[n.Site], st.Time)
+		}
+		voting[n.Site] = voting[n.Site] || n.Voter
+	}
+	maps.DeleteFunc(m, func(site string, _ int64) bool { return !voting[site] })
+	return m
 }
 
 // median returns the median over sites of the latest time that a node of the site
 // has signed, the lower one of two.
-func median(x *memdb.Txn, g Genesis) int64 {
-	latest := make(map[string]int64, len(g.Sites))
-	for _, n := range g.Nodes {
-		if st, ok := find[NodeStatus](x, tableStatus, byID, nameKey(n.ID)); ok {
-			latest[n.Site] = max(latest[n.Site], st.Time)
-		}
+func (r reader) median() int64 {
+	times := slices.Sorted(maps.Values(r.latest()))
+	if len(times) == 0 {
+		return 0
 	}
-	times := make([]int64, 0, len(g.Sites))
-	for _, s := range g.Sites {
-		times = append(times, latest[s.ID])
-	}
-	slices.Sort(times)
 	return times[(len(times)-1)/2]
 }
 

@@ -22,6 +22,11 @@ const (
 	TypeAdoptRoot      Type = 10
 	TypeRefuseCopy     Type = 11
 	TypeConfirmMembers Type = 12
+	TypeCommitKEK      Type = 15
+	TypeRewrap         Type = 16
+	TypeConfirmRewrap  Type = 17
+	TypeRefuseRewrap   Type = 18
+	TypeRetireKEK      Type = 19
 	TypeAnnounce       Type = 23
 )
 

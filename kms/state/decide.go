@@ -16,9 +16,10 @@ import (
 // before and after: otherwise a small quorum could lower a large one first. To add
 // or replace a custodian takes those of every quorum rule there is: otherwise a
 // small quorum could make the custodians that a large one lacks. To revoke one
-// takes the rule alone. site returns the site of a node: to replace a node's
+// takes the rule alone. site returns the site of a node: to let a node join, to promote
+// it or to replace its
 // hardware root takes, besides the rule, an approval of its own site, whose keys the
-// new root will open. enrolled reports whether a site has or had a custodian: to add
+// new root will open; to remove one takes the rule alone. enrolled reports whether a site has or had a custodian: to add
 // or replace one of such a site takes an approval of that site too, or else others
 // could make the approval that the site's nodes take. Errors: kms.NotFound,
 // kms.Conflict when the policy has another revision than the proposal names or the
@@ -48,21 +49,50 @@ func RuleFor(policies []approval.Policy, site func(node string) (string, bool), 
 		return ruleCustodianChange(policies, enrolled, rule, p)
 	case kms.ActionNode:
 		return ruleNodeChange(rule, site, p)
+	case kms.ActionSite:
+		return ruleSiteChange(rule, enrolled, p)
 	}
 	return rule, nil
 }
 
-// ruleNodeChange adds the node's own site to the sites that must approve.
+// ruleNodeChange adds the node's own site to the sites that must approve: what joins,
+// and the root that it comes with, will open every keyring of that site, and a voter
+// counts for it. A removal takes the rule alone: it gives nobody anything, and a site
+// that has turned hostile must not be able to hold it up.
 func ruleNodeChange(rule approval.Rule, site func(node string) (string, bool), p approval.Proposal) (approval.Rule, error) {
 	_, node, err := approval.ParseTarget(p.Target)
 	if err != nil {
 		return rule, err
+	}
+	params, err := p.NodeParams()
+	if err != nil {
+		return rule, err
+	}
+	switch params.Change {
+	case approval.NodeRemove:
+		return rule, nil
+	case approval.NodeJoin:
+		return withSite(rule, params.Site), nil
 	}
 	own, ok := site(node)
 	if !ok {
 		return rule, kms.Errorf(kms.NotFound, "there is no node %s", node)
 	}
 	return withSite(rule, own), nil
+}
+
+// ruleSiteChange adds the site itself where its CAs change and it has or had a
+// custodian: who is in the bundle speaks for everybody of that site.
+func ruleSiteChange(rule approval.Rule, enrolled func(site string) bool, p approval.Proposal) (approval.Rule, error) {
+	_, site, err := approval.ParseTarget(p.Target)
+	if err != nil {
+		return rule, err
+	}
+	params, err := p.SiteParams()
+	if err != nil || params.Change != approval.SiteCAs || !enrolled(site) {
+		return rule, err
+	}
+	return withSite(rule, site), nil
 }
 
 // withSite adds a site to those that must approve.
@@ -144,10 +174,12 @@ func (r reader) rule(p approval.Proposal) (approval.Rule, error) {
 	if err != nil {
 		return approval.Rule{}, err
 	}
-	if kind == approval.TargetKey {
-		ring, _, err := kms.SplitKeyPath(name)
-		if err != nil {
-			return approval.Rule{}, err
+	if kind == approval.TargetKey || kind == approval.TargetKeyring {
+		ring := name
+		if kind == approval.TargetKey {
+			if ring, _, err = kms.SplitKeyPath(name); err != nil {
+				return approval.Rule{}, err
+			}
 		}
 		k, ok := r.keyring(ring)
 		if !ok {
@@ -157,7 +189,7 @@ func (r reader) rule(p approval.Proposal) (approval.Rule, error) {
 			return approval.Rule{}, kms.Errorf(kms.Conflict, "keyring %s is under policy %s, not %s", ring, k.Policy, p.Policy)
 		}
 	}
-	return RuleFor(r.policies(), r.genesis.siteOf, r.enrolled, p)
+	return RuleFor(r.policies(), r.siteOf, r.enrolled, p)
 }
 
 // enrolled reports whether a site has or had a custodian.
@@ -170,7 +202,7 @@ func (r reader) decide(p Proposal, rule approval.Rule, approvals []string) appro
 	if len(rule.Direct) == 0 {
 		return rule.Decide(p.Content.Proposer, r.custodian, approvals)
 	}
-	if err := r.genesis.mayAct(p.Content.Proposer, rule); err != nil {
+	if err := r.mayAct(p.Content.Proposer, rule); err != nil {
 		return approval.Decision{Missing: []string{"a proposer with a role that the policy lists"}}
 	}
 	return approval.Decision{Met: true}

@@ -155,6 +155,11 @@ var decoders = map[CommandKind]func(Envelope) (operation, error){
 	{TypeAdoptRoot, 1}:      decode[AdoptRoot],
 	{TypeRefuseCopy, 1}:     decode[RefuseCopy],
 	{TypeConfirmMembers, 1}: decode[ConfirmMembers],
+	{TypeCommitKEK, 1}:      decode[CommitKEK],
+	{TypeRewrap, 1}:         decode[Rewrap],
+	{TypeConfirmRewrap, 1}:  decode[ConfirmRewrap],
+	{TypeRefuseRewrap, 1}:   decode[RefuseRewrap],
+	{TypeRetireKEK, 1}:      decode[RetireKEK],
 	{TypeAnnounce, 1}:       decode[Announce],
 }
 

@@ -87,7 +87,13 @@ func (t *tx) effect(p approval.Proposal) error {
 	case kms.ActionCustodian:
 		return t.changeCustodian(p)
 	case kms.ActionNode:
-		return t.replaceRoot(name, p)
+		return t.changeNode(name, p)
+	case kms.ActionSite:
+		return t.changeSite(name, p)
+	}
+	if isKeyringTarget(p.Target) {
+		_, err := t.rotatableKEK(name)
+		return err
 	}
 	keyring, key, err := kms.SplitKeyPath(name)
 	if err != nil {
@@ -227,7 +233,10 @@ func (t *tx) erase(k *Key, v *Version) {
 		sum := sha256.Sum256(v.Statement)
 		v.Erased = sum[:]
 	}
-	v.Wrapped, v.Copies, v.Statement = nil, nil, nil
+	v.Wrapped, v.Copies, v.Statement, v.Next = nil, nil, nil, nil
+	if v.Made != 0 { // as its command said
+		v.KEK, v.Made = v.Made, 0
+	}
 	for _, s := range list[resealed](t.Txn, tableResealed, byID, resealedKey(v.Keyring, v.Key, v.Version)) {
 		mustDB(t.Delete(tableResealed, &s))
 	}
@@ -253,7 +262,7 @@ func (t *tx) changePolicy(name string, p approval.Proposal) error {
 		return kms.Errorf(kms.TooLarge, "there are %d policies, which is the limit", MaxPolicies)
 	}
 	next := approval.Policy{Name: name, Revision: old.Revision + 1, Rules: params.Rules, Attested: params.Attested}
-	if err := checkPolicy(next, r.custodians(), t.before.genesis.Sites); err != nil {
+	if err := checkPolicy(next, r.custodians(), r.sites()); err != nil {
 		return err
 	}
 	if err := t.checkAttested(next); err != nil {
@@ -292,7 +301,7 @@ func (t *tx) changeCustodian(p approval.Proposal) error {
 		return kms.Errorf(kms.NotFound, "there is no custodian %s to revoke", next.ID)
 	case !exists && len(r.custodians()) >= MaxCustodians:
 		return kms.Errorf(kms.TooLarge, "there are %d custodians, which is the limit", MaxCustodians)
-	case !slices.ContainsFunc(t.before.genesis.Sites, func(s Site) bool { return s.ID == next.Site }):
+	case !slices.ContainsFunc(r.sites(), func(s Site) bool { return s.ID == next.Site }):
 		return kms.Errorf(kms.NotFound, "there is no site %s", next.Site)
 	}
 	if err := next.Validate(); err != nil {

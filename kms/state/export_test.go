@@ -24,6 +24,11 @@ func VerifiedTables() map[byte]string {
 	return names
 }
 
+// Rewraps counts the batches and refusals to a KEK version.
+func (s *State) Rewraps(keyring string, kek uint32) int {
+	return len(s.reader().batches(keyring, kek)) + len(s.reader().refusedRewraps(keyring, kek))
+}
+
 // VerifyStatements is what Restore does without trust.
 func (s *State) VerifyStatements() error { return s.verifyStatements() }
 

@@ -30,7 +30,11 @@ func (s *State) Extends(old *State) error {
 		extended(tableStatus, statusID, func(was, is *NodeStatus) bool { return is.Time >= was.Time }),
 		extended(tableCustodian, custodianID, func(was, is *approval.Custodian) bool { return revised(was, is, was.Revision, is.Revision) }),
 		extended(tablePolicy, policyID, func(was, is *approval.Policy) bool { return revised(was, is, was.Revision, is.Revision) }),
-		extended(tableKeyring, keyringID, func(was, is *Keyring) bool { return revised(was, is, was.Revision, is.Revision) }),
+		extended(tableKeyring, keyringID, func(was, is *Keyring) bool {
+			same := *was
+			same.KEK = is.KEK // it changes without the revision
+			return is.KEK >= was.KEK && revised(&same, is, was.Revision, is.Revision)
+		}),
 		extended(tableKEK, kekID, s.extendsKEK),
 		extended(tableKey, keyID, func(was, is *Key) bool {
 			return is.Latest >= was.Latest && revised(was, is, was.Revision, is.Revision)
@@ -39,18 +43,25 @@ func (s *State) Extends(old *State) error {
 		extended(tableProposal, proposalID, (*Proposal).extendedBy),
 		extended(tableNode, nodeID, func(was, is *Node) bool {
 			return is.Root >= was.Root && revised(was, is, was.Revision, is.Revision)
+		}, func(was *Node) bool { return s.Removed(was.ID) }),
+		extended(tableRemoved, removalID, func(was, is *Removal) bool { return revised(was, is, 0, 0) }),
+		extended(tableSite, siteChangeID, func(was, is *siteChange) bool { return revised(was, is, was.Revision, is.Revision) }),
+		extended(tableMembership, membershipID, func(was, is *Membership) bool {
+			return is.Index > was.Index || revised(was, is, was.Confirmed, is.Confirmed)
 		}),
 		extended(tableFormer, formerID, func(was, is *FormerRoot) bool { return revised(was, is, 0, 0) }),
 		extended(tableRelease, releaseID, func(was, is *Release) bool { return is.extends(was) }),
 		kept(tableNext, nextID, func(r *Replacement) bool {
-			n, _ := s.Node(r.Node)
-			return n.Root < r.Root
+			n, ok := s.Node(r.Node)
+			return ok && n.Root < r.Root
 		}),
 		kept(tableRefused, refusedID, func(r *RefusedCopy) bool {
 			n, _ := s.Node(r.Node)
 			next, _ := s.Replacement(r.Node)
 			return r.Root == n.Root || r.Root == next.Root
 		}),
+		kept(tableRewrap, rewrapID, s.wantsBatch),
+		kept(tableRewrapRefused, rewrapRefusedID, func(x *RefusedRewrap) bool { return s.wantsRewraps(x.Keyring, x.KEK) }),
 		kept(tableNonce, nonceID, func(n *nonce) bool { return n.Time >= s.clock-Window }),
 		kept(tableOutcome, outcomeID, func(o *Outcome) bool { return o.Time >= s.clock-OutcomeRetention }),
 	} {
@@ -61,10 +72,14 @@ func (s *State) Extends(old *State) error {
 	return nil
 }
 
-// extended returns the check of one table: every record is still there, and ok.
-func extended[T any](table string, id func(*T) []byte, ok func(was, is *T) bool) func(old, now *memdb.Txn) error {
+// extended returns the check of one table: every record is still there, and ok; or it
+// is gone for a reason.
+func extended[T any](table string, id func(*T) []byte, ok func(was, is *T) bool, gone ...func(was *T) bool) func(old, now *memdb.Txn) error {
 	return func(old, now *memdb.Txn) error {
 		return each(old, table, func(was *T) error {
+			if slices.ContainsFunc(gone, func(f func(*T) bool) bool { return f(was) }) {
+				return nil
+			}
 			if is, found := find[T](now, table, byID, id(was)); !found || !ok(was, &is) {
 				return kms.Errorf(kms.Conflict, "the state is older than the one known here: record %q of table %s is missing, changed or as it was before", id(was), table)
 			}
@@ -91,12 +106,16 @@ func revised[T any](was, is *T, before, after uint64) bool {
 }
 
 func (s *State) extendsKEK(was, is *KEK) bool {
-	return s.copiesKept(Pending{Keyring: was.Keyring, Version: was.Version}, was.Copies, is.Copies) && receiptsKept(was.Receipts, is.Receipts)
+	if was.Retired() != is.Retired() || was.Retired() {
+		return is.Retired() && is.RetiredIndex >= was.RetiredIndex && receiptsKept(was.Receipts, is.Receipts)
+	}
+	return is.Activated >= was.Activated && s.copiesKept(Pending{Keyring: was.Keyring, Version: was.Version}, was.Copies, is.Copies) && receiptsKept(was.Receipts, is.Receipts)
 }
 
 func (s *State) extendsVersion(was, is *Version) bool {
-	same := was.Index == is.Index && was.KEK == is.KEK && was.Generated == is.Generated
-	material := is.State.Gone() || bytes.Equal(was.Wrapped, is.Wrapped) && s.copiesKept(Pending{was.Keyring, was.Key, was.Version}, was.Copies, is.Copies)
+	same := was.Index == is.Index && was.madeUnder() == is.madeUnder() && was.Generated == is.Generated
+	rewrapped := is.KEK > was.KEK
+	material := is.State.Gone() || rewrapped || is.KEK == was.KEK && bytes.Equal(was.Wrapped, is.Wrapped) && s.copiesKept(Pending{was.Keyring, was.Key, was.Version}, was.Copies, is.Copies)
 	return same && material && becomes(was.State, is.State) && receiptsKept(was.Receipts, is.Receipts)
 }
 

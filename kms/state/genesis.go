@@ -1,8 +1,6 @@
 package state
 
 import (
-	"crypto/x509"
-	"fmt"
 	"net/url"
 	"slices"
 
@@ -140,28 +138,15 @@ func (g Genesis) validateSites() error {
 	}
 	domains := make(map[string]string)
 	for _, s := range g.Sites {
-		id, err := kms.ParseIdentity("spiffe://" + s.TrustDomain + "/node/x")
-		if err != nil || id.TrustDomain != s.TrustDomain {
-			return kms.Errorf(kms.Invalid, "site %s: %q is not a trust domain name", s.ID, s.TrustDomain)
+		if err := approval.CheckTrustDomain(s.TrustDomain); err != nil {
+			return kms.Wrap(kms.Invalid, err, "site "+s.ID+": "+err.Error(), "")
 		}
 		if o, taken := domains[s.TrustDomain]; taken {
 			return kms.Errorf(kms.Invalid, "sites %s and %s have the same trust domain", o, s.ID)
 		}
 		domains[s.TrustDomain] = s.ID
-		if len(s.CAs) == 0 || len(s.CAs) > MaxCAs {
-			return kms.Errorf(kms.Invalid, "site %s has %d CA certificates; it needs 1 to %d", s.ID, len(s.CAs), MaxCAs)
-		}
-		for i, der := range s.CAs {
-			if len(der) > MaxCertificate {
-				return kms.Errorf(kms.Invalid, "site %s: CA certificate %d is longer than %d bytes", s.ID, i+1, MaxCertificate)
-			}
-			c, err := x509.ParseCertificate(der)
-			if err != nil {
-				return kms.Wrap(kms.Invalid, err, fmt.Sprintf("site %s: CA certificate %d is not a DER certificate", s.ID, i+1), "")
-			}
-			if !c.BasicConstraintsValid || !c.IsCA {
-				return kms.Errorf(kms.Invalid, "site %s: certificate %d is not that of a CA", s.ID, i+1)
-			}
+		if err := approval.CheckCAs(s.CAs); err != nil {
+			return kms.Wrap(kms.Invalid, err, "site "+s.ID+": "+err.Error(), "")
 		}
 	}
 	return nil
@@ -257,7 +242,7 @@ func (g Genesis) validatePolicies() error {
 }
 
 // quorumOnly are the actions that no rule may leave to one person.
-var quorumOnly = []kms.Action{kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode}
+var quorumOnly = []kms.Action{kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite}
 
 // checkPolicy validates a policy and checks that the custodians can meet it, that
 // its required sites exist, and that nobody may change policies, custodians or the

@@ -159,7 +159,10 @@ func (c GiveReceipt) apply(t *tx) error {
 	if !ok {
 		return kms.Errorf(kms.NotFound, "keyring %s has no KEK version %d", c.Keyring, c.Version)
 	}
-	before := t.reader().proven(k, kek.Receipts)
+	if kek.Retired() {
+		return kms.Errorf(kms.Conflict, "KEK version %d of keyring %s is retired", c.Version, c.Keyring)
+	}
+	before := t.reader().provenKEK(k, kek)
 	if err := t.checkValue(c, kek.Checks); err != nil {
 		return err
 	}
@@ -168,9 +171,10 @@ func (c GiveReceipt) apply(t *tx) error {
 	}
 	insert(t.Txn, tableKEK, kek)
 	t.event(Event{Type: EventReceipt, Keyring: c.Keyring, Version: c.Version, Node: t.env.Origin})
-	if !before && t.reader().proven(k, kek.Receipts) {
+	if !before && t.reader().provenKEK(k, kek) {
 		t.event(Event{Type: EventKEKReceiptsComplete, Keyring: c.Keyring, Version: c.Version})
 	}
+	t.activateKEK(k, kek)
 	return nil
 }
 
@@ -206,20 +210,32 @@ func (t *tx) receive(c GiveReceipt, receipts []Receipt) ([]Receipt, error) {
 	return slices.Insert(slices.Clone(receipts), at, r), nil
 }
 
-// proven reports whether receipts satisfy the keyring's receipt rule.
-func (r reader) proven(k Keyring, receipts []Receipt) bool {
+// proven reports whether receipts satisfy the keyring's receipt rule among the resident
+// nodes that are asked for one: those that were there when the version came. Sites
+// without such a node do not count.
+func (r reader) proven(k Keyring, receipts []Receipt, asked func(Node) bool) bool {
 	sites := make(map[string]bool)
 	for _, n := range r.residents(k.Residency) {
+		if !asked(n) {
+			continue
+		}
 		given := slices.ContainsFunc(receipts, func(x Receipt) bool { return x.Node == n.ID })
 		if !given && k.Receipts != kms.EverySite {
 			return false
 		}
 		sites[n.Site] = sites[n.Site] || given
 	}
-	for _, site := range k.Residency {
-		if !sites[site] {
+	for _, given := range sites {
+		if !given {
 			return false
 		}
 	}
-	return true
+	return len(sites) > 0
+}
+
+// provenKEK reports whether the receipts of a KEK version satisfy the receipt rule.
+func (r reader) provenKEK(k Keyring, kek KEK) bool {
+	return r.proven(k, kek.Receipts, func(n Node) bool {
+		return slices.ContainsFunc(kek.Checks, func(c Check) bool { return c.Node == n.ID })
+	})
 }

@@ -24,20 +24,19 @@ func (n Node) with(number uint32, r approval.NodeRoot) Node {
 	return n
 }
 
-// nextRoot returns the number for the root that is proposed next. A pending
+// nextRoot returns the number for the root that is proposed next, 1 for a node that
+// is to join. A pending
 // replacement keeps its number to itself, also when another takes its place, so
 // that no copy sealed for the one is ever taken for the other.
 func (r reader) nextRoot(node string) uint32 {
 	if next, pending := r.replacement(node); pending {
 		return next.Root + 1
 	}
-	if n, ok := r.node(node); ok {
-		return n.Root + 1
-	}
-	return 0
+	n, _ := r.node(node)
+	return n.Root + 1
 }
 
-// verifyRoot checks, for a proposal to replace a node's root, that the holder of
+// verifyRoot checks, for a proposal that brings a hardware root, that the holder of
 // the new signing key agrees.
 func (t *tx) verifyRoot(p approval.Proposal) error {
 	if p.Action != kms.ActionNode {
@@ -48,14 +47,14 @@ func (t *tx) verifyRoot(p approval.Proposal) error {
 		return err
 	}
 	params, err := p.NodeParams()
-	if err != nil {
+	if err != nil || !params.HasRoot() {
 		return err
 	}
-	number := t.reader().nextRoot(node)
-	if number == 0 {
-		return kms.Errorf(kms.NotFound, "there is no node %s", node)
+	r := t.reader()
+	if _, ok := r.node(node); !ok && params.Change == approval.NodeReplaceRoot {
+		return r.noNode(node)
 	}
-	return params.VerifyPossession(t.before.cluster, node, number)
+	return params.VerifyPossession(t.before.cluster, node, r.nextRoot(node))
 }
 
 // replaceRoot records the root that a node is to have next. One that was pending
@@ -68,9 +67,22 @@ func (t *tx) replaceRoot(id string, p approval.Proposal) error {
 	r := t.reader()
 	n, ok := r.node(id)
 	if !ok {
-		return kms.Errorf(kms.NotFound, "there is no node %s", id)
+		return r.noNode(id)
 	}
-	if err := r.unusedKeys(id, params.Root); err != nil {
+	if err := t.approveRoot(n, r.nextRoot(id), params, p); err != nil {
+		return err
+	}
+	n.Revision++
+	insert(t.Txn, tableNode, n)
+	t.voidTarget(p.Target)
+	t.event(Event{Type: EventNodeReplacing, Node: id, Proposal: approval.ProposalID(p.Marshal())})
+	return nil
+}
+
+// approveRoot judges a hardware root and makes it the one that a node may adopt.
+func (t *tx) approveRoot(n Node, number uint32, params approval.NodeParams, p approval.Proposal) error {
+	r := t.reader()
+	if err := r.unusedKeys(n.ID, params.Root); err != nil {
 		return err
 	}
 	report, err := r.attestNext(n, params.Root, t.clock, t.index)
@@ -80,23 +92,18 @@ func (t *tx) replaceRoot(id string, p approval.Proposal) error {
 	if err := r.fitForKeyrings(n, params.Root, report); err != nil {
 		return err
 	}
-	number := r.nextRoot(id)
-	if old, pending := r.replacement(id); pending {
-		t.dropCopies(id, old.Root)
+	if old, pending := r.replacement(n.ID); pending {
+		t.dropCopies(n.ID, old.Root)
 	}
 	insert(t.Txn, tableNext, Replacement{
-		Node: id, Root: number, New: params.Root, Leave: params.Leave,
+		Node: n.ID, Root: number, New: params.Root, Leave: params.Leave,
 		Proposal: approval.ProposalID(p.Marshal()), Time: t.clock, Index: t.index,
 	})
-	n.Revision++
-	insert(t.Txn, tableNode, n)
-	t.voidTarget(p.Target)
-	t.event(Event{Type: EventNodeReplacing, Node: id, Proposal: approval.ProposalID(p.Marshal())})
 	return nil
 }
 
-// unusedKeys refuses keys that are another node's, and a signing key that a root
-// of any node had before.
+// unusedKeys refuses keys that are another node's, also of one that was removed, and
+// a signing key that a root of any node had before.
 func (r reader) unusedKeys(id string, root approval.NodeRoot) error {
 	taken := func(node string, other approval.NodeRoot) error {
 		if bytes.Equal(other.Signing, root.Signing) || bytes.Equal(other.Agreement, root.Agreement) {
@@ -104,7 +111,11 @@ func (r reader) unusedKeys(id string, root approval.NodeRoot) error {
 		}
 		return nil
 	}
-	for _, n := range r.nodes() {
+	nodes := r.nodes()
+	for _, old := range r.removals() {
+		nodes = append(nodes, old.Node)
+	}
+	for _, n := range nodes {
 		if n.ID == id && bytes.Equal(n.Signing, root.Signing) {
 			return kms.Errorf(kms.Conflict, "node %s has this signing key already; a new root has a new one", id)
 		}

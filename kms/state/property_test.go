@@ -103,6 +103,7 @@ func restored(t *rapid.T, s *state.State) *state.State {
 // check holds the invariants of any state.
 func check(t *rapid.T, s *state.State) {
 	checkRoots(t, s)
+	checkKEKs(t, s)
 	for _, k := range append(s.Keys("ring"), s.Keys("vault")...) {
 		versions := s.Versions(k.Keyring, k.Name)
 		if len(versions) != int(k.Latest) {
@@ -192,9 +193,10 @@ func checkRoots(t *rapid.T, s *state.State) {
 		}
 		return present
 	}
-	kek, _ := s.KEK("ring", 1)
-	if n := copies("the KEK", kek.Copies); n != 3 {
-		t.Fatalf("the KEK has copies for %d nodes", n)
+	for _, kek := range s.KEKs("ring") {
+		if n := copies("the KEK", kek.Copies); n != 3 && !(n == 0 && kek.Retired()) {
+			t.Fatalf("KEK version %d has copies for %d nodes", kek.Version, n)
+		}
 	}
 	for _, k := range s.Keys("vault") {
 		for _, v := range s.Versions("vault", k.Name) {
@@ -211,8 +213,10 @@ func plainUnsealed(s *state.State, n state.Node, next state.Replacement) (l []st
 		}
 		return next.Root != 0 && has(n.Root) && !has(next.Root)
 	}
-	if kek, _ := s.KEK("ring", 1); lacks(kek.Copies) {
-		l = append(l, state.Pending{Keyring: "ring", Version: 1})
+	for _, kek := range s.KEKs("ring") {
+		if lacks(kek.Copies) {
+			l = append(l, state.Pending{Keyring: "ring", Version: kek.Version})
+		}
 	}
 	for _, k := range s.Keys("vault") {
 		for _, v := range s.Versions("vault", k.Name) {
@@ -246,6 +250,7 @@ func plainRoot(leaves [][]byte) []byte {
 func TestReorder(t *testing.T) {
 	a, first := start(t)
 	w := a.w
+	ring := a.log[3]
 	key := w.Command("node-fr-1", w.KeyCommand("ring", "a", kms.Encrypt), statetest.As(w.Operator("fr")))
 	w.Apply(key)
 	p := w.Proposal(kms.ActionRotate, approval.KeyTarget("ring", "a"), nil)
@@ -255,7 +260,7 @@ func TestReorder(t *testing.T) {
 	vote := w.Command("node-de-1", state.CastVote{Statement: w.Statement(id, "fr-1", approval.Approve)})
 	vote2 := w.Command("node-de-1", state.CastVote{Statement: w.Statement(id, "de-1", approval.Approve)})
 	commit := w.Command("node-de-1", w.CommitCommand(id), statetest.Expect(1))
-	log := [][]byte{a.log[0], key, open, vote, vote2, commit}
+	log := [][]byte{ring, key, open, vote, vote2, commit}
 	rapid.Check(t, func(rt *rapid.T) {
 		order := rapid.Permutation([]int{0, 1, 2, 3, 4, 5}).Draw(rt, "order")
 		s := first

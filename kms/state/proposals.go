@@ -80,6 +80,8 @@ func (c OpenProposal) apply(t *tx) error {
 	}
 	// Refuse now what could not be carried out: try it on a copy.
 	scratch := t.before.begin(t.index, t.env, nil)
+	scratch.clock, scratch.replay = t.clock, t.replay
+	scratch.replay = t.replay
 	err = scratch.effect(content)
 	scratch.Abort()
 	if err != nil {
@@ -98,12 +100,12 @@ func (t *tx) checkProposer(p approval.Proposal) error {
 	}
 	who := t.env.Principal
 	if who == "" {
-		who = t.before.genesis.nodeIdentity(t.env.Origin)
+		who = t.before.reader().nodeIdentity(t.env.Origin)
 	}
 	if p.Proposer != who {
 		return kms.Errorf(kms.Denied, "the proposal names %s as proposer, but comes from %s", p.Proposer, who)
 	}
-	_, err := t.before.genesis.identity(who)
+	_, err := t.before.reader().identity(who)
 	return err
 }
 
@@ -139,8 +141,8 @@ func (r reader) checkRevision(p approval.Proposal) error {
 	return nil
 }
 
-// revision returns the revision of a target, 0 for a policy or custodian that is
-// to be added.
+// revision returns the revision of a target, 0 for a policy, custodian, node or site
+// that is to be added.
 func (r reader) revision(target string) (uint64, error) {
 	kind, name, err := approval.ParseTarget(target)
 	if err != nil {
@@ -157,6 +159,12 @@ func (r reader) revision(target string) (uint64, error) {
 			return 0, kms.Errorf(kms.NotFound, "there is no key %s", name)
 		}
 		return k.Revision, nil
+	case approval.TargetKeyring:
+		k, ok := r.keyring(name)
+		if !ok {
+			return 0, kms.Errorf(kms.NotFound, "there is no keyring %s", name)
+		}
+		return k.Revision, nil
 	case approval.TargetPolicy:
 		p, _ := r.policy(name)
 		return p.Revision, nil
@@ -164,19 +172,20 @@ func (r reader) revision(target string) (uint64, error) {
 		c, _ := r.custodian(name)
 		return c.Revision, nil
 	case approval.TargetNode:
-		n, ok := r.node(name)
-		if !ok {
-			return 0, kms.Errorf(kms.NotFound, "there is no node %s", name)
-		}
+		n, _ := r.node(name)
 		return n.Revision, nil
+	case approval.TargetSite:
+		return r.siteRevision(name), nil
 	}
 	return 0, kms.Errorf(kms.Invalid, "target %q is of no known kind", target)
 }
 
-// checkSingle refuses a second proposal for the same action on the same target.
+// checkSingle refuses a second proposal for the same action on the same target; of a
+// node or a site for the same change, so that nobody holds up a removal with another
+// proposal.
 func (t *tx) checkSingle(p approval.Proposal) error {
 	for _, o := range list[Proposal](t.Txn, tableProposal, byTarget, prefixKey(p.Target)) {
-		if o.live() && !o.expired(t.clock) && o.Content.Action == p.Action {
+		if o.live() && !o.expired(t.clock) && o.Content.Action == p.Action && sameChange(o.Content, p) {
 			return kms.Errorf(kms.Exists, "proposal %s to %s %s is still open; let it be decided, or reject it, before another one", o.ID, p.Action, p.Target)
 		}
 	}
@@ -251,6 +260,8 @@ func (t *tx) proposalEvent(kind string, p Proposal) Event {
 	switch k, name, _ := approval.ParseTarget(p.Content.Target); k {
 	case approval.TargetKey:
 		e.Keyring, e.Key, _ = kms.SplitKeyPath(name)
+	case approval.TargetKeyring:
+		e.Keyring = name
 	case approval.TargetCustodian:
 		e.Custodian = name
 	case approval.TargetNode:

@@ -64,9 +64,9 @@ func (r reader) live() []Proposal {
 	return list[Proposal](r.x, tableProposal, byLive, []byte{})
 }
 
-// residents returns the nodes at the given sites, sorted.
+// residents returns the nodes at the given sites that have a hardware root, sorted.
 func (r reader) residents(sites []string) []Node {
-	return slices.DeleteFunc(r.nodes(), func(n Node) bool { return !slices.Contains(sites, n.Site) })
+	return slices.DeleteFunc(r.nodes(), func(n Node) bool { return n.Root == 0 || !slices.Contains(sites, n.Site) })
 }
 
 func (r reader) nodes() []Node { return list[Node](r.x, tableNode, byID, []byte{}) }
@@ -126,12 +126,12 @@ func (t *tx) direct(rule approval.Rule) error {
 	if t.env.Principal == "" {
 		return kms.Errorf(kms.Denied, "%q needs a principal; a node may not do it by itself", rule.Action)
 	}
-	return t.before.genesis.mayAct(t.env.Principal, rule)
+	return t.reader().mayAct(t.env.Principal, rule)
 }
 
 // mayAct checks a principal against a direct rule.
-func (g Genesis) mayAct(principal string, rule approval.Rule) error {
-	id, err := g.identity(principal)
+func (r reader) mayAct(principal string, rule approval.Rule) error {
+	id, err := r.identity(principal)
 	if err != nil {
 		return err
 	}
@@ -141,28 +141,28 @@ func (g Genesis) mayAct(principal string, rule approval.Rule) error {
 	return nil
 }
 
-// siteOf returns the site of a node, which never changes.
+// siteOf returns the site of a node of the genesis, which never changes.
 func (g Genesis) siteOf(node string) (string, bool) {
 	n, ok := search(g.Nodes, func(n Node) bool { return n.ID == node })
 	return n.Site, ok
 }
 
 // identity parses a SPIFFE ID of a trust domain of one of the sites.
-func (g Genesis) identity(principal string) (kms.Identity, error) {
+func (r reader) identity(principal string) (kms.Identity, error) {
 	id, err := kms.ParseIdentity(principal)
 	if err != nil {
 		return id, err
 	}
-	if !slices.ContainsFunc(g.Sites, func(s Site) bool { return s.TrustDomain == id.TrustDomain }) {
+	if !slices.ContainsFunc(r.sites(), func(s Site) bool { return s.TrustDomain == id.TrustDomain }) {
 		return id, kms.Errorf(kms.Denied, "%s is not of the trust domain of any site", principal)
 	}
 	return id, nil
 }
 
 // nodeIdentity returns the SPIFFE ID of a node.
-func (g Genesis) nodeIdentity(node string) string {
-	n, _ := search(g.Nodes, func(n Node) bool { return n.ID == node })
-	s, _ := search(g.Sites, func(s Site) bool { return s.ID == n.Site })
+func (r reader) nodeIdentity(node string) string {
+	n, _ := r.node(node)
+	s, _, _ := r.site(n.Site)
 	return kms.Identity{TrustDomain: s.TrustDomain, Role: "node", Name: n.ID}.String()
 }
 

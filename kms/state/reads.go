@@ -32,14 +32,16 @@ func (s *State) LogRoot() []byte { return s.log.root() }
 func (s *State) Access() []byte { return s.genesis.Access }
 
 // Sites returns the sites, sorted.
-func (s *State) Sites() []Site { return slices.Clone(s.genesis.Sites) }
+func (s *State) Sites() []Site { return slices.Clone(s.reader().sites()) }
 
 // Site returns a site.
 func (s *State) Site(id string) (Site, bool) {
-	return search(s.genesis.Sites, func(x Site) bool { return x.ID == id })
+	x, _, ok := s.reader().site(id)
+	return x, ok
 }
 
-// Nodes returns the nodes with their present hardware roots, sorted.
+// Nodes returns the nodes with their present hardware roots, sorted. One that has yet
+// to adopt its first has Root 0 and no keys.
 func (s *State) Nodes() []Node { return s.reader().nodes() }
 
 // Node returns a node with its present hardware root.
@@ -53,8 +55,8 @@ func (s *State) Replacements() []Replacement {
 	return list[Replacement](s.read(), tableNext, byID, []byte{})
 }
 
-// NextRoot returns the number that the next proposal for a node's root is about,
-// 0 for an unknown node.
+// NextRoot returns the number that the next proposal for a node's root is about, 1 for
+// a node that is to join.
 func (s *State) NextRoot(node string) uint32 { return s.reader().nextRoot(node) }
 
 // FormerRoots returns the hardware roots that a node had before, the first one first.
@@ -156,7 +158,8 @@ func (s *State) Pending(node string) []Pending {
 	return l
 }
 
-// ResidentNodes returns the nodes at the sites of a keyring's residency, sorted.
+// ResidentNodes returns the nodes at the sites of a keyring's residency that have a
+// hardware root, sorted.
 func (s *State) ResidentNodes(keyring string) []Node {
 	r := s.reader()
 	k, ok := r.keyring(keyring)
@@ -171,7 +174,7 @@ func (s *State) Resident(keyring, node string) bool {
 	r := s.reader()
 	k, ok := r.keyring(keyring)
 	n, known := r.node(node)
-	return ok && known && slices.Contains(k.Residency, n.Site)
+	return ok && known && n.Root != 0 && slices.Contains(k.Residency, n.Site)
 }
 
 // Outcome returns what became of the command with an idempotency key, while it is

@@ -77,7 +77,7 @@ type Keyring struct {
 	Receipts     kms.Receipts   `cbor:"receipts"`
 	MaxStaleness int64          `cbor:"max-staleness"` // milliseconds
 	Survive      bool           `cbor:"survive"`
-	KEK          uint32         `cbor:"kek"` // primary KEK version
+	KEK          uint32         `cbor:"kek"` // primary KEK version; it changes without the revision
 	Created      int64          `cbor:"created"`
 	Creator      string         `cbor:"creator"` // SPIFFE ID
 	Revision     uint64         `cbor:"revision"`
@@ -117,6 +117,13 @@ type KEK struct {
 	Checks   []Check      `cbor:"checks"` // sorted by node, one per copy
 	Receipts []Receipt    `cbor:"receipts"`
 	Created  int64        `cbor:"created"`
+
+	Proposal     string `cbor:"proposal,omitempty"`      // that authorised it, empty for version 1
+	Index        uint64 `cbor:"index,omitempty"`         // of the command that brought it in the log, 0 for version 1
+	Activated    int64  `cbor:"activated,omitempty"`     // when it became primary, 0 for version 1
+	RetiredAt    int64  `cbor:"retired-at,omitempty"`    // cluster clock; it has no copies any more
+	RetiredIndex uint64 `cbor:"retired-index,omitempty"` // of Retirement in the log
+	Retirement   []byte `cbor:"retirement,omitempty"`    // the RetireKEK
 }
 
 // Key is a named thing with one purpose and numbered versions.
@@ -159,6 +166,9 @@ type Version struct {
 	Statement []byte        `cbor:"statement"` // that command, empty once destroyed
 	Origin    string        `cbor:"origin"`    // node that sent it
 	Erased    []byte        `cbor:"erased"`    // once destroyed: SHA-256 of that command, as in its log leaf
+
+	Made uint32     `cbor:"made,omitempty"` // KEK version that wrapped it first, where KEK is a later one
+	Next *Rewrapped `cbor:"next,omitempty"` // as a batch brought it; not in use before all resident nodes have confirmed
 }
 
 // Progress is where a proposal stands.

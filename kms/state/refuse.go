@@ -21,8 +21,8 @@ func (c RefuseCopy) validate(e Envelope) error {
 		return err
 	}
 	switch {
-	case c.Version == 0 || c.Root < 2:
-		return kms.Errorf(kms.Invalid, "refusal: it needs a version, and the number of a root after the first")
+	case c.Version == 0 || c.Root == 0:
+		return kms.Errorf(kms.Invalid, "refusal: it needs a version, and the number of a root")
 	case len(c.Copy) != HashSize:
 		return kms.Errorf(kms.Invalid, "refusal: the hash of the copy has %d bytes, not %d", len(c.Copy), HashSize)
 	case e.Principal != "":

@@ -92,7 +92,7 @@ func TestRefuseRefused(t *testing.T) {
 	refused(t, w, kms.Conflict, send(fr, kek, func(c *state.RefuseCopy) { c.By = jp }))
 	refused(t, w, kms.Conflict, send(fr, kek, func(c *state.RefuseCopy) { c.Copy[3] ^= 1 }))
 	refused(t, w, kms.Conflict, send(fr, kek, func(c *state.RefuseCopy) { c.Root = 3 }))
-	refused(t, w, kms.Invalid, send(fr, kek, func(c *state.RefuseCopy) { c.Root = 1 }))
+	refused(t, w, kms.Invalid, send(fr, kek, func(c *state.RefuseCopy) { c.Root = 0 }))
 	refused(t, w, kms.Invalid, send(fr, kek, func(c *state.RefuseCopy) { c.Version = 0 }))
 	refused(t, w, kms.Invalid, send(fr, kek, func(c *state.RefuseCopy) { c.Copy = nil }))
 	refused(t, w, kms.Invalid, send(fr, kek, func(c *state.RefuseCopy) { c.By = "" }))

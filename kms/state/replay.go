@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"slices"
+	"strings"
 
 	"github.com/conclave-kms/conclave/kms"
 )
@@ -25,7 +26,7 @@ type statement struct {
 // verifyStatements plays every stored statement again, from the genesis, and
 // compares the records that result with those at hand.
 func (s *State) verifyStatements() error {
-	if err := s.verifyClock(); err != nil {
+	if err := s.verifyTicks(); err != nil {
 		return err
 	}
 	log, err := s.statements()
@@ -33,6 +34,7 @@ func (s *State) verifyStatements() error {
 		return err
 	}
 	replay := founded(s.signed, s.genesis)
+	fewest := len(replay.reader().latest())
 	for i, st := range log {
 		if i > 0 && log[i-1].index >= st.index || st.index == 0 || st.index > s.index {
 			return kms.Errorf(kms.Invalid, "snapshot: two statements claim log index %d, or it is out of range", st.index)
@@ -43,8 +45,15 @@ func (s *State) verifyStatements() error {
 		if replay, err = replay.replay(st); err != nil {
 			return kms.Wrap(kms.KindOf(err), err, "snapshot: the statement at log index "+decimal(st.index)+" does not hold: "+message(err), "restore from a trusted node")
 		}
+		fewest = min(fewest, len(replay.reader().latest()))
 	}
-	return s.sameRecords(replay)
+	if err := s.verifyClock(fewest); err != nil {
+		return err
+	}
+	if err := s.sameRecords(replay); err != nil {
+		return err
+	}
+	return s.wholeWraps()
 }
 
 // replay applies a statement as Apply would at its time, without the bookkeeping
@@ -99,12 +108,17 @@ func openSigned(raw []byte, verify func(e Envelope, envelope, signature []byte) 
 }
 
 // openTick is openStatement for a node's last tick, which may be from the time of
-// one of its former roots: a tick tells where the clock stood, and no root that
-// signed one can move it by itself.
+// one of its former roots, or of a node that was removed: a tick tells where the clock
+// stood, and no root that signed one can move it by itself.
 func (s *State) openTick(raw []byte) (Envelope, operation, error) {
 	return openSigned(raw, func(e Envelope, envelope, signature []byte) error {
 		err := s.verifyEnvelope(e, envelope, signature)
-		for _, f := range s.FormerRoots(e.Origin) {
+		roots := s.FormerRoots(e.Origin)
+		if old, removed := s.Removal(e.Origin); removed && e.Cluster == s.cluster {
+			roots = append(roots, FormerRoot{SigningSuite: old.Node.SigningSuite, Signing: old.Node.Signing})
+			err = kms.Errorf(kms.BadSignature, "the tick of node %s is signed by no root that it had", e.Origin)
+		}
+		for _, f := range roots {
 			if kms.KindOf(err) != kms.BadSignature {
 				break
 			}
@@ -116,11 +130,16 @@ func (s *State) openTick(raw []byte) (Envelope, operation, error) {
 	})
 }
 
-// verifyClock checks the ticks behind the clock.
-func (s *State) verifyClock() error {
-	x := s.db.Txn(false)
-	status := list[NodeStatus](x, tableStatus, byID, []byte{})
-	if err := exactly("status", s.genesis.Nodes, func(i int) string { return status[i].Node }, len(status)); err != nil {
+// verifyTicks checks the ticks behind the clock.
+func (s *State) verifyTicks() error {
+	r := s.reader()
+	status := list[NodeStatus](r.x, tableStatus, byID, []byte{})
+	nodes := r.nodes()
+	for _, old := range r.removals() {
+		nodes = append(nodes, old.Node)
+	}
+	slices.SortFunc(nodes, func(a, b Node) int { return strings.Compare(a.ID, b.ID) })
+	if err := exactly("status", nodes, func(i int) string { return status[i].Node }, len(status)); err != nil {
 		return err
 	}
 	for _, st := range status {
@@ -138,7 +157,28 @@ func (s *State) verifyClock() error {
 			return kms.Errorf(kms.Invalid, "snapshot: the tick of node %s is not what its status says", st.Node)
 		}
 	}
-	if m := max(median(x, s.genesis), s.genesis.Created); m != s.clock {
+	return nil
+}
+
+// verifyClock checks that the clock is where the ticks put it. fewest is the smallest
+// number of sites that ever counted. The clock cannot be behind the median of those that
+// count now. While no node comes or goes that is where it is; else it may stand where other
+// sites had put it, but no further than a majority of the fewest has signed: the last ticks
+// of removed nodes are kept for that.
+func (s *State) verifyClock(fewest int) error {
+	r := s.reader()
+	latest := r.latest()
+	for _, old := range r.removals() {
+		st, _ := s.NodeStatus(old.Node.ID)
+		latest[old.Node.Site] = max(latest[old.Node.Site], st.Time)
+	}
+	signed := 0
+	for _, time := range latest {
+		if time >= s.clock {
+			signed++
+		}
+	}
+	if s.clock < max(r.median(), s.genesis.Created) || s.clock > s.genesis.Created && signed < fewest/2+1 {
 		return kms.Errorf(kms.Invalid, "snapshot: the clock is not the median of the nodes' times")
 	}
 	return nil
@@ -181,7 +221,21 @@ func (s *State) statements() ([]statement, error) {
 			add(r.Index, r.Time, r.Statement)
 		}
 	}
-	_ = each(x, tableKEK, func(k *KEK) error { receipts(k.Receipts); return nil })
+	_ = each(x, tableKEK, func(k *KEK) error {
+		receipts(k.Receipts)
+		if k.Retired() {
+			add(k.RetiredIndex, k.RetiredAt, k.Retirement)
+		}
+		return nil
+	})
+	_ = each(x, tableRewrap, func(b *RewrapBatch) error {
+		log = append(log, b.statement(s.reader()))
+		for _, c := range b.Confirmed {
+			add(c.Index, c.Time, c.Statement)
+		}
+		return nil
+	})
+	_ = each(x, tableRewrapRefused, func(r *RefusedRewrap) error { add(r.Index, r.Time, r.Statement); return nil })
 	err := each(x, tableVersion, func(v *Version) error {
 		receipts(v.Receipts)
 		st, err := s.origin(v)
@@ -206,7 +260,7 @@ func (s *State) statements() ([]statement, error) {
 		for _, v := range p.Votes {
 			log = append(log, statement{index: v.Index, clock: v.Time, op: CastVote{v.Statement}})
 		}
-		if p.Executed != 0 && p.Content.Action != kms.ActionRotate {
+		if p.Executed != 0 && (p.Content.Action != kms.ActionRotate || p.kekTarget()) {
 			add(p.Executed, p.ClosedAt, p.Execution)
 		}
 		return nil

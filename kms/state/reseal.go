@@ -21,8 +21,8 @@ func (c Reseal) validate(e Envelope) error {
 		}
 	}
 	switch {
-	case c.Version == 0 || c.Root < 2:
-		return kms.Errorf(kms.Invalid, "reseal: it needs a version, and the number of a root after the first")
+	case c.Version == 0 || c.Root == 0:
+		return kms.Errorf(kms.Invalid, "reseal: it needs a version, and the number of a root")
 	case len(c.Sealed) == 0 || len(c.Sealed) > MaxSealed:
 		return kms.Errorf(kms.Invalid, "the sealed copy for node %s has %d bytes; it must have 1 to %d", c.Node, len(c.Sealed), MaxSealed)
 	case e.Principal != "":
@@ -109,6 +109,11 @@ func (c Reseal) add(t *tx, copies []SealedCopy) ([]SealedCopy, error) {
 	switch {
 	case exists:
 		return nil, kms.Errorf(kms.Exists, "node %s has a copy for its root number %d", c.Node, c.Root)
+	case n.Root == 0:
+		k, _ := t.reader().keyring(c.Keyring)
+		if !slices.Contains(k.Residency, n.Site) {
+			return nil, kms.Errorf(kms.NotResident, "node %s is at site %s, where keyring %s is not resident", n.ID, n.Site, k.Name)
+		}
 	case !t.replay && !hasCopy(copies, c.Node, n.Root):
 		return nil, kms.Errorf(kms.NotResident, "node %s has no copy for its present root", c.Node)
 	}

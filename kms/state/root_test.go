@@ -39,7 +39,7 @@ func TestRekey(t *testing.T) {
 	w.CreateKey("europe", "mail", kms.Encrypt)
 	w.GiveReceipts()
 	old := w.Node(fr)
-	if s := w.State(); s.NextRoot(fr) != 2 || len(s.Unsealed(fr)) != 0 || len(s.Replacements()) != 0 || s.NextRoot("none") != 0 {
+	if s := w.State(); s.NextRoot(fr) != 2 || len(s.Unsealed(fr)) != 0 || len(s.Replacements()) != 0 || s.NextRoot("none") != 1 {
 		t.Error("a replacement before there is one")
 	}
 	id := w.Propose(kms.ActionNode, approval.NodeTarget(fr), w.NodeParams(fr, w.NewRoot(fr), false))
@@ -219,7 +219,7 @@ func TestResealRefused(t *testing.T) {
 	refused(t, w, kms.Invalid, send("node-de-1", state.Pending{Keyring: "europe", Key: "mail", Version: 1}, same)) // under the KEK
 	refused(t, w, kms.Invalid, send("node-de-1", kek, func(c *state.Reseal) { c.Sealed = nil }))
 	refused(t, w, kms.Invalid, send("node-de-1", kek, func(c *state.Reseal) { c.Version = 0 }))
-	refused(t, w, kms.Invalid, send("node-de-1", kek, func(c *state.Reseal) { c.Root = 1 }))
+	refused(t, w, kms.Invalid, send("node-de-1", kek, func(c *state.Reseal) { c.Root = 0 }))
 	refused(t, w, kms.Invalid, send("node-de-1", kek, same, statetest.As(w.Operator("de"))))
 	refused(t, w, kms.Invalid, send("node-de-1", kek, same, statetest.Expect(1)))
 	w.Do("node-de-1", w.ResealCommand(fr, kek))
@@ -242,7 +242,7 @@ func TestAdoptRefused(t *testing.T) {
 		return w.Command(node, c)
 	}
 	refused(t, w, kms.Conflict, send(fr, func(c *state.AdoptRoot) { c.Root = 3 }))
-	refused(t, w, kms.Invalid, send(fr, func(c *state.AdoptRoot) { c.Root = 1 }))
+	refused(t, w, kms.Invalid, send(fr, func(c *state.AdoptRoot) { c.Root = 0 }))
 	refused(t, w, kms.Invalid, send(fr, func(c *state.AdoptRoot) { c.Copies = nil }))
 	refused(t, w, kms.Invalid, send(fr, func(c *state.AdoptRoot) { c.Copies = c.Copies[1:] }))
 	refused(t, w, kms.Conflict, send(fr, func(c *state.AdoptRoot) { c.Copies[0] ^= 1 }))

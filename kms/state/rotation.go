@@ -143,15 +143,23 @@ func (c GiveReceipt) applyVersion(t *tx, k Keyring) error {
 	}
 	insert(t.Txn, tableVersion, v)
 	t.event(Event{Type: EventReceipt, Keyring: c.Keyring, Key: c.Key, Version: c.Version, Node: t.env.Origin})
-	key, _ := r.key(c.Keyring, c.Key)
-	if v.State == kms.PreActive && !r.overtaken(v) && r.proven(k, v.Receipts) {
-		v.State, v.Activated = kms.Active, t.clock
-		insert(t.Txn, tableVersion, v)
-		key.Primary, key.Rotated = v.Version, t.clock
-		t.bump(key)
-		t.event(Event{Type: EventVersionActivated, Keyring: c.Keyring, Key: c.Key, Version: c.Version, Proposal: v.Proposal})
-	}
+	t.activate(k, v)
 	return nil
+}
+
+// activate makes a pre-active version primary if its receipts suffice.
+func (t *tx) activate(k Keyring, v Version) {
+	r := t.reader()
+	asked := func(n Node) bool { return r.joined(n.ID) < v.Index }
+	if v.State != kms.PreActive || r.overtaken(v) || !r.proven(k, v.Receipts, asked) {
+		return
+	}
+	v.State, v.Activated = kms.Active, t.clock
+	insert(t.Txn, tableVersion, v)
+	key, _ := r.key(v.Keyring, v.Key)
+	key.Primary, key.Rotated = v.Version, t.clock
+	t.bump(key)
+	t.event(Event{Type: EventVersionActivated, Keyring: v.Keyring, Key: v.Key, Version: v.Version, Proposal: v.Proposal})
 }
 
 // checkAsked refuses a receipt of a node that has no copy of the version.

@@ -58,6 +58,8 @@ var snapshotTables = []snapshotTable{
 	stated[Membership](17, tableMembership, membershipID),
 	stated[Removal](18, tableRemoved, removalID),
 	stated[siteChange](19, tableSite, siteChangeID),
+	stated[RewrapBatch](30, tableRewrap, rewrapID),
+	stated[RefusedRewrap](31, tableRewrapRefused, rewrapRefusedID),
 }
 
 // stated is a table whose records follow from signed statements, remembered is another.

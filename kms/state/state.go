@@ -114,6 +114,7 @@ type Event struct {
 	Proposal  string
 	Node      string
 	Custodian string
+	Site      string
 	Version   uint32
 }
 
@@ -140,9 +141,15 @@ const (
 	EventPolicyChanged       = "policy-changed"
 	EventCustodianChanged    = "custodian-changed"
 	EventKEKReceiptsComplete = "kek-receipts-complete"
-	EventNodeReplacing       = "node-replacing" // the next root is approved
-	EventResealed            = "resealed"       // Node has a copy for its next root
-	EventCopyRefused         = "copy-refused"   // the next root of Node does not take a copy
+	EventKEKCommitted        = "kek-committed"
+	EventKEKActivated        = "kek-activated" // new key versions are wrapped under it
+	EventKEKRetired          = "kek-retired"
+	EventRewrapped           = "rewrapped"        // by Node, a batch
+	EventRewrapConfirmed     = "rewrap-confirmed" // by all; the batch is in use
+	EventRewrapRefused       = "rewrap-refused"   // what Node rewrapped
+	EventNodeReplacing       = "node-replacing"   // the next root is approved
+	EventResealed            = "resealed"         // Node has a copy for its next root
+	EventCopyRefused         = "copy-refused"     // the next root of Node does not take a copy
 	EventNodeReplaced        = "node-replaced"
 	EventReleaseAnnounced    = "release-announced"
 	EventNodeJoining         = "node-joining"      // Node may have its first hardware root
@@ -209,6 +216,7 @@ type tx struct {
 	claimed []byte // replay of an erased command: its hash
 
 	attested *attestedRoot // what the command did to State.reports
+	removed  string        // the node that it removed
 }
 
 // attestedRoot is what is known of the hardware of a root just adopted.
@@ -276,6 +284,10 @@ func (t *tx) done() *State {
 	if a := t.attested; a != nil {
 		next.reports = maps.Clone(next.reports)
 		next.reports[a.node] = a.report
+	}
+	if t.removed != "" {
+		next.reports = maps.Clone(next.reports)
+		delete(next.reports, t.removed)
 	}
 	return &next
 }
@@ -354,6 +366,9 @@ func (s *State) verifyEnvelope(e Envelope, envelope, signature []byte) error {
 	}
 	n, ok := s.Node(e.Origin)
 	if !ok {
+		if s.Removed(e.Origin) {
+			return kms.Errorf(kms.Denied, "the command's origin %s was removed from the cluster", e.Origin)
+		}
 		return kms.Errorf(kms.Denied, "the command's origin %q is no node of the cluster", e.Origin)
 	}
 	suite, signing := n.SigningSuite, n.Signing

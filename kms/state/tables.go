@@ -32,6 +32,9 @@ const (
 	tableMembership = "membership" // the latest change
 	tableRemoved    = "removed"    // nodes
 	tableSite       = "site"       // changes since the genesis
+	tableRewrap     = "rewrap"     // batches of rewrapped key versions
+
+	tableRewrapRefused = "rewrap-refused"
 )
 
 // The indexes. Index values are strings of names, which have no NUL, and of
@@ -44,9 +47,11 @@ const (
 	byNode    = "node"    // statements behind copies
 	byPending = "pending" // versions and KEKs, by node whose receipt is missing
 	byTarget  = "target"  // proposals
-	byLive    = "live"    // open and authorised proposals
+	byLive    = "live"    // open and authorised proposals; batches not yet in use
 	bySeq     = "seq"     // proposals, newest first
 	byTime    = "time"    // nonces and outcomes
+	byKEK     = "kek"     // versions, by keyring and KEK version that wraps them
+	byWrap    = "wrap"    // versions, by keyring and newest KEK version that wraps them
 )
 
 func nameKey(parts ...string) []byte { return []byte(strings.Join(parts, "\x00")) }
@@ -160,7 +165,7 @@ func newDB() *memdb.MemDB {
 		table(tableKeyring, unique(byID, keyringID)),
 		table(tableKEK, unique(byID, kekID), many(byPending, pendingKEK), many(byCopy, func(r *KEK) [][]byte { return copyKeys(r.Copies) })),
 		table(tableKey, unique(byID, keyID), unique(byKeyID, func(r *Key) []byte { return r.ID })),
-		table(tableVersion, unique(byID, versionID), many(byPending, pendingVersion), many(byCopy, func(r *Version) [][]byte { return copyKeys(r.Copies) })),
+		table(tableVersion, unique(byID, versionID), many(byPending, pendingVersion), many(byCopy, func(r *Version) [][]byte { return copyKeys(r.Copies) }), some(byKEK, versionKEK), some(byWrap, versionWrap)),
 		table(tableProposal, unique(byID, proposalID),
 			some(byTarget, func(r *Proposal) []byte { return prefixKey(r.Content.Target) }),
 			some(byLive, liveProposal),
@@ -176,6 +181,8 @@ func newDB() *memdb.MemDB {
 		table(tableMembership, unique(byID, membershipID)),
 		table(tableRemoved, unique(byID, removalID)),
 		table(tableSite, unique(byID, siteChangeID)),
+		table(tableRewrap, unique(byID, rewrapID), some(byLive, openRewrap)),
+		table(tableRewrapRefused, unique(byID, rewrapRefusedID)),
 	}
 	schema := &memdb.DBSchema{Tables: make(map[string]*memdb.TableSchema)}
 	for _, t := range tables {
@@ -201,15 +208,23 @@ func pendingVersion(r *Version) [][]byte {
 	if r.State.Gone() {
 		return nil
 	}
-	if r.Generated != "" && (r.signsReceipts() || len(r.Checks) > 0) {
-		return missing(r.Copies, func(c SealedCopy) string { return c.Node }, r.Receipts) // a node may have been left without one
+	if r.Generated != "" && (r.signsReceipts() || len(r.Checks) > 0) { // a node may have been left without a copy
+		asked := slices.DeleteFunc(slices.Clone(r.Copies), func(c SealedCopy) bool { // or have joined since
+			return len(r.Checks) > 0 && !slices.ContainsFunc(r.Checks, func(x Check) bool { return x.Node == c.Node })
+		})
+		return missing(asked, func(c SealedCopy) string { return c.Node }, r.Receipts)
 	}
 	return missing(r.Checks, checkNode, r.Receipts)
 }
 
 func checkNode(c Check) string { return c.Node }
 
-func pendingKEK(r *KEK) [][]byte { return missing(r.Checks, checkNode, r.Receipts) }
+func pendingKEK(r *KEK) [][]byte {
+	if r.Retired() {
+		return nil
+	}
+	return missing(r.Checks, checkNode, r.Receipts)
+}
 
 // missing lists those of the nodes asked, sorted, that owe a receipt, as values of
 // byPending. A node with copies for two roots is asked once.

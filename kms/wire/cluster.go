@@ -32,6 +32,18 @@ type Status struct {
 	Keys    KeyCounts `json:"keys"`
 	Open    int       `json:"open_proposals"`
 	Pending int       `json:"pending_receipts"` // receipts that this node owes
+
+	Staleness []Staleness `json:"staleness,omitempty"` // of the keyrings that the caller may read
+}
+
+// Staleness says whether a node may use the keys of a keyring, given how old what it
+// knows of the cluster is.
+type Staleness struct {
+	Keyring        string `json:"keyring"`
+	Resident       bool   `json:"resident"`         // this node can open it
+	MaxStalenessMS int64  `json:"max_staleness_ms"` // up to this age of the state it serves everything
+	Survive        bool   `json:"survive"`          // beyond that, it goes on with decrypt and verify
+	Serves         string `json:"serves"`           // everything, decrypt (and verify only), nothing
 }
 
 // KeyCounts counts what is stored.
@@ -50,6 +62,10 @@ type Raft struct {
 	Applied       uint64 `json:"applied"`
 	Committed     uint64 `json:"committed"`
 	LastContactMS int64  `json:"last_contact_ms"`
+	QuorumMS      int64  `json:"quorum_ms"`           // since a quorum last confirmed a leader, as far as is known here; negative for never
+	LeaseMS       int64  `json:"lease_ms"`            // of a leader without a quorum before it steps down
+	HeartbeatMS   int64  `json:"heartbeat_ms"`        // without a word from the leader before an election
+	Profile       string `json:"profile,omitempty"`   // of the timing: lan or wan; absent if it is configured
 	Probation     string `json:"probation,omitempty"` // why the node serves nothing
 	Peers         []Peer `json:"peers,omitempty"`
 }
@@ -60,11 +76,35 @@ type Peer struct {
 	Site     string `json:"site"`
 	Address  string `json:"address"`
 	Suffrage string `json:"suffrage"` // voter or non-voter
+
+	// Of another node that has answered this one.
+	RTTMS   float64 `json:"rtt_ms,omitempty"`   // median round trip
+	HeardMS int64   `json:"heard_ms,omitempty"` // since it last answered; negative for never
+	Lag     uint64  `json:"lag,omitempty"`      // log entries that it was behind then
+	FreshMS int64   `json:"fresh_ms,omitempty"` // age of its own last proof that it was up to date
 }
 
 // Nodes answers GET /v1/nodes.
 type Nodes struct {
-	Nodes []Node `json:"nodes"`
+	Nodes   []Node        `json:"nodes"`
+	Removed []RemovedNode `json:"removed,omitempty"` // in the order of their removal
+	Change  *MemberChange `json:"change,omitempty"`  // of the members, under way
+}
+
+// RemovedNode is a node that was removed; its name and its keys never come back.
+type RemovedNode struct {
+	ID       string    `json:"id"`
+	Site     string    `json:"site"`
+	Proposal string    `json:"proposal"` // that removed it
+	Time     time.Time `json:"time"`
+	Keyrings []string  `json:"keyrings,omitempty"` // that it could open
+}
+
+// MemberChange is a change of the members that is decided, and that the consensus layer
+// does not count with yet. No other one is carried out until it does.
+type MemberChange struct {
+	Node     string `json:"node"`
+	Proposal string `json:"proposal"`
 }
 
 // Node is a member of the cluster.
@@ -81,7 +121,7 @@ type Node struct {
 	Voter        bool      `json:"voter"`
 	LastHeard    time.Time `json:"last_heard,omitzero"` // latest time that the node has signed
 
-	Root        uint32     `json:"root"`                  // number of its hardware root, 1 at the founding
+	Root        uint32     `json:"root"`                  // number of its hardware root, 1 at the founding; 0: it joins and has yet to adopt its first
 	ImportKind  string     `json:"import_kind,omitempty"` // how others wrap keys for its device
 	Protections []string   `json:"protections"`           // levels that keyrings resident at it can have
 	Attested    bool       `json:"attested"`              // the device was proven to be what it says, and to hold the root's keys
@@ -124,6 +164,7 @@ type Site struct {
 	TrustDomain string   `json:"trust_domain"`
 	CAs         [][]byte `json:"cas"`   // DER certificates
 	Nodes       []string `json:"nodes"` // node ids, sorted
+	Revision    uint64   `json:"revision"`
 }
 
 // Custodians answers GET /v1/custodians.

@@ -23,6 +23,35 @@ type Keyring struct {
 	Created        time.Time `json:"created"`
 	Creator        string    `json:"creator"` // SPIFFE ID
 	Revision       uint64    `json:"revision"`
+
+	Rotation *KEKRotation `json:"rotation,omitempty"` // of the KEK, while one is under way or wanted
+}
+
+// KEKRotation is how far the rotation of a keyring's KEK has come. It is over when
+// only one KEK version is left.
+type KEKRotation struct {
+	Target    uint32          `json:"target"`              // newest KEK version; it is in use when the receipts are in
+	Receipts  []Receipt       `json:"receipts,omitempty"`  // for Target, one for each node asked
+	Versions  int             `json:"versions"`            // key versions of the keyring
+	Done      int             `json:"done"`                // wrapped under the KEK version in use, as every node confirmed
+	Rewrapped int             `json:"rewrapped"`           // wrapped under it, and waiting for confirmations
+	Left      int             `json:"left"`                // still to be rewrapped
+	Live      []uint32        `json:"live"`                // KEK versions that are not retired
+	Awaits    []string        `json:"awaits,omitempty"`    // nodes that have yet to give a receipt or a confirmation
+	Refused   []RefusedRewrap `json:"refused,omitempty"`   // what nodes refused
+	Proposals []string        `json:"proposals,omitempty"` // open proposals to rotate
+	Note      string          `json:"note"`                // what it waits for, a sentence
+}
+
+// RefusedRewrap is a batch of rewrapped key versions that a node refused: one does not
+// open there or holds another key. What was in use stays in use.
+type RefusedRewrap struct {
+	KEK       uint32    `json:"kek"`
+	Rewrapped string    `json:"rewrapped_by"` // node; it rewraps no more for this KEK version
+	Refused   string    `json:"refused_by"`   // node
+	Key       string    `json:"key"`
+	Version   uint32    `json:"version"`
+	Time      time.Time `json:"time"`
 }
 
 // NodeAPI names a node and where its native API is.

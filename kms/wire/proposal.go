@@ -10,8 +10,8 @@ type Proposals struct {
 // OpenProposalRequest is the body of POST /v1/proposals. The node adds the
 // present revisions of target and policy, the proposer and the times.
 type OpenProposalRequest struct {
-	Action      string             `json:"action"` // rotate, suspend, resume, deactivate, compromise, destroy, policy, custodian, node
-	Target      string             `json:"target"` // key/KEYRING/KEY, policy/NAME, custodian/ID or node/ID
+	Action      string             `json:"action"` // rotate, suspend, resume, deactivate, compromise, destroy, policy, custodian, node, site
+	Target      string             `json:"target"` // key/KEYRING/KEY, keyring/NAME (to rotate its KEK), policy/NAME, custodian/ID or node/ID
 	Parameters  ProposalParameters `json:"parameters,omitzero"`
 	Reason      string             `json:"reason"`                  // 1 to MaxReason bytes
 	ExpiresInMS int64              `json:"expires_in_ms,omitempty"` // default and most: the rule's lifetime
@@ -26,13 +26,25 @@ type ProposalParameters struct {
 	Attested  *bool      `json:"attested,omitempty"`  // policy: need attested hardware; when it is opened the default is what the policy says now
 	Custodian *Custodian `json:"custodian,omitempty"` // custodian
 	Node      *NextRoot  `json:"node,omitempty"`      // node
+	Site      *NextSite  `json:"site,omitempty"`      // site
 }
 
-// NextRoot is the hardware root that a node is to have next.
+// NextRoot is what becomes of a node: field for field it is approval.NodeParams.
 type NextRoot struct {
-	Root       NodeRoot `json:"root"`
-	Possession []byte   `json:"possession"`      // signature by the root's signing key that it is to be this node's root
-	Leave      bool     `json:"leave,omitempty"` // adopt it although keys of protection hardware could not be moved to it
+	Change     string   `json:"change,omitempty"`     // root (default), join, promote, remove
+	Site       string   `json:"site,omitempty"`       // join: the node's site
+	Address    string   `json:"address,omitempty"`    // join: host:port between nodes
+	API        string   `json:"api,omitempty"`        // join: https URL of its native API
+	Root       NodeRoot `json:"root,omitzero"`        // root, join: the hardware root to come
+	Possession []byte   `json:"possession,omitempty"` // signature by the root's signing key that it is to be this node's root
+	Leave      bool     `json:"leave,omitempty"`      // root, join: adopt it although keys of protection hardware could not be moved to it; remove: lose what no other node can open
+}
+
+// NextSite is what becomes of a site: field for field it is approval.SiteParams.
+type NextSite struct {
+	Change      string   `json:"change"`                 // add, cas, remove
+	TrustDomain string   `json:"trust_domain,omitempty"` // add
+	CAs         [][]byte `json:"cas,omitempty"`          // add, cas: DER certificates
 }
 
 // NodeRoot is the public half of a hardware root. Field for field it is

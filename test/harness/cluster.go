@@ -191,8 +191,8 @@ func (c *Cluster) Stop() error {
 	c.after = nil
 	for _, n := range c.Nodes {
 		if n.Running() {
-			errs = append(errs, fmt.Errorf("conclaved dev left %s behind (process %d)", n.ID, n.pid))
-			_ = syscall.Kill(n.pid, syscall.SIGKILL)
+			errs = append(errs, fmt.Errorf("conclaved dev left %s behind (process %d)", n.ID, n.PID()))
+			_ = syscall.Kill(n.PID(), syscall.SIGKILL)
 		}
 	}
 	return errors.Join(errs...)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -39,6 +40,9 @@ type Coalition struct {
 	Dir   string
 	Nodes []*Node // sorted by id
 	Links *Links
+
+	plan        Plan
+	authorities map[string]*authority // by site
 
 	mu      sync.Mutex
 	pids    map[int]string
@@ -79,7 +83,8 @@ func (c *Coalition) Launch(n *Node) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.pids[n.pid] = n.ID
+	maps.DeleteFunc(c.pids, func(_ int, node string) bool { return node == n.ID })
+	c.pids[n.PID()] = n.ID
 	return nil
 }
 
@@ -110,8 +115,8 @@ func (c *Coalition) Stop() error {
 	c.mu.Unlock()
 	for _, n := range c.Nodes {
 		if n.own != nil { // all at once
-			_ = syscall.Kill(n.pid, syscall.SIGCONT)
-			_ = syscall.Kill(n.pid, syscall.SIGTERM)
+			_ = syscall.Kill(n.PID(), syscall.SIGCONT)
+			_ = syscall.Kill(n.PID(), syscall.SIGTERM)
 		}
 	}
 	for _, n := range c.Nodes {

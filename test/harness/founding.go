@@ -32,6 +32,7 @@ func (c *Coalition) found(ctx context.Context, plan Plan) error {
 		}
 	}
 	siteIDs := slices.Sorted(maps.Keys(plan.Nodes))
+	c.plan, c.authorities = plan, map[string]*authority{}
 	var cas []string
 	g, gctx := errgroup.WithContext(ctx)
 	for _, site := range siteIDs {
@@ -41,6 +42,7 @@ func (c *Coalition) found(ctx context.Context, plan Plan) error {
 		if err != nil {
 			return err
 		}
+		c.authorities[site] = ca
 		for role, path := range roles {
 			base := filepath.Join(c.Dir, "clients", site+"-"+role)
 			if err := ca.issue("spiffe://"+site+".example/"+path, false, base+".crt", base+".key"); err != nil {
@@ -70,7 +72,7 @@ func (c *Coalition) found(ctx context.Context, plan Plan) error {
 
 // place gives a node its directory, addresses, certificate and configuration.
 func (c *Coalition) place(plan Plan, ca *authority, site, id string) (*Node, error) {
-	n := &Node{Site: site, ID: id, Dir: filepath.Join(c.Dir, id), program: c.Bin.Conclaved}
+	n := &Node{Site: site, ID: id, Dir: filepath.Join(c.Dir, id), program: c.Bin.Conclaved, found: "init"}
 	if p := plan.Program[id]; p != "" {
 		n.program = p
 	}
@@ -132,7 +134,7 @@ func (c *Coalition) equip(ctx context.Context, n *Node) error {
 	if err != nil {
 		return err
 	}
-	return c.conclaved(ctx, "init", "--config", n.Config)
+	return c.conclaved(ctx, n.found, "--config", n.Config)
 }
 
 // newCustodian writes a custodian's key file, its passphrase and the public key.
@@ -176,7 +178,7 @@ func (c *Coalition) genesis(ctx context.Context, siteIDs []string) error {
 	destroy["delay"], destroy["lifetime"] = (7 * 24 * time.Hour).String(), (28 * 24 * time.Hour).String()
 	plan := table{"name": "coalition under test", "policy": []table{
 		{"name": kms.Governance, "rule": []table{
-			direct(kms.ActionKeyring), rule(3, 2, kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode),
+			direct(kms.ActionKeyring), rule(3, 2, kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite),
 		}},
 		{"name": "keys", "rule": []table{
 			direct(kms.ActionCreate), rule(2, 2, kms.ActionRotate, kms.ActionResume, kms.ActionDeactivate, kms.ActionCompromise),

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/conclave-kms/conclave/kms/wire"
@@ -27,23 +28,24 @@ type Node struct {
 	Log    string // standard error
 
 	program string // conclaved
-	pid     int
-	own   *process // once restarted by us
-	check func(context.Context) (wire.Ready, error)
+	found   string // its command that makes the hardware root and the card: init or join
+	pid     atomic.Int64
+	own     *process // once restarted by us
+	check   func(context.Context) (wire.Ready, error)
 }
 
 // PID returns the process id of the node.
-func (n *Node) PID() int { return n.pid }
+func (n *Node) PID() int { return int(n.pid.Load()) }
 
 // Process returns the node's process.
-func (n *Node) Process() Process { return Process{n.ID, n.pid} }
+func (n *Node) Process() Process { return Process{n.ID, n.PID()} }
 
 // Running reports whether the node's process exists.
 func (n *Node) Running() bool { return n.Process().Running() }
 
 // serving reports whether the node's process exists and is not frozen.
 func (n *Node) serving() bool {
-	s, err := processState(n.pid)
+	s, err := processState(n.PID())
 	return err == nil && s != 0 && s != 'Z' && s != 'X' && s != 'T'
 }
 
@@ -58,7 +60,7 @@ func (n *Node) Resume() error { return n.Process().Resume() }
 
 // Children lists the processes that the node has started.
 func (n *Node) Children() ([]Process, error) {
-	return Processes("a child of "+n.ID, func(parent int, _ string) bool { return parent == n.pid })
+	return Processes("a child of "+n.ID, func(parent int, _ string) bool { return parent == n.PID() })
 }
 
 // Restart kills the node if it runs, starts it again and waits until it is ready.
@@ -84,7 +86,7 @@ func (n *Node) Start(ctx context.Context) error {
 // configuration, and does not wait for it. Its log goes on in the same file.
 func (n *Node) Launch() error {
 	if n.Running() {
-		return fmt.Errorf("%s runs already (process %d)", n.ID, n.pid)
+		return fmt.Errorf("%s runs already (process %d)", n.ID, n.PID())
 	}
 	log, err := os.OpenFile(n.Log, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
@@ -99,7 +101,8 @@ func (n *Node) Launch() error {
 	if err != nil {
 		return err
 	}
-	n.own, n.pid = p, p.pid
+	n.own = p
+	n.pid.Store(int64(p.pid))
 	return nil
 }
 
@@ -125,8 +128,10 @@ func (c *Cluster) newNode(site string) (*Node, error) {
 	if n.API == "" {
 		return nil, fmt.Errorf("%s lacks CONCLAVE_ADDR_%s", c.envFile(), upper)
 	}
-	if _, err := fmt.Sscanf(c.Vars["CONCLAVE_PID_"+upper], "%d", &n.pid); err != nil || n.pid <= 1 {
+	var pid int64
+	if _, err := fmt.Sscanf(c.Vars["CONCLAVE_PID_"+upper], "%d", &pid); err != nil || pid <= 1 {
 		return nil, fmt.Errorf("%s: CONCLAVE_PID_%s is no process id", c.envFile(), upper)
 	}
+	n.pid.Store(pid)
 	return n, nil
 }

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/conclave-kms/conclave/kms/engine"
 	"github.com/conclave-kms/conclave/kms/wire"
 )
 
@@ -60,6 +61,10 @@ func (d *describer) operation(r route) object {
 	}
 	for _, q := range r.query {
 		parameters = append(parameters, object{"name": q, "in": "query", "schema": object{"type": "integer"}})
+	}
+	if r.method == "GET" {
+		parameters = append(parameters, object{"name": engine.LocalHeader, "in": "header", "schema": object{"type": "string", "enum": []string{"local"}},
+			"description": "answer from what this node knows, without asking the cluster whether it is still true"})
 	}
 	if r.request != nil && !r.batch {
 		parameters = append(parameters, object{"name": "Idempotency-Key", "in": "header", "schema": object{"type": "string", "maxLength": 128}})

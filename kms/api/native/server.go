@@ -180,7 +180,11 @@ func (s *Server) act(rt route, r *http.Request, id string, w http.ResponseWriter
 		ctx, cancel = context.WithTimeout(ctx, RequestTimeout)
 		defer cancel()
 	}
-	c := &call{Request: r, ctx: ctx, engine: s.engine, server: s, caller: engine.Caller{Identity: identity, RequestID: id, IdempotencyKey: r.Header.Get("Idempotency-Key")}}
+	local, err := localView(r)
+	if err != nil {
+		return nil, err
+	}
+	c := &call{Request: r, ctx: ctx, engine: s.engine, server: s, caller: engine.Caller{Identity: identity, RequestID: id, IdempotencyKey: r.Header.Get("Idempotency-Key"), Local: local}}
 	if rt.request != nil {
 		if err := checkContentType(r); err != nil {
 			return nil, err
@@ -190,6 +194,18 @@ func (s *Server) act(rt route, r *http.Request, id string, w http.ResponseWriter
 		}
 	}
 	return rt.serve(c)
+}
+
+// localView reports whether the caller is content with what the node itself knows.
+func localView(r *http.Request) (bool, error) {
+	switch v := r.Header.Get(engine.LocalHeader); v {
+	case "":
+		return false, nil
+	case "local":
+		return true, nil
+	default:
+		return false, kms.Errorf(kms.Invalid, "the header %s is %.40q; it is \"local\" or left out", engine.LocalHeader, v)
+	}
 }
 
 // checkContentType insists on JSON: a browser that holds a client certificate

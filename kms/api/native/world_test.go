@@ -90,6 +90,8 @@ func (w *world) Fresh() time.Duration {
 	return w.fresh
 }
 
+func (w *world) Barrier(ctx context.Context) error { return ctx.Err() }
+
 func (w *world) Propose(_ context.Context, raw []byte) (state.Result, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -75,7 +75,7 @@ func (w *World) KeyringCommand(name string, sites ...string) state.CreateKeyring
 	slices.Sort(sites)
 	var nodes []state.Node
 	for _, n := range w.State().Nodes() {
-		if slices.Contains(sites, n.Site) {
+		if n.Root != 0 && slices.Contains(sites, n.Site) {
 			nodes = append(nodes, n)
 		}
 	}
@@ -134,6 +134,9 @@ func (w *World) Proposal(action kms.Action, target string, params any) approval.
 		k, _ := s.Key(ring, key)
 		r, _ := s.Keyring(ring)
 		p.Revision, p.Policy = k.Revision, r.Policy
+	case approval.TargetKeyring:
+		r, _ := s.Keyring(name)
+		p.Revision, p.Policy = r.Revision, r.Policy
 	case approval.TargetPolicy:
 		pol, _ := s.Policy(name)
 		p.Revision = pol.Revision
@@ -143,6 +146,8 @@ func (w *World) Proposal(action kms.Action, target string, params any) approval.
 	case approval.TargetNode:
 		n, _ := s.Node(name)
 		p.Revision = n.Revision
+	case approval.TargetSite:
+		p.Revision = s.SiteRevision(name)
 	}
 	pol, _ := s.Policy(p.Policy)
 	p.PolicyRevision = pol.Revision

@@ -148,7 +148,7 @@ func (w *World) HardwareKeyringCommand(name string, sites ...string) state.Creat
 func (w *World) material(keyring, key string, version uint32, purpose kms.Purpose, wrapped []byte, checks []state.Check) (uint32, []byte, []state.SealedCopy, kms.Generated, []state.Check) {
 	ring, _ := w.State().Keyring(keyring)
 	if ring.Protection != kms.Hardware {
-		return 1, wrapped, nil, "", checks
+		return ring.KEK, wrapped, nil, "", checks
 	}
 	var copies []state.SealedCopy
 	for _, n := range w.State().ResidentNodes(keyring) {

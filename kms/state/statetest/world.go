@@ -29,6 +29,8 @@ type World struct {
 	vendor     *CA // of TPMs, nil without Options.Attested
 	custodians map[string]*pqc.HybridKey
 
+	attached *attached // nil: the World itself applies commands
+
 	mu    sync.Mutex
 	state *state.State
 	now   int64
@@ -73,11 +75,13 @@ func (w *World) Node(id string) *Node {
 	return w.RootWith(id, n.Signing)
 }
 
-// NodeIDs returns the names of all nodes, sorted.
+// NodeIDs returns the names of all nodes that have a hardware root, sorted.
 func (w *World) NodeIDs() []string {
 	var ids []string
-	for _, n := range w.genesis.Nodes {
-		ids = append(ids, n.ID)
+	for _, n := range w.State().Nodes() {
+		if n.Root != 0 {
+			ids = append(ids, n.ID)
+		}
 	}
 	return ids
 }
@@ -139,6 +143,9 @@ func (w *World) SetState(s *state.State) {
 
 // Now returns the time that nodes write into commands, Unix milliseconds.
 func (w *World) Now() int64 {
+	if w.attached != nil {
+		return w.attached.now()
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.now
@@ -169,11 +176,12 @@ func Idempotent(key, request []byte) Option {
 
 // Envelope returns an envelope for the command with all fields set.
 func (w *World) Envelope(node string, cmd state.Command, opts ...Option) state.Envelope {
+	now := w.Now()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.count++
 	e := state.NewEnvelope(cmd)
-	e.Cluster, e.Origin, e.Time = kms.ClusterID(w.signed.Genesis), node, w.now
+	e.Cluster, e.Origin, e.Time = kms.ClusterID(w.signed.Genesis), node, now
 	e.Nonce = binary.BigEndian.AppendUint64(make([]byte, 8), w.count)
 	for _, o := range opts {
 		o(&e)
@@ -199,6 +207,11 @@ func (w *World) Command(node string, cmd state.Command, opts ...Option) []byte {
 
 // Apply applies a signed command to the state.
 func (w *World) Apply(raw []byte) state.Result {
+	if w.attached != nil {
+		next, r := w.attached.propose(raw)
+		w.SetState(next)
+		return r
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	next, r := w.state.Apply(w.state.Index()+1, raw)

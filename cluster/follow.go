@@ -1,0 +1,204 @@
+package cluster
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/canon"
+	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/pqc"
+)
+
+// follower of the state: the leader changes Raft's list one server at a time to the
+// members of the state, and confirms it there; a removed node gives itself up.
+
+// removedFile says in a data directory that its node was removed.
+const removedFile = "removed"
+
+// followLoop looks after the members until ctx ends.
+func (n *Node) followLoop(ctx context.Context) {
+	tick := time.NewTicker(n.cfg.Timing.Heartbeat / 4)
+	defer tick.Stop()
+	var said string
+	var gone time.Time // when this node was first seen removed
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		n.noteBegun()
+		n.keepMembers()
+		if n.State().Removed(n.cfg.NodeID) {
+			if gone.IsZero() {
+				gone = time.Now()
+			}
+			n.leave(ctx, time.Since(gone))
+			continue
+		}
+		err := n.follow(ctx)
+		if err == nil || ctx.Err() != nil {
+			said = ""
+		} else if text := err.Error(); text != said {
+			said = text
+			n.cfg.Logger.Error("Raft's list of servers does not follow the cluster's members", "error", err)
+		}
+	}
+}
+
+// noteBegun records that the log of a node that joins has begun.
+func (n *Node) noteBegun() {
+	if n.dir.id.Initialised || n.raft.LastIndex() == 0 {
+		return
+	}
+	if err := n.dir.initialised(); err != nil {
+		n.cfg.Logger.Error("cannot record that the log has begun", "error", err)
+	}
+}
+
+// follow brings Raft's list a step nearer to the members, as leader.
+func (n *Node) follow(ctx context.Context) error {
+	if n.raft.State() != raft.Leader || n.settledMembers() {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timing.RPC)
+	defer cancel()
+	// A new leader may not know yet what is committed, and so hold an older state
+	// against a newer list.
+	if _, _, err := n.leaderProof(ctx); err != nil {
+		return nil // it does not lead
+	}
+	list := n.raft.GetConfiguration()
+	st := n.State()
+	next, done, err := nextChange(st, list.Configuration())
+	switch {
+	case err != nil:
+		return err
+	case done:
+		return n.confirmMembers(ctx, st)
+	case next.id == raft.ServerID(n.cfg.NodeID): // another leader does it
+		return n.TransferLeadership(ctx)
+	}
+	err = n.await(ctx, func() raft.Future { return n.changeServer(next, list.Index()) })
+	if err != nil {
+		return fmt.Errorf("%s of %s: %w", next.command, next.id, err)
+	}
+	n.cfg.Logger.Info("Raft's list of servers has changed", "node", string(next.id), "change", next.command.String())
+	return nil
+}
+
+// settledMembers reports whether there is nothing to do for the leader.
+func (n *Node) settledMembers() bool {
+	st := n.State()
+	_, pending := st.PendingMembers()
+	return !pending && sameServers(n.raft.GetConfiguration().Configuration(), servers(st.Members()))
+}
+
+// changeServer makes a change unless the list has changed since the one at index prev.
+func (n *Node) changeServer(c change, prev uint64) raft.Future {
+	address, limit := raft.ServerAddress(c.id), n.cfg.Timing.RPC
+	switch c.command {
+	case raft.AddVoter:
+		return n.raft.AddVoter(c.id, address, prev, limit)
+	case raft.AddNonvoter:
+		return n.raft.AddNonvoter(c.id, address, prev, limit)
+	case raft.DemoteVoter:
+		return n.raft.DemoteVoter(c.id, prev, limit)
+	}
+	return n.raft.RemoveServer(c.id, prev, limit)
+}
+
+// confirmMembers tells the state that Raft's list is that of its members, once that
+// list is committed: it can be lost no more.
+func (n *Node) confirmMembers(ctx context.Context, st *state.State) error {
+	m, ok := st.Membership()
+	if !ok || m.Confirmed != 0 || !n.machine.hasMembers(st) {
+		return nil
+	}
+	raw, err := n.command(ctx, st, state.ConfirmMembers{Index: m.Index, Members: st.Members()})
+	if err != nil {
+		return err
+	}
+	_, err = n.Propose(ctx, raw)
+	if errors.Is(err, kms.Conflict) { // it is confirmed
+		return nil
+	}
+	return err
+}
+
+// command signs a command of this node's own with its device.
+func (n *Node) command(ctx context.Context, st *state.State, c state.Command) ([]byte, error) {
+	env := state.NewEnvelope(c)
+	env.Cluster, env.Origin, env.Time = st.Cluster(), n.cfg.NodeID, time.Now().UnixMilli()
+	env.Nonce = make([]byte, state.NonceSize)
+	_, _ = rand.Read(env.Nonce) // never fails: it ends the process instead
+	b := env.Marshal()
+	digest, err := pqc.Digest(n.machine.trust.suite, b, []byte(state.CommandContext))
+	if err != nil {
+		return nil, err
+	}
+	sig, err := n.cfg.Sign(ctx, digest)
+	if err != nil {
+		return nil, kms.Wrap(kms.Unavailable, err, "the node's device did not sign a command", "")
+	}
+	return state.Join(b, sig), nil
+}
+
+// prematureConfirmation refuses, at the leader, a confirmation of members that Raft
+// has not committed.
+func (n *Node) prematureConfirmation(raw []byte) error {
+	st := n.State()
+	if _, pending := st.PendingMembers(); !pending || n.machine.hasMembers(st) {
+		return nil
+	}
+	b, _, err := state.Split(raw)
+	if err != nil {
+		return err
+	}
+	var env state.Envelope
+	if err := canon.Unmarshal(b, &env); err != nil || env.Type != state.TypeConfirmMembers {
+		return nil // whatever else is wrong with it, Check says
+	}
+	return kms.Errorf(kms.Conflict, "Raft does not count with the members yet that this confirms")
+}
+
+// leave ends a node that was removed, some time after it has learnt of it: first it
+// hands over the lead, and lets the others know that the removal is committed.
+func (n *Node) leave(ctx context.Context, since time.Duration) {
+	if n.raft.State() == raft.Leader {
+		_ = n.TransferLeadership(ctx) // again at the next tick
+		if since < 10*n.cfg.Timing.Heartbeat {
+			return
+		}
+	}
+	if since < 2*n.cfg.Timing.Heartbeat {
+		return
+	}
+	old, _ := n.State().Removal(n.cfg.NodeID)
+	if err := writeFile(n.dir.file(removedFile), []byte(old.Proposal+"\n")); err != nil {
+		n.cfg.Logger.Warn("cannot record that this node was removed", "error", err)
+	}
+	n.machine.halt(errRemoved(n.cfg.NodeID, old.Proposal))
+}
+
+func errRemoved(node, proposal string) error {
+	return &kms.Error{Kind: kms.Conflict, Msg: fmt.Sprintf("node %s was removed from the cluster by proposal %s and takes no further part", node, proposal),
+		Fix: "to use the machine again, set it up under a new node id with an empty data directory, and have it join"}
+}
+
+// checkNotRemoved refuses the directory of a node that was removed.
+func checkNotRemoved(d *dataDir) error {
+	b, err := os.ReadFile(d.file(removedFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return errRemoved(d.id.Node, fmt.Sprintf("%.32s", b))
+}

@@ -1,0 +1,123 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/conclave-kms/conclave/kms/client"
+	"github.com/conclave-kms/conclave/kms/wire"
+)
+
+func (a *app) statusCommand() *cobra.Command {
+	heard := map[string]time.Time{}
+	return look(a, &cobra.Command{Use: "status", Short: "Show how the cluster looks from one node"},
+		func(ctx context.Context, c *client.Client, _ []string) (wire.Status, error) {
+			s, err := c.Status(ctx)
+			if nodes, nerr := c.Nodes(ctx); err == nil && nerr == nil { // an addition: whoever may not read it sees the rest
+				for _, n := range nodes {
+					heard[n.ID] = n.LastHeard
+				}
+			}
+			return s, err
+		},
+		func(w io.Writer, s wire.Status) { statusTable(w, s, heard) })
+}
+
+// statusTable shows a node's status; heard is when each node last signed its time.
+func statusTable(w io.Writer, s wire.Status, heard map[string]time.Time) {
+	row(w, "cluster", s.Cluster+" ("+s.Name+")")
+	row(w, "node", s.Node+", site "+s.Site)
+	row(w, "device", s.Device)
+	if s.Raft != nil {
+		row(w, "role", s.Raft.State)
+		row(w, "leader", or(s.Raft.Leader, "none"))
+		row(w, "lease", lease(s.Raft))
+		row(w, "timing", timing(s.Raft))
+		row(w, "term, index", fmt.Sprintf("%d, %d", s.Raft.Term, s.Index))
+	}
+	row(w, "up to date", freshness(s.FreshMS))
+	row(w, "cluster clock", when(s.Clock))
+	row(w, "cluster log", fmt.Sprintf("%d leaves, root %s", s.LogSize, b64(s.LogRoot)))
+	row(w, "keyrings", fmt.Sprintf("%d, of which this node opens %d", s.Keys.Keyrings, s.Keys.Resident))
+	row(w, "keys", fmt.Sprintf("%d, of which %d overdue for rotation", s.Keys.Keys, s.Keys.Overdue))
+	row(w, "open proposals", s.Open)
+	row(w, "receipts owed", s.Pending)
+	if s.Raft != nil {
+		row(w)
+		row(w, "PEER", "SITE", "ADDRESS", "SUFFRAGE", "ROUND TRIP", "BEHIND", "ANSWERED", "LAST HEARD")
+		for _, p := range s.Raft.Peers {
+			trip, behind, answered := reach(p, s.Node)
+			row(w, p.ID, p.Site, p.Address, p.Suffrage, trip, behind, answered, lastHeard(heard[p.ID], s.Clock))
+		}
+	}
+	if len(s.Staleness) > 0 {
+		row(w)
+		row(w, "KEYRING", "SERVES NOW", "UP TO DATE", "MAY BE", "BEYOND THAT")
+		for _, k := range s.Staleness {
+			row(w, k.Keyring, serves(k), freshness(s.FreshMS), milliseconds(k.MaxStalenessMS), map[bool]string{true: "decrypt, verify", false: "nothing"}[k.Survive])
+		}
+	}
+}
+
+func milliseconds(ms int64) string { return (time.Duration(ms) * time.Millisecond).String() }
+
+// lease says when a majority last confirmed that the leader leads.
+func lease(r *wire.Raft) string {
+	if r.QuorumMS < 0 {
+		return "no leader confirmed by a majority since this node started"
+	}
+	return fmt.Sprintf("a majority confirmed the leader %s ago; it steps down after %s without one", milliseconds(r.QuorumMS), milliseconds(r.LeaseMS))
+}
+
+// timing says after what time the others replace a leader.
+func timing(r *wire.Raft) string {
+	from := "configured"
+	if r.Profile != "" {
+		from = "profile " + r.Profile
+	}
+	return fmt.Sprintf("an election after %s without the leader (%s)", milliseconds(r.HeartbeatMS), from)
+}
+
+// reach says how a peer is reached from the node that tells of it.
+func reach(p wire.Peer, self string) (trip, behind, answered string) {
+	switch {
+	case p.ID == self:
+		return "(this node)", "", ""
+	case p.HeardMS < 0 || p.RTTMS == 0:
+		return "-", "-", "never"
+	}
+	behind = fmt.Sprintf("%d entries", p.Lag)
+	return fmt.Sprintf("%.1f ms", p.RTTMS), behind, milliseconds(p.HeardMS) + " ago"
+}
+
+func serves(k wire.Staleness) string {
+	switch {
+	case !k.Resident:
+		return "nothing: not resident here"
+	case k.Serves == "decrypt":
+		return "decrypt, verify"
+	}
+	return k.Serves
+}
+
+// freshness says how old the last proof is that a node is up to date; a node that
+// never had one gives the longest time there is.
+func freshness(ms int64) string {
+	if age := time.Duration(ms) * time.Millisecond; age < 365*24*time.Hour {
+		return "proved " + age.String() + " ago"
+	}
+	return "not proved since it started"
+}
+
+// lastHeard says when a node last signed its time, and that it is silent where that
+// is longer ago than a running node ever leaves it.
+func lastHeard(at, clock time.Time) string {
+	if silent := clock.Sub(at); !at.IsZero() && silent > 15*time.Second {
+		return fmt.Sprintf("%s (silent for %s)", when(at), silent.Round(time.Second))
+	}
+	return when(at)
+}
