@@ -30,6 +30,12 @@ demo: build ## the main job, narrated: three nations, one rotation approved acro
 test: install-deps ## every test, with the race detector (PKG and RUN narrow it)
 	@go test -race -timeout 15m $(if $(RUN),-run '$(RUN)') $(or $(PKG),./...)
 
+MINUTES ?= 10
+.PHONY: fault
+fault: install-deps ## break a coalition of real nodes for MINUTES (10); SEED repeats the choice of faults
+	@CONCLAVE_FAULT_MINUTES=$(MINUTES) CONCLAVE_FAULT_SEED=$(SEED) CONCLAVE_FAULT_KILLS=20 \
+	  go test -race -count=1 -v -timeout $$(( $(MINUTES) + 15 ))m ./test/fault/chaos
+
 .PHONY: check
 check: install-deps ## formatting, vet, staticcheck, import direction, tidy modules
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "gofmt is needed on:"; echo "$$out"; exit 1; fi
