@@ -46,6 +46,13 @@ check: install-deps ## formatting, vet, staticcheck, import direction, tidy modu
 	@go test -count=1 ./test/arch
 	@echo "check: ok"
 
+SCHEDULES ?= 10000
+.PHONY: sim
+sim: ## simulated clusters under random faults: SCHEDULES (10000) from SEED on; a violation names its seed
+	@mkdir -p $(BIN)
+	@go test -c -o $(BIN)/sim.test ./cluster/clustertest/sim
+	@cd $(BIN) && SIM_SEED=$(SEED) SIM_SCHEDULES=$(SCHEDULES) ./sim.test -test.run '^TestSchedules$$' -test.v -test.timeout 0
+
 .PHONY: bench
 bench: build ## speed as ratios measured in one run, and the devices' raw rates
 	@go run ./test/bench -bin $(BIN)
