@@ -94,8 +94,8 @@ func (s *checkedStore) StoreLogs(logs []*raft.Log) error {
 	return s.LogStore.StoreLogs(with)
 }
 
-// checkEntries reads the whole log.
-func (s *checkedStore) checkEntries() error {
+// checkAll reads the whole log and the values.
+func (s *checkedStore) checkAll() error {
 	first, err := s.FirstIndex()
 	if err != nil {
 		return storeError(s.path, err)
@@ -115,8 +115,20 @@ func (s *checkedStore) checkEntries() error {
 			return s.damaged("entry %d of %d to %d cannot be read: %v", i, first, last, err)
 		}
 	}
+	for _, key := range []string{keyTerm, keyVoteTerm, keyVote} {
+		if _, err := s.Get([]byte(key)); err != nil && !missing(err) {
+			return err
+		}
+	}
 	return nil
 }
+
+// The values that Raft keeps.
+const (
+	keyTerm     = "CurrentTerm"
+	keyVoteTerm = "LastVoteTerm"
+	keyVote     = "LastVoteCand"
+)
 
 // Set implements raft.StableStore. The checksum goes first, beside that of the value
 // there: whenever it is cut short, the value fits one of them. The first value of a key goes

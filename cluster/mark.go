@@ -41,6 +41,9 @@ func (p position) logBefore(q position) bool {
 	return cmp.Or(cmp.Compare(p.LogTerm, q.LogTerm), cmp.Compare(p.Index, q.Index)) < 0
 }
 
+// empty reports whether the log holds nothing, or the first list of members alone.
+func (p position) empty() bool { return p.Index <= 1 }
+
 // join returns the position that has all of both.
 func (p position) join(q position) position {
 	if p.logBefore(q) {

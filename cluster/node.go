@@ -176,7 +176,7 @@ func (n *Node) openFile(path string) (LogStore, error) {
 		return nil, storeError(path, err)
 	}
 	checked := &checkedStore{store, path}
-	if err := checked.checkEntries(); err != nil {
+	if err := checked.checkAll(); err != nil {
 		return nil, errors.Join(err, store.Close())
 	}
 	return checked, nil

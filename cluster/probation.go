@@ -120,7 +120,7 @@ func (n *Node) Probation() error {
 // storedPosition is the node's position by its disk.
 func storedPosition(logs raft.LogStore, stable raft.StableStore, snapshots raft.SnapshotStore) (position, error) {
 	var p position
-	term, err := stable.GetUint64([]byte("CurrentTerm"))
+	term, err := stable.GetUint64([]byte(keyTerm))
 	if err != nil && !missing(err) {
 		return p, err
 	}
@@ -149,20 +149,20 @@ func storedPosition(logs raft.LogStore, stable raft.StableStore, snapshots raft.
 // promiseTerm makes Raft keep a term that this node had promised before its disk was
 // put back. Whom it voted for in that term is not known, so it votes for nobody in it.
 func promiseTerm(stable raft.StableStore, own, promised uint64) error {
-	voted, err := stable.GetUint64([]byte("LastVoteTerm"))
+	voted, err := stable.GetUint64([]byte(keyVoteTerm))
 	if err != nil && !missing(err) {
 		return kms.Wrap(kms.Unavailable, err, "cannot read the vote: "+err.Error(), storeFix)
 	}
 	if voted < promised {
-		err = stable.Set([]byte("LastVoteCand"), []byte("(forgotten)"))
+		err = stable.Set([]byte(keyVote), []byte("(forgotten)"))
 		if err == nil {
-			err = stable.SetUint64([]byte("LastVoteTerm"), promised)
+			err = stable.SetUint64([]byte(keyVoteTerm), promised)
 		}
 	} else {
 		err = nil
 	}
 	if err == nil && own < promised {
-		err = stable.SetUint64([]byte("CurrentTerm"), promised)
+		err = stable.SetUint64([]byte(keyTerm), promised)
 	}
 	if err != nil {
 		return kms.Wrap(kms.Unavailable, err, "cannot write the term and vote: "+err.Error(), storeFix)

@@ -255,3 +255,30 @@ func TestRolledBackCluster(t *testing.T) {
 	// The others remember what it had promised since: it comes back by itself.
 	r.goesOn(counting)
 }
+
+// A machine that was set up anew under the name of a node does not come back as that
+// node: its hardware and its log may be anybody's.
+func TestNodeSetUpAnew(t *testing.T) {
+	r := &rollback{Cluster: clustertest.New(t, clustertest.Options{}), t: t}
+	i := r.Follower()
+	r.keep(i)
+	r.Kill(i)
+	if err := os.RemoveAll(r.Members[i].Dir); err != nil {
+		t.Fatal(err)
+	}
+	n, err := cluster.Open(t.Context(), r.Config(i))
+	if err == nil {
+		t.Cleanup(func() { _ = n.Close() })
+		select {
+		case err = <-n.Done():
+		case <-time.After(clustertest.Patience):
+			t.Fatal("it goes on")
+		}
+		if n.State().Index() != 0 {
+			t.Errorf("it had applied %d entries before it knew", n.State().Index())
+		}
+	}
+	if !errors.Is(err, kms.Conflict) {
+		t.Fatalf("it is refused with: %v", err)
+	}
+}

@@ -22,6 +22,7 @@ type memory struct {
 	seen   recalled
 	count  counter
 	marker atomic.Pointer[marker] // nil until the device has signed its key
+	start  position               // by the disk, before Raft started
 	judged position               // up to here the marks of this node were looked at
 }
 
@@ -44,7 +45,7 @@ func (n *Node) recall(ctx context.Context, stable raft.StableStore, snapshots ra
 	if err != nil {
 		return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("cannot read the end of the log: %v", err), storeFix)
 	}
-	n.memory.judged = own
+	n.memory.judged, n.memory.start = own, own
 	self, err := n.ownMark()
 	if err != nil {
 		n.cfg.Logger.Warn("the node's own last promise cannot be used", "error", err)
@@ -55,8 +56,8 @@ func (n *Node) recall(ctx context.Context, stable raft.StableStore, snapshots ra
 	n.askAll(ctx)
 	if n.accepted() {
 		n.cfg.Logger.Warn("the custodians have approved that this node begins with an older state")
-	} else {
-		n.judge(own)
+	} else if err := n.judge(own); err != nil {
+		return err
 	}
 	until, held := n.probation.waitsFor()
 	if !held || until == nil {
@@ -83,11 +84,13 @@ func (n *Node) ownMark() (*mark, error) {
 }
 
 // judge begins probation if this node has promised more than its disk knows.
-func (n *Node) judge(own position) {
+func (n *Node) judge(own position) error {
 	until, counted := n.memory.seen.furthest()
 	n.memory.judged = n.memory.judged.join(until)
 	device, behind := n.memory.count.behind()
 	switch {
+	case own.empty() && !until.empty():
+		return errGone
 	case behind && counted < device:
 		n.probation.hold(nil, fmt.Sprintf("its device has counted to %d, its disk is from before that, and no node in reach remembers so much", device))
 	case own.before(until):
@@ -96,7 +99,12 @@ func (n *Node) judge(own position) {
 	case behind:
 		n.probation.hold(&until, fmt.Sprintf("its device has counted to %d, its disk is from before that", device))
 	}
+	return nil
 }
+
+// errGone: a machine set up anew under the name of a node that was there before.
+var errGone error = &kms.Error{Kind: kms.Conflict, Msg: "this node has an empty log, but others hold what it had promised: its log is gone",
+	Fix: "remove the node (conclave node remove) and let the machine join under a new name"}
 
 // judgeLate looks at marks that came when Raft was running already. What Raft has in
 // memory cannot be mended, so the node halts, to start again on probation.
@@ -111,6 +119,10 @@ func (n *Node) judgeLate() {
 	n.memory.judged = n.memory.judged.join(until)
 	if !resolved && !n.position().before(until) {
 		n.cfg.Logger.Warn("this node had been put back to an older state; it had caught up before that was known")
+		return
+	}
+	if n.memory.start.empty() {
+		n.machine.halt(errGone)
 		return
 	}
 	err := n.memory.others.set(n.cfg.NodeID, n.memory.seen.evidence())
