@@ -85,6 +85,7 @@ var allowed = map[string][]string{
 	"kms/engine":          {"kms", "kms/canon", "kms/secret", "kms/approval", "kms/state", "kms/audit", "kms/keyring", "kms/wire", "pqc"},
 	"kms/api/native":      {"kms", "kms/secret", "kms/engine", "kms/wire"},
 	"kms/client":          {"kms", "kms/secret", "kms/wire"},
+	"kms/recovery":        {"kms", "kms/canon", "kms/secret", "kms/approval", "kms/keyring", "pqc"},
 	"pqc":                 {"kms/secret"},
 	"hsm":                 {"kms/secret"},
 	"hsm/hsmtest":         {"kms/secret", "hsm"},
