@@ -87,11 +87,11 @@ func reach(p wire.Peer, self string) (trip, behind, answered string) {
 	switch {
 	case p.ID == self:
 		return "(this node)", "", ""
-	case p.HeardMS < 0 || p.RTTMS == 0:
+	case p.HeardMS < 0 || p.RTTUS == 0:
 		return "-", "-", "never"
 	}
 	behind = fmt.Sprintf("%d entries", p.Lag)
-	return fmt.Sprintf("%.1f ms", p.RTTMS), behind, milliseconds(p.HeardMS) + " ago"
+	return fmt.Sprintf("%.1f ms", float64(p.RTTUS)/1000), behind, milliseconds(p.HeardMS) + " ago"
 }
 
 func serves(k wire.Staleness) string {

@@ -327,7 +327,7 @@ func (n *node) raft() wire.Raft {
 	for _, p := range s.Peers {
 		v := wire.Peer{ID: p.ID, Site: p.Site, Address: p.Address, Suffrage: p.Suffrage, HeardMS: p.Heard.Milliseconds(), Lag: p.Lag}
 		if p.RTT > 0 {
-			v.RTTMS, v.FreshMS = float64(p.RTT.Microseconds())/1000, p.Fresh.Milliseconds()
+			v.RTTUS, v.FreshMS = p.RTT.Microseconds(), p.Fresh.Milliseconds()
 		}
 		if p.ID == s.Node {
 			v.HeardMS = 0

@@ -78,10 +78,10 @@ type Peer struct {
 	Suffrage string `json:"suffrage"` // voter or non-voter
 
 	// Of another node that has answered this one.
-	RTTMS   float64 `json:"rtt_ms,omitempty"`   // median round trip
-	HeardMS int64   `json:"heard_ms,omitempty"` // since it last answered; negative for never
-	Lag     uint64  `json:"lag,omitempty"`      // log entries that it was behind then
-	FreshMS int64   `json:"fresh_ms,omitempty"` // age of its own last proof that it was up to date
+	RTTUS   int64  `json:"rtt_us,omitempty"`   // median round trip in microseconds
+	HeardMS int64  `json:"heard_ms,omitempty"` // since it last answered; negative for never
+	Lag     uint64 `json:"lag,omitempty"`      // log entries that it was behind then
+	FreshMS int64  `json:"fresh_ms,omitempty"` // age of its own last proof that it was up to date
 }
 
 // Nodes answers GET /v1/nodes.
