@@ -63,8 +63,8 @@ func (d *describer) operation(r route) object {
 		parameters = append(parameters, object{"name": q, "in": "query", "schema": object{"type": "integer"}})
 	}
 	if r.method == "GET" {
-		parameters = append(parameters, object{"name": engine.LocalHeader, "in": "header", "schema": object{"type": "string", "enum": []string{"local"}},
-			"description": "answer from what this node knows, without asking the cluster whether it is still true"})
+		parameters = append(parameters, object{"name": engine.LocalHeader, "in": "header", "schema": object{"type": "string"},
+			"description": "local: answer from what this node knows, without asking the cluster whether it is still true"})
 	}
 	if r.request != nil && !r.batch {
 		parameters = append(parameters, object{"name": "Idempotency-Key", "in": "header", "schema": object{"type": "string", "maxLength": 128}})
