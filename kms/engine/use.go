@@ -114,11 +114,16 @@ func (u *use) close() {
 // ask for.
 func (u *use) version(n uint32) (state.Version, error) {
 	v, ok := u.st.Version(u.key.Keyring, u.key.Name, n)
-	if !ok {
-		return v, kms.Errorf(kms.NotFound, "key %s has no version %d", kms.KeyPath(u.key.Keyring, u.key.Name), n)
-	}
 	if v.State == kms.Active {
 		return v, nil
+	}
+	if n > u.key.Primary {
+		if err := u.mayBeNew(n); err != nil {
+			return v, err
+		}
+	}
+	if !ok {
+		return v, kms.Errorf(kms.NotFound, "key %s has no version %d", kms.KeyPath(u.key.Keyring, u.key.Name), n)
 	}
 	e := &kms.Error{Kind: kms.Conflict, Msg: fmt.Sprintf("version %d of key %s is %s", n, kms.KeyPath(u.key.Keyring, u.key.Name), v.State)}
 	switch {
@@ -130,6 +135,26 @@ func (u *use) version(n uint32) (state.Version, error) {
 		e.Fix = "only active versions can be used"
 	}
 	return v, e
+}
+
+// catchUp bounds the wait for the leader's answer to what a data operation has to ask.
+const catchUp = 3 * time.Second
+
+// mayBeNew is asked before a version beyond the primary one is refused: the caller may
+// have it from a node that is ahead of this one, and would take "cannot be opened" or "no
+// such version" for final. So this node catches up first; the error says to try again.
+func (u *use) mayBeNew(n uint32) error {
+	path := kms.KeyPath(u.key.Keyring, u.key.Name)
+	const fix = "try again, or use another node"
+	ctx, cancel := context.WithTimeout(u.ctx, catchUp)
+	defer cancel()
+	if err := u.e.cluster.Barrier(ctx); err != nil {
+		return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("version %d of key %s may be one that has not reached this node yet, and no leader can be asked", n, path), fix)
+	}
+	if v, ok := u.e.cluster.State().Version(u.key.Keyring, u.key.Name, n); ok && v.State == kms.Active {
+		return &kms.Error{Kind: kms.Unavailable, Msg: fmt.Sprintf("version %d of key %s has reached this node just now", n, path), Fix: fix}
+	}
+	return nil
 }
 
 // primary returns the version that new operations use.
