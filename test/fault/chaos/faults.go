@@ -211,7 +211,7 @@ func (f *Faults) Run(ctx context.Context, period time.Duration) {
 	wg.Wait()
 }
 
-// aim chooses the nodes for a fault: every second time the leader, where it may. Nodes
+// aim chooses the nodes for a fault: every third time the leader at least. Nodes
 // are disturbed by one fault at a time, and no more of them than a minority, except
 // that now and then the majority is lost.
 func (f *Faults) aim(ctx context.Context, k fault) (on []*harness.Node, leads, ok bool) {
@@ -235,7 +235,7 @@ func (f *Faults) aim(ctx context.Context, k fault) (on []*harness.Node, leads, o
 		return nil, false, false
 	}
 	f.rand.Shuffle(len(free), func(i, j int) { free[i], free[j] = free[j], free[i] })
-	if i := slices.Index(free, leader); i > 0 && f.rand.IntN(2) == 0 {
+	if i := slices.Index(free, leader); i > 0 && f.rand.IntN(3) == 0 {
 		free[0], free[i] = free[i], free[0]
 	}
 	on = free[:k.nodes]

@@ -71,6 +71,9 @@ func NewLoad(ctx context.Context, c *harness.Coalition, seed uint64) (*Load, err
 	if err != nil {
 		return nil, err
 	}
+	if _, err := c.SameLog(ctx); err != nil { // where it is not known yet, nobody has rights on it
+		return nil, err
+	}
 	for range inUse {
 		l.slots = append(l.slots, l.newSlot())
 	}
