@@ -4,6 +4,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/raft"
 
@@ -68,6 +69,7 @@ func TestCheckMembers(t *testing.T) {
 // Every step leads from one acceptable list to another.
 func TestNextChange(t *testing.T) {
 	w := statetest.New(t, statetest.Options{})
+	w.Advance(time.Second)
 	de, fr, jp := server("node-de-1", raft.Voter), server("node-fr-1", raft.Voter), server("node-jp-1", raft.Voter)
 	joined, promoted := server("node-de-2", raft.Nonvoter), server("node-de-2", raft.Voter)
 	old := []raft.Server{de, fr, jp}
