@@ -27,6 +27,8 @@ type identity struct {
 	Cluster     string `json:"cluster"`
 	Node        string `json:"node"`
 	Initialised bool   `json:"initialised"`
+	Epoch       uint64 `json:"epoch,omitempty"`   // of the history that the data is of
+	Lineage     string `json:"lineage,omitempty"` // state.State.Lineage, empty in epoch 0
 }
 
 // dataDir is a node's directory on disk.
@@ -40,6 +42,9 @@ type dataDir struct {
 func openDataDir(path, cluster, node string) (*dataDir, error) {
 	if path == "" {
 		return nil, kms.Errorf(kms.Invalid, "the data directory is missing from the configuration")
+	}
+	if _, err := os.Lstat(path + buildSuffix); err == nil {
+		return nil, kms.Errorf(kms.Conflict, "a recovery of this node was interrupted: %s is not complete; run conclaved recover again", path+buildSuffix)
 	}
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, kms.Wrap(kms.Invalid, err, fmt.Sprintf("cannot make the data directory: %v", err), "")

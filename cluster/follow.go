@@ -137,7 +137,7 @@ func (n *Node) confirmMembers(ctx context.Context, st *state.State) error {
 // command signs a command of this node's own with its device.
 func (n *Node) command(ctx context.Context, st *state.State, c state.Command) ([]byte, error) {
 	env := state.NewEnvelope(c)
-	env.Cluster, env.Origin, env.Time = st.Cluster(), n.cfg.NodeID, time.Now().UnixMilli()
+	env.Cluster, env.Origin, env.Time = st.Lineage(), n.cfg.NodeID, time.Now().UnixMilli()
 	env.Nonce = make([]byte, state.NonceSize)
 	_, _ = rand.Read(env.Nonce) // never fails: it ends the process instead
 	b := env.Marshal()

@@ -54,7 +54,14 @@ const (
 type greeting struct {
 	Node    string `cbor:"node"`
 	Cluster string `cbor:"cluster"`
+
+	// Of an epoch after the first: what custodians approved for it to begin.
+	Epoch    uint64 `cbor:"epoch,omitempty"`
+	Recovery []byte `cbor:"recovery,omitempty"`
 }
+
+// maxGreeting bounds the body of a greeting in bytes.
+const maxGreeting = state.MaxApproved + 4096
 
 // request is a frame from the calling side.
 type request struct {

@@ -19,6 +19,7 @@ import (
 // takes no snapshot and restores none.
 type machine struct {
 	cluster    string
+	lineage    string // of the history that this node's data is of
 	onApply    func(*state.State, []byte, state.Result)
 	onRestore  func(*state.State)
 	onSnapshot func() error
@@ -150,6 +151,9 @@ func (m *machine) restore(r io.Reader) (*state.State, error) {
 	}
 	if st.Cluster() != m.cluster {
 		return nil, kms.Errorf(kms.Invalid, "the snapshot is of cluster %s, this is %s", st.Cluster(), m.cluster)
+	}
+	if st.Lineage() != m.lineage {
+		return nil, kms.Errorf(kms.Conflict, "the snapshot is of epoch %d of the cluster, which is not that of this node's data", st.Epoch())
 	}
 	if err := st.Extends(m.current()); err != nil {
 		return nil, err

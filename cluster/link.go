@@ -18,6 +18,7 @@ const writeTimeout = 30 * time.Second
 type links struct {
 	stream  *stream
 	cluster string
+	foreign func(peer string, g greeting) // a peer of another epoch has answered
 
 	mu    sync.Mutex
 	links map[string]*slot
@@ -29,8 +30,8 @@ type slot struct {
 	link *link
 }
 
-func newLinks(s *stream, cluster string) *links {
-	return &links{stream: s, cluster: cluster, links: map[string]*slot{}}
+func newLinks(s *stream, cluster string, foreign func(string, greeting)) *links {
+	return &links{stream: s, cluster: cluster, foreign: foreign, links: map[string]*slot{}}
 }
 
 // link is one live connection.
@@ -76,7 +77,7 @@ func (l *links) get(ctx context.Context, peer string) (*link, error) {
 // dial connects and waits for the greeting: only then has the peer accepted this
 // node's certificate (in TLS 1.3 a client is done before the server has looked).
 func (l *links) dial(ctx context.Context, peer string) (*link, error) {
-	conn, err := l.stream.dialNode(ctx, peer, protoForward)
+	conn, err := l.stream.dialNode(ctx, peer, l.stream.protos.forward)
 	if err != nil {
 		return nil, err
 	}
@@ -85,13 +86,18 @@ func (l *links) dial(ctx context.Context, peer string) (*link, error) {
 	_ = conn.SetReadDeadline(time.Now().Add(handshakeTimeout))
 	r := bufio.NewReader(conn)
 	var g greeting
-	if err := readFrame(r, 1024, &g); err != nil {
+	if err := readFrame(r, maxGreeting, &g); err != nil {
 		_ = conn.Close()
 		return nil, kms.Wrap(kms.Unavailable, err, "node "+peer+" did not accept the connection", "")
 	}
 	if g.Node != peer || g.Cluster != l.cluster {
 		_ = conn.Close()
 		return nil, refuse("node %s answers as node %q of cluster %q", peer, g.Node, g.Cluster)
+	}
+	if conn.proto() != l.stream.protos.forward || g.Epoch != l.stream.protos.epoch {
+		_ = conn.Close()
+		l.foreign(peer, g)
+		return nil, refuse("node %s is in epoch %d of the cluster, this node is in epoch %d", peer, g.Epoch, l.stream.protos.epoch)
 	}
 	_ = conn.SetReadDeadline(time.Time{})
 	k := &link{conn: conn, dead: make(chan struct{}), pending: map[uint64]chan response{}}

@@ -50,6 +50,7 @@ type Node struct {
 	readyTerm atomic.Uint64 // the term in which this node, as leader, has applied all that was committed before it
 	proofs    proofs
 	counters  counters
+	told      sync.Map // peers of other epochs that the log speaks of
 
 	probation probation
 	memory    memory
@@ -186,7 +187,7 @@ func (n *Node) buildMachine(genesis *state.State, snapshots *snapshotStore) {
 	n.hashes = &hashes{every: n.cfg.Timing.HashEvery, work: make(chan *state.State, 2), compare: n.compareHashes,
 		log: n.cfg.Logger, known: map[uint64][]byte{}}
 	n.machine = &machine{
-		cluster: genesis.Cluster(), onApply: n.cfg.OnApply, onRestore: n.cfg.OnRestore, onSnapshot: n.cfg.OnSnapshot,
+		cluster: genesis.Cluster(), lineage: n.dir.lineage(), onApply: n.cfg.OnApply, onRestore: n.cfg.OnRestore, onSnapshot: n.cfg.OnSnapshot,
 		trust:  newTrust(n.ctx, n.cfg, n.self, genesis.Cluster(), n.dir.file(trustDir)),
 		hashes: n.hashes, snapshots: snapshots, watch: n.watch, log: n.cfg.Logger,
 		onHalt: n.halted, background: n.loops.Go,

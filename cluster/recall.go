@@ -56,6 +56,7 @@ func (n *Node) recall(ctx context.Context, stable raft.StableStore, snapshots ra
 	n.askAll(ctx)
 	if n.accepted() {
 		n.cfg.Logger.Warn("the custodians have approved that this node begins with an older state")
+		n.judgeEpoch(own)
 	} else if err := n.judge(own); err != nil {
 		return err
 	}
@@ -81,6 +82,17 @@ func (n *Node) ownMark() (*mark, error) {
 	}
 	n.memory.seen.heard(n.cfg.NodeID, &m)
 	return &m, nil
+}
+
+// judgeEpoch holds a node that begins its epoch anew to what it had promised in that very
+// epoch before: the approval is for what came before it. Only nodes of the epoch answer.
+func (n *Node) judgeEpoch(own position) {
+	until, _ := n.memory.seen.furthest()
+	if n.dir.id.Epoch == 0 || until.Term <= epochTerm(n.dir.id.Epoch) || !own.before(until) {
+		return
+	}
+	n.memory.judged = n.memory.judged.join(until)
+	n.probation.hold(&until, fmt.Sprintf("it took part in epoch %d before, up to entry %d of term %d, and begins it anew at entry %d", n.dir.id.Epoch, until.Index, until.LogTerm, own.Index))
 }
 
 // judge begins probation if this node has promised more than its disk knows.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -59,6 +60,7 @@ type dialFunc func(ctx context.Context, address string) (net.Conn, error)
 // the connections with ALPN conclave-raft/1 and gives the others to handle.
 type stream struct {
 	self   string
+	protos protocols
 	dir    func() directory
 	cert   tls.Certificate
 	ln     net.Listener
@@ -79,12 +81,12 @@ type stream struct {
 }
 
 // newStream takes ln over. start must be called before anything is accepted.
-func newStream(self string, dir func() directory, cert tls.Certificate, ln net.Listener, dial dialFunc, log *slog.Logger) *stream {
+func newStream(self string, protos protocols, dir func() directory, cert tls.Certificate, ln net.Listener, dial dialFunc, log *slog.Logger) *stream {
 	if dial == nil {
 		var d net.Dialer
 		dial = func(ctx context.Context, address string) (net.Conn, error) { return d.DialContext(ctx, "tcp", address) }
 	}
-	s := &stream{self: self, dir: dir, cert: cert, ln: ln, dialTo: dial, log: log,
+	s := &stream{self: self, protos: protos, dir: dir, cert: cert, ln: ln, dialTo: dial, log: log,
 		accept: make(chan net.Conn), conns: map[*nodeConn]struct{}{}, groups: map[string]tls.CurveID{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.calls, s.endCalls = context.WithCancel(s.ctx)
@@ -134,7 +136,7 @@ func (s *stream) serve(raw net.Conn, handshaken func()) {
 		}
 		return
 	}
-	if c.ConnectionState().NegotiatedProtocol == protoForward {
+	if s.protos.speaksForward(c.proto()) {
 		defer c.Close()
 		s.handle(c)
 		return
@@ -154,7 +156,7 @@ func (s *stream) handshake(ctx context.Context, raw net.Conn, want, proto string
 	var peer string
 	verify := func(cs tls.ConnectionState) error {
 		switch p := cs.NegotiatedProtocol; {
-		case want != "" && p != proto, p != protoRaft && p != protoForward:
+		case want != "" && !slices.Contains(s.protos.offer(proto), p), !s.protos.speaksForward(p) && p != s.protos.raft:
 			return refuse("no common protocol between nodes")
 		}
 		var err error
@@ -163,9 +165,9 @@ func (s *stream) handshake(ctx context.Context, raw net.Conn, want, proto string
 	}
 	var conn *tls.Conn
 	if want != "" {
-		conn = tls.Client(raw, tlsConfig(s.cert, []string{proto}, verify))
+		conn = tls.Client(raw, tlsConfig(s.cert, s.protos.offer(proto), verify))
 	} else {
-		conn = tls.Server(raw, tlsConfig(s.cert, []string{protoRaft, protoForward}, verify))
+		conn = tls.Server(raw, tlsConfig(s.cert, s.protos.accept(), verify))
 	}
 	if err := conn.HandshakeContext(ctx); err != nil {
 		_ = raw.Close()
@@ -243,7 +245,7 @@ func (s *stream) dialNode(ctx context.Context, id, proto string) (*nodeConn, err
 func (s *stream) Dial(address raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(s.calls, timeout)
 	defer cancel()
-	c, err := s.dialNode(ctx, string(address), protoRaft)
+	c, err := s.dialNode(ctx, string(address), s.protos.raft)
 	if err != nil {
 		return nil, err
 	}

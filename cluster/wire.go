@@ -68,9 +68,9 @@ func (n *Node) newWire(ctx context.Context, genesis *state.State) (wire, error) 
 			return nil, kms.Wrap(kms.Invalid, err, "cannot listen for other nodes: "+err.Error(), "")
 		}
 	}
-	s := newStream(n.cfg.NodeID, n.directory, n.cfg.Certificate, ln, n.cfg.Dial, n.cfg.Logger)
+	s := newStream(n.cfg.NodeID, n.dir.protocols(), n.directory, n.cfg.Certificate, ln, n.cfg.Dial, n.cfg.Logger)
 	return &tlsWire{
-		stream: s, links: newLinks(s, genesis.Cluster()),
+		stream: s, links: newLinks(s, genesis.Cluster(), n.foreign),
 		raft: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 			Logger: raftLogger(n.cfg.Logger, *n.cfg.RaftLogLevel), Stream: s, MaxPool: 3, Timeout: n.cfg.Timing.RPC,
 			MaxRPCsInFlight: 1, // more can wedge a follower (hashicorp/raft issue 612)
@@ -82,7 +82,12 @@ func (w *tlsWire) transport() raft.Transport { return w.raft }
 
 func (w *tlsWire) serve(n *Node) {
 	w.start(func(c *nodeConn) {
-		serveForward(n.ctx, c, greeting{Node: n.cfg.NodeID, Cluster: n.State().Cluster()}, n)
+		g := n.greeting()
+		if c.proto() != w.protos.forward { // of another epoch: it learns of this one, and that is all
+			greet(c, g)
+			return
+		}
+		serveForward(n.ctx, c, g, n)
 	})
 }
 

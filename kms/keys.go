@@ -124,6 +124,7 @@ const (
 	ActionCustodian  Action = "custodian"  // add, replace or revoke a custodian
 	ActionNode       Action = "node"       // a node joins, is promoted or removed, or gets another hardware root
 	ActionSite       Action = "site"       // add or remove a site, or change its CAs
+	ActionRecover    Action = "recover"    // begin a new epoch from a backup
 )
 
 // KeyActions are decided by the policy that a keyring names, GovernanceActions
@@ -131,12 +132,12 @@ const (
 // it decides.
 var (
 	KeyActions        = []Action{ActionCreate, ActionRotate, ActionSuspend, ActionResume, ActionDeactivate, ActionCompromise, ActionDestroy}
-	GovernanceActions = []Action{ActionKeyring, ActionPolicy, ActionCustodian, ActionNode, ActionSite}
+	GovernanceActions = []Action{ActionKeyring, ActionPolicy, ActionCustodian, ActionNode, ActionSite, ActionRecover}
 )
 
 // LaterActions came after the first release, so a policy may lack a rule for one:
 // then nobody can do it until the policy has one.
-var LaterActions = []Action{ActionSite}
+var LaterActions = []Action{ActionSite, ActionRecover}
 
 // Governance is the name of the policy that decides GovernanceActions.
 const Governance = "governance"

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/conclave-kms/conclave/kms"
@@ -62,4 +63,25 @@ func certificateName(der []byte) (string, error) {
 		return "", err
 	}
 	return fmt.Sprintf("%s, until %s, SHA-256 %x", c.Subject, c.NotAfter.UTC().Format(time.DateOnly), sha256.Sum256(der)), nil
+}
+
+// replace writes a file so that after a crash either the old or the new content is
+// there, whole. What it writes is for this user alone unless the file was there
+// with another mode.
+func replace(path string, b []byte) error {
+	tmp, err := os.CreateTemp(filepath.Dir(path), ".tmp-*") // mode 0600
+	if err != nil {
+		return err
+	}
+	defer os.Remove(tmp.Name()) // a no-op after the rename
+	if old, serr := os.Stat(path); serr == nil {
+		err = tmp.Chmod(old.Mode().Perm())
+	}
+	if err == nil {
+		_, err = tmp.Write(b)
+	}
+	if err = errors.Join(err, tmp.Sync(), tmp.Close()); err != nil {
+		return err
+	}
+	return os.Rename(tmp.Name(), path)
 }

@@ -193,6 +193,8 @@ func parameters(p approval.Proposal) string {
 		v, err = nodeParameters(p)
 	case kms.ActionSite:
 		v, err = siteParameters(p)
+	case kms.ActionRecover:
+		v, err = p.RecoverParams()
 	default:
 		return "-"
 	}
@@ -286,6 +288,9 @@ before signing. The key never leaves this program; the node gets the signature.`
 				return usagef("--custodian-key is missing: the key file that conclave custodian keygen made")
 			}
 			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
+				if err := a.recognise(ctx, cmd, c); err != nil {
+					return err
+				}
 				p, content, err := fetchProposal(ctx, c, args[0])
 				if err != nil {
 					return err
@@ -302,6 +307,9 @@ before signing. The key never leaves this program; the node gets the signature.`
 				after, err := c.Vote(ctx, p.ID, wire.VoteRequest{Statement: statement})
 				if err != nil {
 					return err
+				}
+				if err := a.remember(ctx, cmd, c, statement); err != nil {
+					fmt.Fprintf(cmd.ErrOrStderr(), "note: the vote is recorded, but not remembered here: %s\n", visible(err.Error()))
 				}
 				return a.show(cmd, after, func(w io.Writer) { proposalTable(w, []wire.Proposal{after}) })
 			})

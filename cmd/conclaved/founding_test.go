@@ -156,7 +156,7 @@ name = "governance"
   actions = ["keyring"]
   direct = ["operator"]
   [[policy.rule]]
-  actions = ["policy", "custodian", "node"]
+  actions = ["policy", "custodian", "node", "recover"]
   approvals = 2
   sites = 2
   lifetime = "72h"

@@ -306,9 +306,16 @@ func (n *node) openEngine(context.Context) error {
 	var err error
 	n.engine, err = engine.New(engine.Config{
 		Node: n.cfg.Node, Cluster: n.cluster, Cache: n.cache, Root: n.root, Signer: n.device, Device: n.device, Log: n.access,
-		Logger: n.log, Metrics: n.registry, Hold: n.cluster.Probation, Raft: n.raft, Version: version, Importers: importers(), SigningSuite: n.signingSuite(),
+		Logger: n.log, Metrics: n.registry, Hold: n.cluster.Probation, Raft: n.raft, Version: version, Importers: importers(), SigningSuite: n.signingSuite(), Seed: n.keptSeed(),
 	})
 	return err
+}
+
+// keptSeed is what the cluster keeps of this node's root file.
+func (n *node) keptSeed() *engine.KeptSeed {
+	own := n.roots.own()
+	suite, _ := own.cfg.Device.suites()
+	return &engine.KeptSeed{Root: own.file.Root, Suite: uint16(suite), Wrapped: own.file.Wrapped}
 }
 
 // importers wrap keys for the devices of other nodes.

@@ -29,6 +29,7 @@ func BuildEvidence(s *state.State, proposalID string) (Evidence, error) {
 	if err != nil {
 		return Evidence{}, err
 	}
+	w.history.ahead = recoveriesOf(s)
 	e := Evidence{Format: EvidenceFormat, Cluster: s.Cluster(), Genesis: s.SignedGenesis().Marshal(), Governance: []Decision{}}
 	for _, g := range decisionsBefore(s, reach(s, p), p) {
 		d := w.collect(s, g)
@@ -52,6 +53,9 @@ func BuildEvidence(s *state.State, proposalID string) (Evidence, error) {
 		}
 	}
 	if err := addTarget(s, p, &e); err != nil {
+		return Evidence{}, err
+	}
+	if err := w.addRecoveries(s, &e); err != nil {
 		return Evidence{}, err
 	}
 	if _, err := VerifyEvidence(e, s.Cluster()); err != nil {

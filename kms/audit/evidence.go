@@ -22,15 +22,16 @@ const (
 // JSON with byte strings in base64 (RFC 4648, section 4).
 type Evidence struct {
 	Format     int        `json:"format"`
-	Cluster    string     `json:"cluster"`            // kms.ClusterID of the genesis
-	Genesis    []byte     `json:"genesis"`            // state.SignedGenesis
-	Governance []Decision `json:"governance"`         // on policies, custodians and nodes' hardware, all before Decision, as executed
-	Decision   Decision   `json:"decision"`           // what the evidence is for
-	Later      []Decision `json:"later,omitempty"`    // as Governance, after Decision, where a receipt is signed with a hardware root approved since
-	Keyring    []byte     `json:"keyring,omitempty"`  // the command that created the keyring of the target key
-	Key        []byte     `json:"key,omitempty"`      // the command that created the key, unless erased with its version 1
-	KeyID      []byte     `json:"key_id,omitempty"`   // the key's identifier, where Key is erased and the receipts' signatures confirm it
-	Receipts   [][]byte   `json:"receipts,omitempty"` // the nodes' receipt commands for a rotation, sorted by node
+	Cluster    string     `json:"cluster"`              // kms.ClusterID of the genesis
+	Genesis    []byte     `json:"genesis"`              // state.SignedGenesis
+	Recoveries [][]byte   `json:"recoveries,omitempty"` // approved statements of the recoveries before, where the cluster went on from a backup
+	Governance []Decision `json:"governance"`           // on policies, custodians and nodes' hardware, all before Decision, as executed
+	Decision   Decision   `json:"decision"`             // what the evidence is for
+	Later      []Decision `json:"later,omitempty"`      // as Governance, after Decision, where a receipt is signed with a hardware root approved since
+	Keyring    []byte     `json:"keyring,omitempty"`    // the command that created the keyring of the target key
+	Key        []byte     `json:"key,omitempty"`        // the command that created the key, unless erased with its version 1
+	KeyID      []byte     `json:"key_id,omitempty"`     // the key's identifier, where Key is erased and the receipts' signatures confirm it
+	Receipts   [][]byte   `json:"receipts,omitempty"`   // the nodes' receipt commands for a rotation, sorted by node
 }
 
 // Decision is a proposal with what authorised it and the command that carried it

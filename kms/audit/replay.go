@@ -18,6 +18,7 @@ import (
 type replay struct {
 	genesis    state.Genesis
 	cluster    string
+	history    history
 	nodes      map[string]*member // those that were removed too
 	members    [][]state.Node     // who was a member with a hardware root, one time after the other; ID and Site alone
 	since      int                // index in members from the last removal on
@@ -34,7 +35,7 @@ func newReplay(signed state.SignedGenesis) (*replay, error) {
 		return nil, err
 	}
 	w := &replay{
-		genesis: g, cluster: kms.ClusterID(signed.Genesis),
+		genesis: g, cluster: kms.ClusterID(signed.Genesis), history: foundedHistory(kms.ClusterID(signed.Genesis)),
 		nodes:      make(map[string]*member),
 		sites:      make(map[string]site),
 		custodians: make(map[string]approval.Custodian),
@@ -105,7 +106,9 @@ func commandBy[T state.Command](w *replay, what string, raw []byte, by func(*mem
 	if err != nil {
 		return e, c, refuse(kms.Invalid, err, "%s: %v", what, err)
 	}
-	if e.Cluster != w.cluster {
+	if known, err := w.reach(e.Cluster); err != nil {
+		return e, c, err
+	} else if !known {
 		return e, c, refuse(kms.Invalid, nil, "%s: the command is for another cluster", what)
 	}
 	n, ok := w.node(e.Origin)
@@ -169,7 +172,9 @@ func (w *replay) decide(d Decision) (decided, error) {
 		return decided{}, err
 	}
 	out := decided{id: approval.ProposalID(d.Proposal), content: p, adoption: d.Adoption}
-	if p.Cluster != w.cluster {
+	if known, err := w.reach(p.Cluster); err != nil {
+		return out, err
+	} else if !known || p.Cluster != w.history.lineage { // none outlives its epoch
 		return out, refuse(kms.Invalid, nil, "proposal %s is for another cluster", out.id)
 	}
 	if out.open, err = w.checkOpen(out.id, p, d); err != nil {
@@ -223,7 +228,7 @@ func (w *replay) checkRevision(p approval.Proposal) error {
 	case approval.TargetNode:
 		now = 0
 		if m, ok := w.nodes[name]; ok {
-			now = m.revision
+			now = m.at(p.Revision)
 		}
 	case approval.TargetSite:
 		now = w.sites[name].revision

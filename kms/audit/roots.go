@@ -17,6 +17,7 @@ type member struct {
 	site     string
 	removed  bool
 	revision uint64
+	slack    uint64 // how much higher it may be since recoveries
 	roots    []root // the first one from the genesis, or adopted when the node joined
 	pending  uint32 // number of a root that was approved and never adopted, if higher
 	last     uint32 // number of the root that signed its latest execution

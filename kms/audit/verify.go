@@ -42,7 +42,16 @@ func VerifyEvidence(e Evidence, cluster string) (Report, error) {
 	if err != nil {
 		return r, err
 	}
-	return r, w.verifyTarget(e, out, &r)
+	if err := w.verifyTarget(e, out, &r); err != nil {
+		return r, err
+	}
+	if n := len(w.history.ahead); n > 0 {
+		return r, refuse(kms.Invalid, nil, "the evidence holds %d recoveries that nothing in it belongs to", n)
+	}
+	if w.history.epoch > 0 {
+		r.passed("It belongs to epoch %d of the cluster, which custodians approved to begin from a backup.", w.history.epoch)
+	}
+	return r, nil
 }
 
 func inGovernance(err error, i int) error {
@@ -59,6 +68,7 @@ func openEvidence(e Evidence, cluster string, r *Report) (*replay, error) {
 	if err != nil {
 		return nil, err
 	}
+	w.history.ahead = e.Recoveries
 	r.Cluster, r.ClusterName = w.cluster, w.genesis.Name
 	if e.Cluster != w.cluster {
 		return nil, refuse(kms.Invalid, nil, "the evidence names cluster %q, its genesis is that of %s", e.Cluster, w.cluster)

@@ -48,6 +48,7 @@ const (
 	ActReadProposal  Action = "proposal:read"
 	ActVote          Action = "proposal:vote" // submit a custodian's signed statement
 	ActReadEvidence  Action = "evidence:read"
+	ActCreateBackup  Action = "backup:create"
 )
 
 // DefaultAccess returns the text of the Cedar policy set that a new cluster
@@ -71,7 +72,7 @@ permit (
   action in [
     Action::"keyring:create", Action::"keyring:read", Action::"key:create", Action::"key:read",
     Action::"proposal:open", Action::"proposal:read", Action::"proposal:vote",
-    Action::"cluster:read", Action::"evidence:read", Action::"metrics:read"
+    Action::"cluster:read", Action::"evidence:read", Action::"metrics:read", Action::"backup:create"
   ],
   resource
 );

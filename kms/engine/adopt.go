@@ -207,7 +207,7 @@ func (a *Adoption) adopt(ctx context.Context, st *state.State, r state.Replaceme
 
 // origin signs with the next device.
 func (a *Adoption) origin(st *state.State) origin {
-	return origin{a.cfg.Node, st.Cluster(), a.cfg.SigningSuite, a.cfg.Signer, a.cfg.Now()}
+	return origin{a.cfg.Node, st.Lineage(), a.cfg.SigningSuite, a.cfg.Signer, a.cfg.Now()}
 }
 
 // report logs progress, and tells of it.

@@ -158,6 +158,9 @@ func (a *Agent) work(ctx context.Context) time.Duration {
 	st := a.e.cluster.State()
 	a.e.forgetChanged(st)
 	wait := a.announce(ctx, st)
+	if a.seedMissing(st) {
+		wait = min(wait, a.attempt(ctx, "seed", "seed", 0, func(ctx context.Context) error { return a.keepSeed(ctx, st) }))
+	}
 	for _, p := range st.Pending(a.e.node) {
 		name := fmt.Sprintf("receipt/%s/%d", kms.KeyPath(p.Keyring, p.Key), p.Version)
 		wait = min(wait, a.attempt(ctx, "receipt", name, 0, func(ctx context.Context) error { return a.receipt(ctx, st, p) }))

@@ -67,6 +67,8 @@ type Config struct {
 	// SigningSuite is that of Signer; 0: as the node's record says, which at a start
 	// may be that of a hardware root which was replaced since.
 	SigningSuite pqc.SuiteID
+	// Seed, optional, is what the cluster keeps for this node in its backups.
+	Seed *KeptSeed
 
 	Now     func() time.Time     // default time.Now
 	Logger  *slog.Logger         // default: discards

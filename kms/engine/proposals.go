@@ -59,7 +59,7 @@ func (e *Engine) OpenProposal(ctx context.Context, c Caller, q wire.OpenProposal
 // newProposal fills in what the request leaves to the node.
 func (e *Engine) newProposal(st *state.State, c Caller, q wire.OpenProposalRequest) (approval.Proposal, error) {
 	p := approval.Proposal{
-		Format: approval.ProposalFormat, Cluster: st.Cluster(), Nonce: make([]byte, approval.NonceSize),
+		Format: approval.ProposalFormat, Cluster: st.Lineage(), Nonce: make([]byte, approval.NonceSize),
 		Action: kms.Action(q.Action), Target: q.Target, Proposer: c.Identity.String(), Reason: q.Reason,
 		Created: e.now().UnixMilli(),
 	}

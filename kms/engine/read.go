@@ -134,6 +134,7 @@ func (e *Engine) Status(ctx context.Context, c Caller) (wire.Status, error) {
 			Cluster: st.Cluster(), Name: st.Genesis().Name, Node: e.node, Site: n.Site, Version: e.cfg.Version,
 			Device: e.cfg.Device.Describe(), Time: e.now().UTC(), Clock: at(st.Clock()), Index: st.Index(),
 			FreshMS: e.cluster.Fresh().Milliseconds(), LogSize: st.LogSize(), LogRoot: st.LogRoot(),
+			Epoch: st.Epoch(), Lineage: st.Lineage(),
 			Open: len(st.ProposalsOpen()), Pending: len(st.Pending(e.node)),
 		}
 		v.Keys = e.counts(st)

@@ -145,7 +145,7 @@ func testPolicies() []approval.Policy {
 		quorum(kms.ActionRotate, 2, 2), quorum(kms.ActionSuspend, 1, 1),
 	}}
 	governance := approval.Policy{Name: kms.Governance, Revision: 1, Rules: []approval.Rule{
-		quorum(kms.ActionCustodian, 3, 2), {Action: kms.ActionKeyring, Direct: []string{"operator"}}, quorum(kms.ActionNode, 2, 2), quorum(kms.ActionPolicy, 3, 2),
+		quorum(kms.ActionCustodian, 3, 2), {Action: kms.ActionKeyring, Direct: []string{"operator"}}, quorum(kms.ActionNode, 2, 2), quorum(kms.ActionPolicy, 3, 2), quorum(kms.ActionRecover, 3, 2),
 	}}
 	return []approval.Policy{governance, standard}
 }

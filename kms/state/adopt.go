@@ -49,6 +49,7 @@ func (c AdoptRoot) apply(t *tx) error {
 		return err
 	}
 	t.dropCopies(n.ID, n.Root)
+	t.dropSeed(n.ID)
 	insert(t.Txn, tableFormer, FormerRoot{
 		Node: n.ID, Root: n.Root, SigningSuite: n.SigningSuite, Signing: n.Signing,
 		Proposal: next.Proposal, Time: t.clock, Until: t.index, Statement: t.raw,

@@ -161,6 +161,7 @@ var decoders = map[CommandKind]func(Envelope) (operation, error){
 	{TypeRefuseRewrap, 1}:   decode[RefuseRewrap],
 	{TypeRetireKEK, 1}:      decode[RetireKEK],
 	{TypeAnnounce, 1}:       decode[Announce],
+	{TypeKeepSeed, 1}:       decode[KeepSeed],
 }
 
 // parseCommand decodes the payload and validates its shape.

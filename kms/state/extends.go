@@ -50,6 +50,11 @@ func (s *State) Extends(old *State) error {
 			return is.Index > was.Index || revised(was, is, was.Confirmed, is.Confirmed)
 		}),
 		extended(tableFormer, formerID, func(was, is *FormerRoot) bool { return revised(was, is, 0, 0) }),
+		extended(tableRecovery, recoveryID, func(was, is *Recovery) bool { return revised(was, is, 0, 0) }),
+		kept(tableSeed, seedID, func(r *Seed) bool {
+			n, ok := s.Node(r.Node)
+			return ok && n.Root == r.Root
+		}),
 		extended(tableRelease, releaseID, func(was, is *Release) bool { return is.extends(was) }),
 		kept(tableNext, nextID, func(r *Replacement) bool {
 			n, ok := s.Node(r.Node)

@@ -95,8 +95,8 @@ func (c OpenProposal) apply(t *tx) error {
 // checkProposer holds the proposal against the cluster and the principal on whose
 // behalf, or the node by which, it is opened.
 func (t *tx) checkProposer(p approval.Proposal) error {
-	if p.Cluster != t.before.cluster {
-		return kms.Errorf(kms.Invalid, "the proposal is for another cluster")
+	if p.Cluster != t.before.Lineage() {
+		return kms.Errorf(kms.Invalid, "the proposal is for another cluster, or for a history of this one that was given up")
 	}
 	who := t.env.Principal
 	if who == "" {

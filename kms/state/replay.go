@@ -112,9 +112,12 @@ func openSigned(raw []byte, verify func(e Envelope, envelope, signature []byte) 
 // stood, and no root that signed one can move it by itself.
 func (s *State) openTick(raw []byte) (Envelope, operation, error) {
 	return openSigned(raw, func(e Envelope, envelope, signature []byte) error {
-		err := s.verifyEnvelope(e, envelope, signature)
+		if !s.lineageOf(e.Cluster) {
+			return kms.Errorf(kms.Invalid, "the command is for another cluster")
+		}
+		err := s.verifySignature(e, envelope, signature)
 		roots := s.FormerRoots(e.Origin)
-		if old, removed := s.Removal(e.Origin); removed && e.Cluster == s.cluster {
+		if old, removed := s.Removal(e.Origin); removed {
 			roots = append(roots, FormerRoot{SigningSuite: old.Node.SigningSuite, Signing: old.Node.Signing})
 			err = kms.Errorf(kms.BadSignature, "the tick of node %s is signed by no root that it had", e.Origin)
 		}
@@ -167,6 +170,7 @@ func (s *State) verifyTicks() error {
 // of removed nodes are kept for that.
 func (s *State) verifyClock(fewest int) error {
 	r := s.reader()
+	began, _ := s.Recovered()
 	latest := r.latest()
 	for _, old := range r.removals() {
 		st, _ := s.NodeStatus(old.Node.ID)
@@ -178,7 +182,7 @@ func (s *State) verifyClock(fewest int) error {
 			signed++
 		}
 	}
-	if s.clock < max(r.median(), s.genesis.Created) || s.clock > s.genesis.Created && signed < fewest/2+1 {
+	if s.clock < max(r.median(), s.genesis.Created, began.Time) || s.clock > max(s.genesis.Created, began.Time) && signed < fewest/2+1 {
 		return kms.Errorf(kms.Invalid, "snapshot: the clock is not the median of the nodes' times")
 	}
 	return nil
@@ -252,6 +256,11 @@ func (s *State) statements() ([]statement, error) {
 		}
 		return nil
 	})
+	_ = each(x, tableRecovery, func(r *Recovery) error {
+		log = append(log, statement{index: r.Index, clock: r.Time, raw: r.Approved, op: recovery{}})
+		return nil
+	})
+	_ = each(x, tableSeed, func(r *Seed) error { add(r.Index, r.Time, r.Statement); return nil })
 	_ = each(x, tableRelease, func(r *Release) error { add(r.Index, r.Time, r.Statement); return nil })
 	_ = each(x, tableRefused, func(r *RefusedCopy) error { add(r.Index, r.Time, r.Statement); return nil })
 	_ = each(x, tableFormer, func(f *FormerRoot) error { add(f.Until, f.Time, f.Statement); return nil })

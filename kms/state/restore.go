@@ -55,6 +55,7 @@ func readState(in *recordReader) (*State, error) {
 		return nil, err
 	}
 	x.Commit()
+	s.setLineage()
 	// The same records give the same bytes again only if they stood in order and
 	// none was repeated.
 	if s.Hash() != [32]byte(in.hash.Sum(nil)) {

@@ -58,6 +58,8 @@ var snapshotTables = []snapshotTable{
 	stated[Membership](17, tableMembership, membershipID),
 	stated[Removal](18, tableRemoved, removalID),
 	stated[siteChange](19, tableSite, siteChangeID),
+	stated[Recovery](20, tableRecovery, recoveryID),
+	stated[Seed](21, tableSeed, seedID),
 	stated[RewrapBatch](30, tableRewrap, rewrapID),
 	stated[RefusedRewrap](31, tableRewrapRefused, rewrapRefusedID),
 }
@@ -131,11 +133,18 @@ func (s *State) Hash() [32]byte {
 
 // Snapshot writes the state to w, to be read by Restore. Errors are w's.
 func (s *State) Snapshot(w io.Writer) error {
+	_, err := s.SnapshotHash(w)
+	return err
+}
+
+// SnapshotHash is Snapshot that returns the state's hash too.
+func (s *State) SnapshotHash(w io.Writer) ([32]byte, error) {
 	h := sha256.New()
 	if err := s.records(io.MultiWriter(w, h)); err != nil {
-		return err
+		return [32]byte{}, err
 	}
-	return writeRecord(w, recordEnd, h.Sum(nil))
+	sum := [32]byte(h.Sum(nil))
+	return sum, writeRecord(w, recordEnd, sum[:])
 }
 
 func (s *State) records(w io.Writer) error {

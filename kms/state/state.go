@@ -29,6 +29,8 @@ type State struct {
 	index   uint64
 	clock   int64 // Unix milliseconds
 	log     logRange
+	epoch   uint64                   // of the history
+	lineage string                   // of the history, "" in epoch 0
 	reports map[string]attest.Report // on the nodes' hardware, by node; follows from the rest
 }
 
@@ -215,8 +217,9 @@ type tx struct {
 	replay  bool   // of a stored statement, see replay
 	claimed []byte // replay of an erased command: its hash
 
-	attested *attestedRoot // what the command did to State.reports
-	removed  string        // the node that it removed
+	attested  *attestedRoot // what the command did to State.reports
+	removed   string        // the node that it removed
+	recovered *Recovery     // the epoch that has begun
 }
 
 // attestedRoot is what is known of the hardware of a root just adopted.
@@ -281,6 +284,9 @@ func (t *tx) done() *State {
 	t.Commit()
 	next := *t.before
 	next.db, next.view, next.index, next.clock = t.store, nil, t.index, t.clock
+	if r := t.recovered; r != nil {
+		next.epoch, next.lineage = r.Epoch, r.Lineage(next.cluster)
+	}
 	if a := t.attested; a != nil {
 		next.reports = maps.Clone(next.reports)
 		next.reports[a.node] = a.report
@@ -361,9 +367,14 @@ func run(t *tx, op operation) error {
 // verifyEnvelope checks that the command is for this cluster and signed by a
 // member.
 func (s *State) verifyEnvelope(e Envelope, envelope, signature []byte) error {
-	if e.Cluster != s.cluster {
-		return kms.Errorf(kms.Invalid, "the command is for another cluster")
+	if e.Cluster != s.Lineage() {
+		return kms.Errorf(kms.Invalid, "the command is for another cluster, or for a history of this one that was given up")
 	}
+	return s.verifySignature(e, envelope, signature)
+}
+
+// verifySignature checks that the command is signed by a member.
+func (s *State) verifySignature(e Envelope, envelope, signature []byte) error {
 	n, ok := s.Node(e.Origin)
 	if !ok {
 		if s.Removed(e.Origin) {

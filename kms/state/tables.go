@@ -32,7 +32,9 @@ const (
 	tableMembership = "membership" // the latest change
 	tableRemoved    = "removed"    // nodes
 	tableSite       = "site"       // changes since the genesis
-	tableRewrap     = "rewrap"     // batches of rewrapped key versions
+	tableRecovery   = "recovery"
+	tableSeed       = "seed"   // of hardware roots, wrapped
+	tableRewrap     = "rewrap" // batches of rewrapped key versions
 
 	tableRewrapRefused = "rewrap-refused"
 )
@@ -181,6 +183,8 @@ func newDB() *memdb.MemDB {
 		table(tableMembership, unique(byID, membershipID)),
 		table(tableRemoved, unique(byID, removalID)),
 		table(tableSite, unique(byID, siteChangeID)),
+		table(tableRecovery, unique(byID, recoveryID)),
+		table(tableSeed, unique(byID, seedID)),
 		table(tableRewrap, unique(byID, rewrapID), some(byLive, openRewrap)),
 		table(tableRewrapRefused, unique(byID, rewrapRefusedID)),
 	}

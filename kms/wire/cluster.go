@@ -28,6 +28,8 @@ type Status struct {
 	FreshMS int64     `json:"fresh_ms"`          // age of the last proof that this node is up to date
 	LogSize uint64    `json:"log_size"`          // leaves of the cluster log
 	LogRoot []byte    `json:"log_root"`          // RFC 6962 root hash of the cluster log, 32 bytes
+	Epoch   uint64    `json:"epoch"`             // of the history; 0 until custodians have recovered the cluster from a backup
+	Lineage string    `json:"lineage"`           // of the history: 32 hexadecimal digits, the cluster's in epoch 0
 	Raft    *Raft     `json:"raft,omitempty"`
 	Keys    KeyCounts `json:"keys"`
 	Open    int       `json:"open_proposals"`

@@ -84,6 +84,9 @@ func (d *describer) operation(r route) object {
 }
 
 func mediaType(r route) string {
+	if r.response == reflect.TypeFor[stream]() {
+		return "application/octet-stream"
+	}
 	if r.response == reflect.TypeFor[text]() {
 		return "text/plain"
 	}

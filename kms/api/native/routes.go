@@ -153,6 +153,10 @@ func routes() []route {
 		read("/v1/policies", "listPolicies", "The approval policies and the access policy", func(c *call) (wire.Policies, error) {
 			return c.engine.Policies(c.Context(), c.caller)
 		}),
+		read("/v1/recoveries", "listRecoveries", "The times that custodians had the cluster go on from a backup", func(c *call) (wire.Recoveries, error) {
+			return c.engine.Recoveries(c.Context(), c.caller)
+		}),
+		backupRoute(),
 		read("/v1/keyrings", "listKeyrings", "The keyrings", func(c *call) (wire.Keyrings, error) {
 			return c.engine.Keyrings(c.Context(), c.caller)
 		}),

@@ -96,6 +96,7 @@ func Policies(sites int) []approval.Policy {
 			direct(kms.ActionKeyring, "operator"),
 			quorum(kms.ActionNode, 2, 0, 72*hour),
 			quorum(kms.ActionPolicy, 2, 0, 72*hour),
+			quorum(kms.ActionRecover, 2, 0, 72*hour),
 			quorum(kms.ActionSite, 2, 0, 72*hour),
 		}},
 		{Name: "standard", Revision: 1, Rules: []approval.Rule{

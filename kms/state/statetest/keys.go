@@ -118,7 +118,7 @@ func (w *World) Proposal(action kms.Action, target string, params any) approval.
 	w.t.Helper()
 	s := w.State()
 	p := approval.Proposal{
-		Format: 1, Cluster: s.Cluster(), Nonce: hash("proposal", s.Index(), target)[:16], Action: action, Target: target,
+		Format: 1, Cluster: s.Lineage(), Nonce: hash("proposal", s.Index(), target)[:16], Action: action, Target: target,
 		Policy: kms.Governance, Proposer: w.Operator(w.opts.Sites[0]), Created: w.Now(), Reason: "a test",
 	}
 	if params != nil {

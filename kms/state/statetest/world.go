@@ -182,6 +182,9 @@ func (w *World) Envelope(node string, cmd state.Command, opts ...Option) state.E
 	w.count++
 	e := state.NewEnvelope(cmd)
 	e.Cluster, e.Origin, e.Time = kms.ClusterID(w.signed.Genesis), node, now
+	if w.state != nil {
+		e.Cluster = w.state.Lineage()
+	}
 	e.Nonce = binary.BigEndian.AppendUint64(make([]byte, 8), w.count)
 	for _, o := range opts {
 		o(&e)
