@@ -121,7 +121,7 @@ func (n *Node) open(ctx context.Context, genesis *state.State) error {
 	n.openMemory()
 	n.wire.serve(n)
 	n.chooseProfile(ctx)
-	gate := newGate(n.probation.transport(n.wire.transport()), n.State, n.logs, n.cfg.Timing.Heartbeat/2, n.cfg.Logger)
+	gate := newGate(newTidy(n.probation.transport(n.wire.transport()), n.logs, n.machine.halt), n.State, n.logs, n.cfg.Timing.Heartbeat/2, n.cfg.Logger)
 	if err := n.openRaft(ctx, genesis, snapshots, gate); err != nil {
 		_ = gate.Close()
 		return err
@@ -225,8 +225,14 @@ func (n *Node) openRaft(ctx context.Context, genesis *state.State, snapshots raf
 			return err
 		}
 	}
+	if err := dropConflict(n.logs, snapshots); err != nil {
+		return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("cannot clear the log: %v", err), storeFix)
+	}
 	if err := n.startRaft(conf, stable, snapshots, transport); err != nil {
 		return err
+	}
+	if err := clearBehind(n.logs, n.raft); err != nil {
+		n.cfg.Logger.Error("cannot clear what the log has from before its snapshot", "error", err)
 	}
 	n.settleIfHeard()
 	return nil

@@ -14,6 +14,10 @@ func (n *node) again(err error) error {
 		n.log.Error("the node starts again, on probation", "err", err)
 		return errAgain
 	}
+	if errors.Is(err, cluster.ErrStaleLog) {
+		n.log.Warn("the node starts again", "err", err)
+		return errAgain
+	}
 	return err
 }
 

@@ -1,0 +1,182 @@
+package cluster
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/hashicorp/raft"
+)
+
+// ErrStaleLog is in the chain of the reason with which a node halts when a snapshot from
+// the leader has replaced a log that went further, with entries that were never
+// committed. Raft still has the end of that log in memory and would vote by it. Opened again
+// the node goes on.
+var ErrStaleLog = errors.New("cluster: a snapshot has replaced the end of the node's log; it must start again")
+
+// tidy is a transport that clears away what Raft leaves when it takes a snapshot from the
+// leader: the entries of a former leader stay in the log below or at the snapshot's end
+// (hashicorp/raft issue 697). At its end they make Raft refuse all that follows, for good;
+// below it this node, leading later, would send them to others as if they were committed.
+type tidy struct {
+	raft.Transport
+	logs  raft.LogStore
+	halt  func(error)
+	calls chan raft.RPC // to Raft
+	done  chan struct{}
+	once  sync.Once
+}
+
+// tidyPreVote is tidy over a transport with pre-votes.
+type tidyPreVote struct {
+	*tidy
+	raft.WithPreVote
+}
+
+func newTidy(inner raft.Transport, logs raft.LogStore, halt func(error)) raft.Transport {
+	t := &tidy{Transport: inner, logs: logs, halt: halt, calls: make(chan raft.RPC), done: make(chan struct{})}
+	go t.run()
+	if pv, ok := inner.(raft.WithPreVote); ok {
+		return tidyPreVote{t, pv}
+	}
+	return t
+}
+
+// Consumer implements raft.Transport.
+func (t *tidy) Consumer() <-chan raft.RPC { return t.calls }
+
+// Close implements raft.WithClose.
+func (t *tidy) Close() error {
+	t.once.Do(func() { close(t.done) })
+	if c, ok := t.Transport.(raft.WithClose); ok {
+		return c.Close()
+	}
+	return nil
+}
+
+// run hands calls on until the transport closes.
+func (t *tidy) run() {
+	for {
+		select {
+		case rpc := <-t.Transport.Consumer():
+			if req, ok := rpc.Command.(*raft.InstallSnapshotRequest); ok {
+				rpc.Respond(t.install(rpc, req)) // nothing else passes meanwhile
+				continue
+			}
+			if !t.pass(rpc) {
+				rpc.Respond(refusal(rpc.Command), raft.ErrTransportShutdown)
+				return
+			}
+		case <-t.done:
+			return
+		}
+	}
+}
+
+func (t *tidy) pass(rpc raft.RPC) bool {
+	select {
+	case t.calls <- rpc:
+		return true
+	case <-t.done:
+		return false
+	}
+}
+
+// install has Raft take a snapshot, and clears the log if it does not agree with it.
+func (t *tidy) install(rpc raft.RPC, req *raft.InstallSnapshotRequest) (any, error) {
+	refused := &raft.InstallSnapshotResponse{RPCHeader: raft.RPCHeader{ProtocolVersion: req.ProtocolVersion}}
+	agrees, last, err := logAgrees(t.logs, req.LastLogIndex, req.LastLogTerm)
+	if err != nil {
+		return refused, err
+	}
+	answer := make(chan raft.RPCResponse, 1)
+	if !t.pass(raft.RPC{Command: req, Reader: rpc.Reader, RespChan: answer}) {
+		return refused, raft.ErrTransportShutdown
+	}
+	var r raft.RPCResponse
+	select {
+	case r = <-answer:
+	case <-t.done:
+		return refused, raft.ErrTransportShutdown
+	}
+	resp, ok := r.Response.(*raft.InstallSnapshotResponse)
+	if !ok {
+		return refused, r.Error
+	}
+	if r.Error != nil || !resp.Success || agrees {
+		return resp, r.Error
+	}
+	if err := clearLog(t.logs); err != nil {
+		t.halt(fmt.Errorf("the log cannot be cleared: %w", errors.Join(ErrStaleLog, err)))
+		return refused, err
+	}
+	if last >= req.LastLogIndex {
+		t.halt(ErrStaleLog)
+		return refused, ErrStaleLog
+	}
+	return resp, nil
+}
+
+// logAgrees reports whether the log is known to agree with a snapshot that ends with
+// the entry at an index, of a term: then it holds that very entry, or begins after it.
+// last is the end of the log.
+func logAgrees(logs raft.LogStore, index, term uint64) (agrees bool, last uint64, err error) {
+	first, err := logs.FirstIndex()
+	if err != nil {
+		return false, 0, err
+	}
+	if last, err = logs.LastIndex(); err != nil {
+		return false, 0, err
+	}
+	switch {
+	case last == 0 || index < first:
+		return true, last, nil
+	case index > last:
+		return false, last, nil
+	}
+	var l raft.Log
+	if err := logs.GetLog(index, &l); err != nil {
+		return false, last, err
+	}
+	return l.Term == term, last, nil
+}
+
+func clearLog(logs raft.LogStore) error {
+	first, err := logs.FirstIndex()
+	if err != nil {
+		return err
+	}
+	last, err := logs.LastIndex()
+	if err != nil || last == 0 {
+		return err
+	}
+	return logs.DeleteRange(first, last)
+}
+
+// dropConflict removes what of the log disagrees with the latest snapshot: the node ended
+// between taking it from the leader and clearing the log.
+func dropConflict(logs raft.LogStore, snapshots raft.SnapshotStore) error {
+	metas, err := snapshots.List()
+	if err != nil || len(metas) == 0 {
+		return err
+	}
+	at := metas[0].Index
+	agrees, last, err := logAgrees(logs, at, metas[0].Term)
+	if err != nil || agrees || last < at {
+		return err
+	}
+	return logs.DeleteRange(at, last)
+}
+
+// clearBehind clears a log that ends before the snapshot with which Raft has started.
+func clearBehind(logs raft.LogStore, r *raft.Raft) error {
+	first, err := logs.FirstIndex()
+	if err != nil {
+		return err
+	}
+	last, err := logs.LastIndex()
+	if err != nil || last == 0 || last >= r.LastIndex() {
+		return err
+	}
+	return logs.DeleteRange(first, last)
+}
