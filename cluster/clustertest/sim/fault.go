@@ -132,6 +132,20 @@ func (s *schedule) revive(h *host) {
 	}
 }
 
+// mend starts nodes again that have halted and ask for it, as a supervisor does.
+func (s *schedule) mend() {
+	for _, id := range s.ids {
+		h := s.hosts[id]
+		if l := h.alive(); l != nil && l.ended.Load() {
+			s.count("started again")
+			s.note("%s has halted", id)
+			h.resume()
+			h.crash()
+			s.revive(h)
+		}
+	}
+}
+
 func (s *schedule) restart() {
 	h := s.host()
 	if h.alive() == nil {

@@ -1,12 +1,15 @@
 package sim
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -43,6 +46,8 @@ type life struct {
 	disk *disk
 	node *cluster.Node
 	died chan struct{}
+
+	ended atomic.Bool // the node has halted and is to be started again
 }
 
 func (l *life) isDead() bool {
@@ -115,20 +120,7 @@ func (h *host) resume() {
 // start starts the node from what is on the host's disk.
 func (h *host) start() error {
 	h.mu.Lock()
-	h.born++
 	l := &life{host: h, died: make(chan struct{})}
-	next := filepath.Join(h.s.dir, fmt.Sprintf("%s.%d", h.id, h.born))
-	if h.dir != "" { // a crashed process may still write to the old one
-		if err := os.CopyFS(next, os.DirFS(h.dir)); err != nil {
-			h.mu.Unlock()
-			return err
-		}
-		if err := tighten(next); err != nil {
-			h.mu.Unlock()
-			return err
-		}
-	}
-	h.dir = next
 	l.disk = newDisk(l, h.image, h.s.o.LyingDisks)
 	l.wire = newWire(l, h.s.timing.RPC)
 	h.mu.Unlock()
@@ -143,11 +135,33 @@ func (h *host) start() error {
 	l.node, h.life = n, l
 	h.mu.Unlock()
 	go func() {
-		if err, ok := <-n.Done(); ok && err != nil && !l.isDead() {
+		err, ok := <-n.Done()
+		switch {
+		case !ok || l.isDead():
+		case errors.Is(err, cluster.ErrRolledBack), errors.Is(err, cluster.ErrStaleLog):
+			l.ended.Store(true) // it asks to be started again
+		default:
 			h.s.watch.fail("node %s halted: %v", h.id, err)
 		}
 	}()
 	return nil
+}
+
+// leave makes the directory of the next life, as it is now: a process that has crashed
+// may still write to its own.
+func (h *host) leave() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.born++
+	next := filepath.Join(h.s.dir, fmt.Sprintf("%s.%d", h.id, h.born))
+	err := os.CopyFS(next, os.DirFS(h.dir))
+	if err == nil {
+		err = tighten(next)
+	}
+	if err != nil {
+		h.s.watch.fail("the simulation cannot copy the directory of %s: %v", h.id, err)
+	}
+	h.dir = next
 }
 
 // tighten gives a copied directory the modes that a node insists on.
@@ -164,10 +178,13 @@ func tighten(dir string) error {
 }
 
 func (h *host) config(l *life) cluster.Config {
-	level := slog.LevelError
+	level, logger := slog.LevelError, slog.New(slog.DiscardHandler)
+	if h.s.o.Log != nil {
+		level, logger = slog.LevelWarn, slog.New(slog.NewTextHandler(noteWriter{h.s}, &slog.HandlerOptions{Level: slog.LevelWarn, ReplaceAttr: withoutTime})).With("node", h.id)
+	}
 	return cluster.Config{
 		NodeID: h.id, DataDir: h.dir, Log: l.disk, Wire: l.wire, Genesis: h.s.world.Signed(), Certificate: h.s.world.certs[h.id],
-		Sign: h.keys.Sign, Timing: h.s.timing, Logger: slog.New(slog.DiscardHandler), RaftLogLevel: &level,
+		Sign: h.keys.Sign, Timing: h.s.timing, Logger: logger, RaftLogLevel: &level,
 		FreeSpace: func(string) (uint64, uint64, error) { return 1 << 40, 1 << 40, nil },
 		OnApply: func(st *state.State, raw []byte, r state.Result) {
 			h.gate(l)
@@ -195,6 +212,7 @@ func (h *host) crash() {
 	}
 	m := l.disk.crash(h.dice.of("crash").nth(uint64(h.born)))
 	h.set(func(h *host) { h.image = m })
+	h.leave()
 	h.end(l)
 }
 
@@ -213,6 +231,7 @@ func (h *host) stop() {
 	}
 	m := l.disk.crash(0)
 	h.set(func(h *host) { h.image = m })
+	h.leave()
 	close(l.died)
 }
 
@@ -242,4 +261,20 @@ func (h *host) corrupt(l *life, logs []*raft.Log) {
 			h.s.count("entries forged")
 		}
 	}
+}
+
+// noteWriter passes the nodes' own log on to who follows a schedule.
+type noteWriter struct{ s *schedule }
+
+// Write implements io.Writer.
+func (w noteWriter) Write(b []byte) (int, error) {
+	w.s.note("%s", bytes.TrimSpace(b))
+	return len(b), nil
+}
+
+func withoutTime(_ []string, a slog.Attr) slog.Attr {
+	if a.Key == slog.TimeKey {
+		return slog.Attr{}
+	}
+	return a
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
@@ -110,7 +111,7 @@ func (s *schedule) run(w *Worlds) error {
 		l.delay = 500*time.Microsecond + l.dice.of("delay").upTo(far)
 	}
 	for _, id := range s.ids {
-		h := &host{s: s, id: id, keys: s.world.Node(id), dice: s.dice.of("host " + id), image: newImage(), swaps: map[string][]byte{},
+		h := &host{s: s, id: id, dir: filepath.Join(dir, id), keys: s.world.Node(id), dice: s.dice.of("host " + id), image: newImage(), swaps: map[string][]byte{},
 			slow: between(s.rand, 0, 4*time.Millisecond)}
 		h.site = h.keys.Record.Site
 		s.hosts[id] = h
@@ -138,7 +139,9 @@ func scratch() string {
 // course is the troubled part of the schedule.
 func (s *schedule) course() {
 	end := time.Now().Add(between(s.rand, 4*time.Second, 10*time.Second))
-	var work, tick, fault func()
+	var work, tick, fault, mend func()
+	mend = func() { s.mend(); s.later(100*time.Millisecond, mend) }
+	s.later(0, mend)
 	work = func() { s.work(); s.later(between(s.rand, 20*time.Millisecond, 400*time.Millisecond), work) }
 	tick = func() { s.tick(); s.later(between(s.rand, time.Second, 5*time.Second), tick) }
 	fault = func() { s.fault(); s.later(between(s.rand, 50*time.Millisecond, 1500*time.Millisecond), fault) }

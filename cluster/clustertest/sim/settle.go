@@ -58,7 +58,11 @@ func (s *schedule) settle() error {
 func (s *schedule) last() (uint64, error) {
 	limit := time.Now().Add(recovery)
 	for n := 0; ; n++ {
+		s.mend()
 		h := s.hosts[s.ids[n%len(s.ids)]]
+		if h.alive() == nil {
+			return 0, fmt.Errorf("node %s is down", h.id)
+		}
 		raw := s.sign(h, state.Tick{})
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		r, err := h.alive().node.Propose(ctx, raw)
@@ -78,9 +82,14 @@ func (s *schedule) last() (uint64, error) {
 func (s *schedule) reach(from uint64) error {
 	limit := time.Now().Add(recovery)
 	for {
+		s.mend()
 		low, high := ^uint64(0), from
 		for _, id := range s.ids {
-			i := s.hosts[id].alive().node.State().Index()
+			l := s.hosts[id].alive()
+			if l == nil {
+				return fmt.Errorf("node %s is down", id)
+			}
+			i := l.node.State().Index()
 			low, high = min(low, i), max(high, i)
 		}
 		if low == high {
