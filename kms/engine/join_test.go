@@ -11,6 +11,7 @@ import (
 	"github.com/conclave-kms/conclave/kms/keyring"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/wire"
+	"github.com/conclave-kms/conclave/pqc"
 )
 
 const fr2 = "fr-2"
@@ -137,6 +138,7 @@ func TestNodeRemoved(t *testing.T) {
 	if r := jp.Ready(bg); r.Ready || !strings.Contains(strings.Join(r.Reasons, " "), "was removed") {
 		t.Errorf("ready %+v", r)
 	}
+	jp.cfg.SigningSuite = pqc.ECDSAP256SHA256 // that of its device; the state says nothing of it any more
 	_, err := jp.submit(bg, attempt{}, state.Tick{})
 	wantKind(t, err, kms.Denied)
 	_, err = w.at("fr").engine.OpenProposal(bg, caller("operator", "fr"), wire.OpenProposalRequest{

@@ -72,11 +72,8 @@ func (s *State) knownToAll(what string) error {
 // resident for nothing until it has adopted that.
 func (t *tx) join(id string, params approval.NodeParams, p approval.Proposal) error {
 	r := t.reader()
-	if _, exists := r.node(id); exists {
-		return kms.Errorf(kms.Exists, "there is a node %s; to give it another device, replace its root", id)
-	}
-	if old, removed := r.removal(id); removed {
-		return kms.Errorf(kms.Conflict, "node %s was removed by proposal %s and does not come back; a machine that was set up anew joins under a new name", id, old.Proposal)
+	if err := r.newNode(id); err != nil {
+		return err
 	}
 	if _, _, ok := r.site(params.Site); !ok {
 		return kms.Errorf(kms.NotFound, "there is no site %s", params.Site)
@@ -98,6 +95,17 @@ func (t *tx) join(id string, params approval.NodeParams, p approval.Proposal) er
 		return err
 	}
 	t.event(Event{Type: EventNodeJoining, Node: id, Proposal: approval.ProposalID(p.Marshal())})
+	return nil
+}
+
+// newNode refuses the name of a node that is or was there.
+func (r reader) newNode(id string) error {
+	if _, exists := r.node(id); exists {
+		return kms.Errorf(kms.Exists, "there is a node %s; to give it another device, replace its root; a machine that was set up anew joins under a new name", id)
+	}
+	if old, removed := r.removal(id); removed {
+		return kms.Errorf(kms.Conflict, "node %s was removed by proposal %s and does not come back; a machine that was set up anew joins under a new name", id, old.Proposal)
+	}
 	return nil
 }
 

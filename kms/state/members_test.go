@@ -1,6 +1,7 @@
 package state_test
 
 import (
+	"bytes"
 	"slices"
 	"strings"
 	"testing"
@@ -150,7 +151,7 @@ func TestJoinRefused(t *testing.T) {
 		target string
 		change func(*approval.NodeParams)
 	}{
-		"an existing name":  {kms.BadSignature, "node-de-1", func(*approval.NodeParams) {}},
+		"an existing name":  {kms.Exists, "node-de-1", func(*approval.NodeParams) {}},
 		"existing, signed":  {kms.Exists, "node-de-1", func(c *approval.NodeParams) { *c = joining(good, w.NodeParams("node-de-1", other, false)) }},
 		"a removed name":    {kms.Conflict, "node-jp-2", func(c *approval.NodeParams) { *c = joining(good, w.NodeParams("node-jp-2", other, false)) }},
 		"no such site":      {kms.Conflict, fr2, func(c *approval.NodeParams) { c.Site = "xx" }},
@@ -384,4 +385,41 @@ func TestConfirmRefused(t *testing.T) {
 		t.Errorf("events %+v", r.Events)
 	}
 	w.Refuse(kms.Conflict, fr, good)
+}
+
+// TestMembersUntrusted alters every field of what membership adds to an untrusted
+// snapshot, and takes whole records away.
+func TestMembersUntrusted(t *testing.T) {
+	t.Parallel()
+	w := populated(t)
+	w.AddSite("it", 1)
+	w.Carry(kms.ActionSite, "site/it", approval.SiteParams{Change: approval.SiteCAs, CAs: [][]byte{w.CA("it").Certificate.Raw, w.CA("fr").Certificate.Raw}})
+	w.JoinWhole("node-it-1", "it")
+	w.Promote("node-it-1")
+	w.JoinWhole(fr2, "fr")
+	w.Rekey(fr2)
+	w.Advance(time.Minute)
+	w.RemoveNode(fr2, false)
+	w.Advance(time.Minute)
+	w.Join("node-de-2", "de")
+	s := w.State()
+	restoreBoth(t, s)
+	if tried := refusesAlterations(t, s, "membership", "removed", "site", "status"); tried < 40 {
+		t.Errorf("only %d kinds of field tried", tried)
+	}
+	records := split(t, snapshot(t, s))
+	names := state.VerifiedTables()
+	tried := 0
+	for i, r := range records {
+		switch names[r.number] {
+		case "membership", "removed", "site", "status", "node", "next", "former":
+			tried++
+			if _, err := state.Restore(bytes.NewReader(join(slices.Delete(slices.Clone(records), i, i+1))), no); err == nil {
+				t.Errorf("accepted without record %d, of table %s", i, names[r.number])
+			}
+		}
+	}
+	if tried < 15 {
+		t.Errorf("only %d records tried", tried)
+	}
 }

@@ -54,6 +54,11 @@ func (t *tx) verifyRoot(p approval.Proposal) error {
 	if _, ok := r.node(node); !ok && params.Change == approval.NodeReplaceRoot {
 		return r.noNode(node)
 	}
+	if params.Change == approval.NodeJoin {
+		if err := r.newNode(node); err != nil {
+			return err
+		}
+	}
 	return params.VerifyPossession(t.before.cluster, node, r.nextRoot(node))
 }
 

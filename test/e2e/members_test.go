@@ -41,6 +41,19 @@ func (j joined) decides(args ...string) {
 	if err == nil {
 		err = j.c.Carry(j.t.Context(), j.c.Node("fr-1"), p, "fr-1", "de-1", "jp-1")
 	}
+	if err == nil { // one change at a time
+		err = harness.Within(j.t.Context(), time.Minute, "Raft counts with it", func(ctx context.Context) error {
+			cl, err := j.c.Client(j.c.Node("fr-1"), "operator", 20*time.Second)
+			if err != nil {
+				return err
+			}
+			m, err := cl.Members(ctx)
+			if err == nil && m.Change != nil {
+				err = errors.New("the change about " + m.Change.Node + " is under way")
+			}
+			return err
+		})
+	}
 	if err != nil {
 		j.t.Fatalf("%v: %v\n%s", args, err, j.c.Logs(8))
 	}
@@ -104,6 +117,12 @@ func (j joined) halts(n *harness.Node, says string) {
 	if err := j.c.Launch(n); err != nil {
 		j.t.Fatal(err)
 	}
+	j.ends(n, says)
+}
+
+// ends waits for a node's end, which its log must explain.
+func (j joined) ends(n *harness.Node, says string) {
+	j.t.Helper()
 	err := harness.Within(j.t.Context(), time.Minute, n.ID+" gives up", func(context.Context) error {
 		if n.Running() {
 			return errors.New("it runs: " + n.Says(3))
@@ -186,12 +205,19 @@ func TestMembers(t *testing.T) {
 	j.halts(fr2, "under a new name")
 	j.refused("there is a node fr-2", "node", "join", "--card", fr2.Card())
 
-	// It goes, and does not come back with all that it had either.
-	j.decides("node", "remove", "fr-2")
-	j.sees("de-1", "DE-1 FR-1 JP-1")
+	// With its log it does; then it goes, and does not come back with that either.
 	if err := errors.Join(os.RemoveAll(lost), os.Rename(kept, lost)); err != nil {
 		t.Fatal(err)
 	}
+	if err = c.Launch(fr2); err == nil {
+		err = fr2.Ready(t.Context())
+	}
+	if err != nil {
+		t.Fatal(err, c.Logs(15))
+	}
+	j.decides("node", "remove", "fr-2")
+	j.sees("de-1", "DE-1 FR-1 JP-1")
+	j.ends(fr2, "was removed")
 	j.halts(fr2, "was removed")
 	j.refused("was removed by proposal", "node", "join", "--card", fr2.Card())
 	j.decrypts("de-1", ct)
