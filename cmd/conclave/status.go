@@ -17,7 +17,7 @@ func (a *app) statusCommand() *cobra.Command {
 	return look(a, &cobra.Command{Use: "status", Short: "Show how the cluster looks from one node"},
 		func(ctx context.Context, c *client.Client, _ []string) (wire.Status, error) {
 			s, err := c.Status(ctx)
-			if nodes, nerr := c.Nodes(ctx); err == nil && nerr == nil { // an addition: whoever may not read it sees the rest
+			if nodes, nerr := c.LocalView().Nodes(ctx); err == nil && nerr == nil { // an addition: whoever may not read it sees the rest
 				for _, n := range nodes {
 					heard[n.ID] = n.LastHeard
 				}

@@ -98,6 +98,14 @@ func (c *Client) At(address string) (*Client, error) {
 	return &Client{bases: []*url.URL{u}, http: c.http, attempts: 3, timeout: c.timeout, local: c.local}, nil
 }
 
+// LocalView returns a client for the same nodes and caller whose reads show what a
+// node itself knows; see Config.Local.
+func (c *Client) LocalView() *Client {
+	view := *c
+	view.local = true
+	return &view
+}
+
 type callOptions struct {
 	query       url.Values
 	idempotency string

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"time"
 
 	"github.com/conclave-kms/conclave/kms"
 )
@@ -25,13 +26,19 @@ func (e *Engine) upToDate(ctx context.Context, rq *request) error {
 	if atHand[rq.act] || rq.caller.Local && rq.view {
 		return nil
 	}
-	err := e.cluster.Barrier(ctx)
+	bounded, cancel := context.WithTimeout(ctx, catchUpTime)
+	defer cancel()
+	err := e.cluster.Barrier(bounded)
 	if err == nil {
 		return nil
 	}
 	return kms.Wrap(kms.Unavailable, err, "this node reaches no leader with a majority of the cluster, so it cannot tell whether what it knows is still true: "+cause(err),
 		"try again, or use another node; to see what this node knows, right or not, ask for its local view (conclave --local, header "+LocalHeader+": local)")
 }
+
+// catchUpTime is how long a request waits for the cluster's leader: longer than it takes
+// to elect one over long distances, and shorter than callers wait for an answer, so that they learn why there is none.
+const catchUpTime = 10 * time.Second
 
 // LocalHeader is the HTTP header by which a caller asks for a node's local view.
 const LocalHeader = "Conclave-Consistency"
