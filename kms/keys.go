@@ -125,6 +125,8 @@ const (
 	ActionNode       Action = "node"       // a node joins, is promoted or removed, or gets another hardware root
 	ActionSite       Action = "site"       // add or remove a site, or change its CAs
 	ActionRecover    Action = "recover"    // begin a new epoch from a backup
+	// ActionRecoveryKey sets the recovery key of a residency and who holds its shares.
+	ActionRecoveryKey Action = "recovery-key"
 )
 
 // KeyActions are decided by the policy that a keyring names, GovernanceActions
@@ -132,12 +134,12 @@ const (
 // it decides.
 var (
 	KeyActions        = []Action{ActionCreate, ActionRotate, ActionSuspend, ActionResume, ActionDeactivate, ActionCompromise, ActionDestroy}
-	GovernanceActions = []Action{ActionKeyring, ActionPolicy, ActionCustodian, ActionNode, ActionSite, ActionRecover}
+	GovernanceActions = []Action{ActionKeyring, ActionPolicy, ActionCustodian, ActionNode, ActionSite, ActionRecoveryKey, ActionRecover}
 )
 
 // LaterActions came after the first release, so a policy may lack a rule for one:
 // then nobody can do it until the policy has one.
-var LaterActions = []Action{ActionSite, ActionRecover}
+var LaterActions = []Action{ActionSite, ActionRecoveryKey, ActionRecover}
 
 // Governance is the name of the policy that decides GovernanceActions.
 const Governance = "governance"

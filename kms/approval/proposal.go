@@ -109,7 +109,7 @@ var targetKinds = map[kms.Action]string{
 	kms.ActionRotate: TargetKey, kms.ActionSuspend: TargetKey, kms.ActionResume: TargetKey,
 	kms.ActionDeactivate: TargetKey, kms.ActionCompromise: TargetKey, kms.ActionDestroy: TargetKey,
 	kms.ActionPolicy: TargetPolicy, kms.ActionCustodian: TargetCustodian, kms.ActionNode: TargetNode,
-	kms.ActionSite: TargetSite, kms.ActionRecover: TargetCluster,
+	kms.ActionSite: TargetSite, kms.ActionRecoveryKey: TargetRecovery, kms.ActionRecover: TargetCluster,
 }
 
 // validateAction checks that the target is of the action's kind and that the
@@ -165,6 +165,10 @@ func (p Proposal) validateAction(bad func(string, ...any) error) error {
 		if err := p.validateSite(); err != nil {
 			return bad("%v", err)
 		}
+	case kms.ActionRecoveryKey:
+		if _, err := ParseRecoveryParams(p.Parameters); err != nil {
+			return bad("%v", err)
+		}
 	case kms.ActionRecover:
 		if err := p.validateRecover(name); err != nil {
 			return bad("%v", err)
@@ -217,21 +221,21 @@ func KeyringTarget(keyring string) string { return TargetKeyring + "/" + keyring
 func NodeTarget(node string) string { return TargetNode + "/" + node }
 
 // ParseTarget splits a target "key/KEYRING/KEY", "keyring/NAME", "policy/NAME",
-// "custodian/ID", "node/ID", "site/ID" or "cluster/LINEAGE" into its kind and the name ("KEYRING/KEY" for a key), and
+// "custodian/ID", "node/ID", "site/ID", "recovery/NAME" or "cluster/LINEAGE" into its kind and the name ("KEYRING/KEY" for a key), and
 // checks the names. Errors: kms.Invalid.
 func ParseTarget(s string) (kind, name string, err error) {
 	kind, name, _ = strings.Cut(s, "/")
 	switch kind {
 	case TargetKey:
 		_, _, err = kms.SplitKeyPath(name)
-	case TargetKeyring, TargetPolicy, TargetCustodian, TargetNode, TargetSite:
+	case TargetKeyring, TargetPolicy, TargetCustodian, TargetNode, TargetSite, TargetRecovery:
 		err = kms.CheckName(kind, name)
 	case TargetCluster:
 		if !isHex128(name) {
 			err = kms.Errorf(kms.Invalid, "target %q: a cluster is named by 32 hexadecimal digits", s)
 		}
 	default:
-		err = kms.Errorf(kms.Invalid, "target %q is none of key/KEYRING/KEY, keyring/NAME, policy/NAME, custodian/ID, node/ID, site/ID, cluster/LINEAGE", s)
+		err = kms.Errorf(kms.Invalid, "target %q is none of key/KEYRING/KEY, keyring/NAME, policy/NAME, custodian/ID, node/ID, site/ID, recovery/NAME, cluster/LINEAGE", s)
 	}
 	if err != nil {
 		return "", "", err

@@ -63,7 +63,8 @@ type Proposal struct {
 	Parameters     []byte     `cbor:"parameters" json:"parameters"` // canonical encoding of the action's *Params type, empty where there is none
 }
 
-// Targets are "key/KEYRING/KEY", "keyring/NAME", "policy/NAME", "custodian/ID", "node/ID", "site/ID".
+// Targets are "key/KEYRING/KEY", "keyring/NAME", "policy/NAME", "custodian/ID", "node/ID", "site/ID",
+// "recovery/NAME".
 
 // VersionParams are the parameters of deactivate, compromise and destroy.
 type VersionParams struct {

@@ -136,6 +136,9 @@ func target(st *state.State, s string) (policy string, revision uint64, err erro
 		return kms.Governance, n.Revision, nil
 	case approval.TargetSite:
 		return kms.Governance, st.SiteRevision(name), nil
+	case approval.TargetRecovery:
+		k, _ := st.RecoveryKeyOf(name)
+		return kms.Governance, k.Number, nil
 	}
 	return "", 0, kms.Errorf(kms.Invalid, "target %q is of no known kind", s)
 }
@@ -170,6 +173,9 @@ func parameters(st *state.State, p approval.Proposal, q wire.ProposalParameters)
 		}
 		only.Site = q.Site
 		encoded = canon.Marshal(approval.SiteParams{Change: approval.SiteChange(q.Site.Change), TrustDomain: q.Site.TrustDomain, CAs: q.Site.CAs})
+	}
+	if p.Action == kms.ActionRecoveryKey {
+		only.Recovery, encoded = q.Recovery, q.Recovery
 	}
 	if !reflect.DeepEqual(q, only) {
 		return nil, kms.Errorf(kms.Invalid, "the parameters are not those of action %q", p.Action)

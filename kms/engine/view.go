@@ -290,6 +290,8 @@ func contentView(p approval.Proposal) (wire.ProposalContent, error) {
 			return v, err
 		}
 		v.Parameters.Site = &wire.NextSite{Change: string(x.Change), TrustDomain: x.TrustDomain, CAs: x.CAs}
+	case kms.ActionRecoveryKey:
+		v.Parameters.Recovery = p.Parameters
 	}
 	return v, nil
 }

@@ -206,4 +206,3 @@ func TestCombineRefuses(t *testing.T) {
 		}
 	}
 }
-

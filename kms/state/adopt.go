@@ -85,12 +85,13 @@ func (r reader) pendingRoot(node string, number uint32) (Node, Replacement, erro
 // Where the custodians let it leave things behind, that is only the KEKs that
 // another node can still reseal: key versions may be beyond every other device,
 // a keyring at this node alone may be lost with its device, and where the next root
-// has refused the copies of all others nobody is left.
+// has refused the copies of all others nobody is left. What a recovery ceremony can
+// bring back is waited for.
 func (r reader) wanted(n Node, next Replacement) []Pending {
 	return slices.DeleteFunc(r.unsealed(n, next), func(p Pending) bool {
 		k, _ := r.keyring(p.Keyring)
 		alone := !slices.ContainsFunc(r.residents(k.Residency), func(o Node) bool { return o.ID != n.ID })
-		return next.Leave && (p.Key != "" || alone || r.exhausted(k, next, p))
+		return next.Leave && (p.Key != "" || (alone || r.exhausted(k, next, p)) && !r.recoverable(p))
 	})
 }
 

@@ -28,6 +28,8 @@ const (
 	TypeRefuseRewrap   Type = 18
 	TypeRetireKEK      Type = 19
 	TypeAnnounce       Type = 23
+	TypeSealRecovery   Type = 25
+	TypeRestoreCopy    Type = 26
 )
 
 // Command is the payload of an envelope.

@@ -51,6 +51,8 @@ func RuleFor(policies []approval.Policy, site func(node string) (string, bool), 
 		return ruleNodeChange(rule, site, p)
 	case kms.ActionSite:
 		return ruleSiteChange(rule, enrolled, p)
+	case kms.ActionRecoveryKey:
+		return ruleRecoveryKey(rule, p)
 	}
 	return rule, nil
 }
@@ -93,6 +95,20 @@ func ruleSiteChange(rule approval.Rule, enrolled func(site string) bool, p appro
 		return rule, err
 	}
 	return withSite(rule, site), nil
+}
+
+// ruleRecoveryKey adds every site of the residency to the sites that must approve, for
+// the key will open what is theirs, and asks for two sites whatever the rule says.
+func ruleRecoveryKey(rule approval.Rule, p approval.Proposal) (approval.Rule, error) {
+	params, err := p.RecoveryParams()
+	if err != nil {
+		return rule, err
+	}
+	rule = atLeast(rule, approval.Rule{Approvals: 2, Sites: 2, ProposerMayApprove: true})
+	for _, site := range params.Residency {
+		rule = withSite(rule, site)
+	}
+	return rule, nil
 }
 
 // withSite adds a site to those that must approve.

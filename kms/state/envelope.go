@@ -161,6 +161,8 @@ var decoders = map[CommandKind]func(Envelope) (operation, error){
 	{TypeRefuseRewrap, 1}:   decode[RefuseRewrap],
 	{TypeRetireKEK, 1}:      decode[RetireKEK],
 	{TypeAnnounce, 1}:       decode[Announce],
+	{TypeSealRecovery, 1}:   decode[SealRecovery],
+	{TypeRestoreCopy, 1}:    decode[RestoreCopy],
 	{TypeKeepSeed, 1}:       decode[KeepSeed],
 }
 

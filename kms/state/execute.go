@@ -21,6 +21,9 @@ func (c Execute) verify(t *tx) error {
 	if !ok || !p.live() {
 		return nil // for apply to say
 	}
+	if err := t.verifyRecovery(p.Content); err != nil {
+		return err
+	}
 	return t.verifyRoot(p.Content)
 }
 
@@ -90,6 +93,8 @@ func (t *tx) effect(p approval.Proposal) error {
 		return t.changeNode(name, p)
 	case kms.ActionSite:
 		return t.changeSite(name, p)
+	case kms.ActionRecoveryKey:
+		return t.setRecoveryKey(name, p)
 	}
 	if isKeyringTarget(p.Target) {
 		_, err := t.rotatableKEK(name)

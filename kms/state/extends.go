@@ -67,6 +67,12 @@ func (s *State) Extends(old *State) error {
 		}),
 		kept(tableRewrap, rewrapID, s.wantsBatch),
 		kept(tableRewrapRefused, rewrapRefusedID, func(x *RefusedRewrap) bool { return s.wantsRewraps(x.Keyring, x.KEK) }),
+		extended(tableRecoveryKey, recoveryKeyID, func(was, is *RecoveryKey) bool { return revised(was, is, 0, 0) }),
+		kept(tableRecoveryCopy, recoveryCopyID, func(c *RecoveryCopy) bool {
+			k, ok := s.reader().kek(c.Keyring, c.Version)
+			key, _ := s.RecoveryFor(c.Keyring)
+			return ok && !k.Retired() && key.Number == c.Number
+		}),
 		kept(tableNonce, nonceID, func(n *nonce) bool { return n.Time >= s.clock-Window }),
 		kept(tableOutcome, outcomeID, func(o *Outcome) bool { return o.Time >= s.clock-OutcomeRetention }),
 	} {

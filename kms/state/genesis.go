@@ -242,7 +242,7 @@ func (g Genesis) validatePolicies() error {
 }
 
 // quorumOnly are the actions that no rule may leave to one person.
-var quorumOnly = []kms.Action{kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite, kms.ActionRecover}
+var quorumOnly = []kms.Action{kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite, kms.ActionRecoveryKey, kms.ActionRecover}
 
 // checkPolicy validates a policy and checks that the custodians can meet it, that
 // its required sites exist, and that nobody may change policies, custodians or the

@@ -172,6 +172,7 @@ func (c RetireKEK) apply(t *tx) error {
 	for _, x := range r.refusedRewraps(c.Keyring, c.Version) {
 		mustDB(t.Delete(tableRewrapRefused, &x))
 	}
+	t.dropRecoveryCopies(c.Keyring, c.Version, func(RecoveryCopy) bool { return true })
 	t.event(Event{Type: EventKEKRetired, Keyring: c.Keyring, Version: c.Version, Node: t.env.Origin})
 	return nil
 }

@@ -43,6 +43,9 @@ func (c OpenProposal) verify(t *tx) error {
 	if err != nil {
 		return err
 	}
+	if err := t.verifyRecovery(content); err != nil {
+		return err
+	}
 	return t.verifyRoot(content)
 }
 
@@ -176,6 +179,9 @@ func (r reader) revision(target string) (uint64, error) {
 		return n.Revision, nil
 	case approval.TargetSite:
 		return r.siteRevision(name), nil
+	case approval.TargetRecovery:
+		k, _ := r.recoveryKey(name)
+		return k.Number, nil
 	}
 	return 0, kms.Errorf(kms.Invalid, "target %q is of no known kind", target)
 }

@@ -256,6 +256,7 @@ func (s *State) statements() ([]statement, error) {
 		}
 		return nil
 	})
+	_ = each(x, tableRecoveryCopy, func(c *RecoveryCopy) error { add(c.Index, c.Time, c.Statement); return nil })
 	_ = each(x, tableRecovery, func(r *Recovery) error {
 		log = append(log, statement{index: r.Index, clock: r.Time, raw: r.Approved, op: recovery{}})
 		return nil

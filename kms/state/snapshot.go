@@ -62,6 +62,8 @@ var snapshotTables = []snapshotTable{
 	stated[Seed](21, tableSeed, seedID),
 	stated[RewrapBatch](30, tableRewrap, rewrapID),
 	stated[RefusedRewrap](31, tableRewrapRefused, rewrapRefusedID),
+	stated[RecoveryKey](40, tableRecoveryKey, recoveryKeyID),
+	stated[RecoveryCopy](41, tableRecoveryCopy, recoveryCopyID),
 }
 
 // stated is a table whose records follow from signed statements, remembered is another.

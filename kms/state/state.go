@@ -160,6 +160,9 @@ const (
 	EventNodeRemoved         = "node-removed"      // see State.Removal
 	EventMembersConfirmed    = "members-confirmed" // Raft counts with the members of the state
 	EventSiteChanged         = "site-changed"
+	EventRecoveryKeySet      = "recovery-key-set"
+	EventRecoverySealed      = "recovery-sealed" // by Node, a KEK version for the recovery key
+	EventRestored            = "restored"        // Node has a copy that came out of a ceremony
 )
 
 // Result is what became of a command.

@@ -37,6 +37,8 @@ const (
 	tableRewrap     = "rewrap" // batches of rewrapped key versions
 
 	tableRewrapRefused = "rewrap-refused"
+	tableRecoveryKey   = "recovery-key"
+	tableRecoveryCopy  = "recovery-copy"
 )
 
 // The indexes. Index values are strings of names, which have no NUL, and of
@@ -187,6 +189,8 @@ func newDB() *memdb.MemDB {
 		table(tableSeed, unique(byID, seedID)),
 		table(tableRewrap, unique(byID, rewrapID), some(byLive, openRewrap)),
 		table(tableRewrapRefused, unique(byID, rewrapRefusedID)),
+		table(tableRecoveryKey, unique(byID, recoveryKeyID)),
+		table(tableRecoveryCopy, unique(byID, recoveryCopyID)),
 	}
 	schema := &memdb.DBSchema{Tables: make(map[string]*memdb.TableSchema)}
 	for _, t := range tables {

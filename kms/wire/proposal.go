@@ -10,8 +10,8 @@ type Proposals struct {
 // OpenProposalRequest is the body of POST /v1/proposals. The node adds the
 // present revisions of target and policy, the proposer and the times.
 type OpenProposalRequest struct {
-	Action      string             `json:"action"` // rotate, suspend, resume, deactivate, compromise, destroy, policy, custodian, node, site
-	Target      string             `json:"target"` // key/KEYRING/KEY, keyring/NAME (to rotate its KEK), policy/NAME, custodian/ID or node/ID
+	Action      string             `json:"action"` // rotate, suspend, resume, deactivate, compromise, destroy, policy, custodian, node, site, recovery-key
+	Target      string             `json:"target"` // key/KEYRING/KEY, keyring/NAME (to rotate its KEK), policy/NAME, custodian/ID, node/ID, site/ID or recovery/NAME
 	Parameters  ProposalParameters `json:"parameters,omitzero"`
 	Reason      string             `json:"reason"`                  // 1 to MaxReason bytes
 	ExpiresInMS int64              `json:"expires_in_ms,omitempty"` // default and most: the rule's lifetime
@@ -27,6 +27,7 @@ type ProposalParameters struct {
 	Custodian *Custodian `json:"custodian,omitempty"` // custodian
 	Node      *NextRoot  `json:"node,omitempty"`      // node
 	Site      *NextSite  `json:"site,omitempty"`      // site
+	Recovery  []byte     `json:"recovery,omitempty"`  // recovery-key: approval.RecoveryParams in canonical CBOR
 }
 
 // NextRoot is what becomes of a node: field for field it is approval.NodeParams.

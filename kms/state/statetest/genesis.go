@@ -97,6 +97,7 @@ func Policies(sites int) []approval.Policy {
 			quorum(kms.ActionNode, 2, 0, 72*hour),
 			quorum(kms.ActionPolicy, 2, 0, 72*hour),
 			quorum(kms.ActionRecover, 2, 0, 72*hour),
+			quorum(kms.ActionRecoveryKey, 2, 0, 72*hour),
 			quorum(kms.ActionSite, 2, 0, 72*hour),
 		}},
 		{Name: "standard", Revision: 1, Rules: []approval.Rule{

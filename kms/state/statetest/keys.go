@@ -148,6 +148,9 @@ func (w *World) Proposal(action kms.Action, target string, params any) approval.
 		p.Revision = n.Revision
 	case approval.TargetSite:
 		p.Revision = s.SiteRevision(name)
+	case approval.TargetRecovery:
+		k, _ := s.RecoveryKeyOf(name)
+		p.Revision = k.Number
 	}
 	pol, _ := s.Policy(p.Policy)
 	p.PolicyRevision = pol.Revision
