@@ -100,6 +100,7 @@ func (n *Node) advance(ctx context.Context, at position) error {
 		return err
 	}
 	n.memory.count.counted(v, at, time.Now())
+	n.cfg.Logger.Info("the device has counted: a disk from before is known from now on", "count", v)
 	if n.accepted() {
 		return os.Remove(n.dir.file(acceptedFile))
 	}

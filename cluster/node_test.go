@@ -153,6 +153,32 @@ func TestStall(t *testing.T) {
 	}
 }
 
+// A disk that hangs already when it is asked how full it is ends the node, too.
+func TestStallOfTheFileSystem(t *testing.T) {
+	hang, gone := make(chan struct{}), make(chan struct{})
+	c := clustertest.New(t, clustertest.Options{World: single, Timing: cluster.Timing{Stall: 2 * time.Second}, Config: func(_ int, cfg *cluster.Config) {
+		cfg.FreeSpace = func(string) (uint64, uint64, error) {
+			select {
+			case <-hang:
+				<-gone
+			default:
+			}
+			return 1 << 40, 1 << 40, nil
+		}
+	}})
+	t.Cleanup(func() { close(gone) }) // before the cluster closes
+	c.Leader()
+	close(hang)
+	select {
+	case err := <-c.Node(0).Done():
+		if !errors.Is(err, kms.Unavailable) {
+			t.Errorf("got %v", err)
+		}
+	case <-time.After(clustertest.Patience):
+		t.Fatal("the node goes on")
+	}
+}
+
 // Done is closed without a reason by Close.
 func TestClose(t *testing.T) {
 	c := clustertest.New(t, clustertest.Options{World: single})

@@ -25,6 +25,7 @@ type rollback struct {
 func (r *rollback) keep(members ...int) {
 	r.t.Helper()
 	r.old = r.t.TempDir()
+	r.SameState(r.Propose(members[0], r.Tick(members[0])).Index)
 	for _, i := range members {
 		r.Kill(i)
 		copyDir(r.t, r.Members[i].Dir, filepath.Join(r.old, r.Members[i].ID))

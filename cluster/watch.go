@@ -127,7 +127,9 @@ func FreeSpace(dir string) (free, total uint64, err error) {
 
 // checkDisk refuses changes when the disk is nearly full or cannot be asked.
 func (n *Node) checkDisk() error {
+	end := n.watch.begin("asking for the free space")
 	free, total, err := n.cfg.FreeSpace(n.cfg.DataDir)
+	end()
 	if err != nil {
 		return kms.Wrap(kms.ReadOnly, err, "cannot tell how much disk space node "+n.cfg.NodeID+" has left", "check its data directory")
 	}
@@ -139,9 +141,10 @@ func (n *Node) checkDisk() error {
 	return nil
 }
 
-// supervise looks for stalls and a filling disk until the node closes.
+// supervise looks for stalls until the node closes. It asks the disk nothing itself: it
+// would hang with it.
 func (n *Node) supervise(ctx context.Context) {
-	var handed time.Time // when the lead was last offered to another node
+	n.loops.Go(func() { n.superviseDisk(ctx) })
 	tick := time.NewTicker(min(n.cfg.Timing.Stall/4, time.Second))
 	defer tick.Stop()
 	for {
@@ -153,6 +156,20 @@ func (n *Node) supervise(ctx context.Context) {
 		if err := n.watch.stalled(n.cfg.Timing.Stall); err != nil {
 			n.machine.halt(err)
 			return
+		}
+	}
+}
+
+// superviseDisk looks for a filling disk until the node closes.
+func (n *Node) superviseDisk(ctx context.Context) {
+	var handed time.Time // when the lead was last offered to another node
+	tick := time.NewTicker(min(n.cfg.Timing.Stall/4, time.Second))
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
 		}
 		err := n.checkDisk()
 		if was := n.readOnly.Swap(err != nil); err != nil && !was {

@@ -72,6 +72,7 @@ func nodeDetail(w io.Writer, n wire.Node) {
 	row(w, "API", n.API)
 	row(w, "address", n.Address)
 	row(w, "voter", yesNo(n.Voter))
+	row(w, "release", or(n.Release, "-"))
 	row(w, "last heard", when(n.LastHeard))
 	row(w, "device", n.Device)
 	if n.Root == 0 {

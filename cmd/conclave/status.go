@@ -39,6 +39,12 @@ func statusTable(w io.Writer, s wire.Status, heard map[string]time.Time) {
 		row(w, "timing", timing(s.Raft))
 		row(w, "term, index", fmt.Sprintf("%d, %d", s.Raft.Term, s.Index))
 	}
+	if s.Raft != nil && s.Raft.Probation != "" {
+		row(w, "probation", s.Raft.Probation)
+	}
+	for _, line := range s.Waiting {
+		row(w, "waiting", line)
+	}
 	row(w, "up to date", freshness(s.FreshMS))
 	row(w, "cluster clock", when(s.Clock))
 	row(w, "cluster log", fmt.Sprintf("%d leaves, root %s", s.LogSize, b64(s.LogRoot)))

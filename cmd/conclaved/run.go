@@ -140,6 +140,7 @@ func runNode(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 func runOnce(ctx context.Context, cfg Config, log *slog.Logger, roots *heldRoots) (err error) {
 	n := &node{cfg: cfg, log: log, roots: roots, registry: prometheus.NewRegistry(), failed: make(chan error, 1), inForce: make(chan struct{})}
 	defer func() {
+		defer endIfStuck(stopLimit, log, os.Exit)()
 		for i := len(n.closers) - 1; i >= 0; i-- {
 			err = errors.Join(err, n.closers[i]())
 		}

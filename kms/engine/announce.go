@@ -3,6 +3,8 @@ package engine
 import (
 	"cmp"
 	"context"
+	"fmt"
+	"strings"
 	"time"
 
 	"github.com/conclave-kms/conclave/kms/state"
@@ -24,4 +26,16 @@ func (a *Agent) announce(ctx context.Context, st *state.State) time.Duration {
 		_, err := a.e.submit(ctx, attempt{}, news)
 		return err
 	})
+}
+
+// waiting says which kinds of commands of this program the cluster does not take yet,
+// because nodes have not announced that theirs knows them.
+func waiting(st *state.State) []string {
+	var l []string
+	for _, k := range state.Program("").Kinds {
+		if lacking := st.Lacking(k); len(lacking) > 0 {
+			l = append(l, fmt.Sprintf("commands of type %d version %d wait for %s", k.Type, k.Version, strings.Join(lacking, ", ")))
+		}
+	}
+	return l
 }

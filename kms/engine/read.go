@@ -137,7 +137,7 @@ func (e *Engine) Status(ctx context.Context, c Caller) (wire.Status, error) {
 			Epoch: st.Epoch(), Lineage: st.Lineage(),
 			Open: len(st.ProposalsOpen()), Pending: len(st.Pending(e.node)),
 		}
-		v.Keys = e.counts(st)
+		v.Keys, v.Waiting = e.counts(st), waiting(st)
 		v.Staleness = e.staleness(st, c)
 		if e.cfg.Raft != nil {
 			r := e.cfg.Raft()

@@ -18,6 +18,9 @@ func nodeView(st *state.State, n state.Node) wire.Node {
 		Agreement: n.Agreement, Signing: n.Signing, Device: n.Device, Voter: n.Voter,
 		Root: n.Root, ImportKind: n.ImportKind, Protections: []string{},
 	}
+	if r, ok := st.Release(n.ID); ok {
+		v.Release = r.Program
+	}
 	if n.Root != 0 { // else it has no keys yet
 		v.Suite, v.SigningSuite = pqc.SuiteID(n.Suite).String(), pqc.SuiteID(n.SigningSuite).String()
 		v.Protections = append(v.Protections, string(kms.Software))

@@ -32,6 +32,7 @@ type Status struct {
 	Lineage string    `json:"lineage"`           // of the history: 32 hexadecimal digits, the cluster's in epoch 0
 	Raft    *Raft     `json:"raft,omitempty"`
 	Keys    KeyCounts `json:"keys"`
+	Waiting []string  `json:"waiting,omitempty"` // kinds of commands that are not taken yet, and the nodes whose release has not announced them
 	Open    int       `json:"open_proposals"`
 	Pending int       `json:"pending_receipts"` // receipts that this node owes
 
@@ -118,8 +119,9 @@ type Node struct {
 	Suite        string    `json:"suite"`   // KEM suite of its agreement key
 	Agreement    []byte    `json:"agreement"`
 	SigningSuite string    `json:"signing_suite"`
-	Signing      []byte    `json:"signing"` // SEC1 uncompressed point
-	Device       string    `json:"device"`  // what the node claims its hardware is
+	Signing      []byte    `json:"signing"`           // SEC1 uncompressed point
+	Device       string    `json:"device"`            // what the node claims its hardware is
+	Release      string    `json:"release,omitempty"` // of its program, as it has announced
 	Voter        bool      `json:"voter"`
 	LastHeard    time.Time `json:"last_heard,omitzero"` // latest time that the node has signed
 

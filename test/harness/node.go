@@ -34,6 +34,9 @@ type Node struct {
 	check   func(context.Context) (wire.Ready, error)
 }
 
+// Use has the node run another program from its next start on.
+func (n *Node) Use(conclaved string) { n.program = conclaved }
+
 // PID returns the process id of the node.
 func (n *Node) PID() int { return int(n.pid.Load()) }
 
