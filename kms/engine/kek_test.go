@@ -251,7 +251,13 @@ func TestVersionThatNeverOpened(t *testing.T) {
 func TestKEKOfHardware(t *testing.T) {
 	w := newWorld(t, "")
 	w.hardware("hard", "fr", "de")
-	_, err := w.at("de").engine.OpenProposal(bg, caller("operator", "de"), wire.OpenProposalRequest{
+	early := wire.OpenProposalRequest{Action: "rotate", Target: approval.KeyringTarget("hard"), Reason: "because of the test"}
+	_, err := w.at("de").engine.OpenProposal(bg, caller("operator", "de"), early)
+	if wantKind(t, err, kms.Invalid); !strings.Contains(err.Error(), "announced") {
+		t.Errorf("before all nodes know it: %q", err)
+	}
+	w.announce(w.agents())
+	_, err = w.at("de").engine.OpenProposal(bg, caller("operator", "de"), wire.OpenProposalRequest{
 		Action: "rotate", Target: approval.KeyringTarget("hard"), Reason: "because of the test"})
 	if wantKind(t, err, kms.Conflict); !strings.Contains(err.Error(), "rotate its keys") {
 		t.Errorf("%q", err)

@@ -79,6 +79,18 @@ func (c CommitKEK) apply(t *tx) error {
 	return nil
 }
 
+// knowsKEKRotation refuses the target of a rotation of a KEK while some node's program
+// does not know it, with the kind that such a program gives.
+func (t *tx) knowsKEKRotation(target string) error {
+	if t.replay || !isKeyringTarget(target) {
+		return nil
+	}
+	if lacking := t.before.Lacking(CommandKind{TypeCommitKEK, 1}); len(lacking) > 0 {
+		return kms.Errorf(kms.Invalid, "the release that node %s runs has not announced that it knows rotations of KEKs; start the node, with a newer release if need be", lacking[0])
+	}
+	return nil
+}
+
 // rotatableKEK returns a keyring whose KEK may be rotated. One rotation may overtake
 // another that does not come to its end.
 func (t *tx) rotatableKEK(keyring string) (Keyring, error) {

@@ -541,3 +541,19 @@ func TestUntrustedRefusesAlteredKEKs(t *testing.T) {
 		}
 	}
 }
+
+// TestKEKBeforeAllKnow: while some node's program does not know of rotations of KEKs,
+// all refuse a proposal of one, as that program does.
+func TestKEKBeforeAllKnow(t *testing.T) {
+	w := statetest.New(t, statetest.Options{})
+	w.CreateKeyring("ring", "fr", "de")
+	p := w.Proposal(kms.ActionRotate, approval.KeyringTarget("ring"), nil)
+	raw := w.Command(fr, state.OpenProposal{Proposal: p.Marshal()}, statetest.As(p.Proposer))
+	refused(t, w, kms.Invalid, raw)
+	w.Announce()
+	id := w.ProposeKEK("ring")
+	w.CommitKEK(id)
+	if err := w.State().VerifyStatements(); err != nil {
+		t.Error(err)
+	}
+}

@@ -54,6 +54,9 @@ func (c OpenProposal) apply(t *tx) error {
 	if err != nil {
 		return err
 	}
+	if err := t.knowsKEKRotation(content.Target); err != nil {
+		return err
+	}
 	p := Proposal{
 		ID: approval.ProposalID(c.Proposal), Bytes: c.Proposal, Content: content, Progress: Open,
 		Opened: t.clock, Index: t.index, Statement: t.raw,

@@ -22,7 +22,7 @@ const kekKeys = 800
 func (s site) kekRing(name string) {
 	s.t.Helper()
 	cl := s.client("fr", "operator")
-	if _, err := cl.CreateKeyring(s.t.Context(), wire.CreateKeyringRequest{Name: name, Residency: []string{"fr", "de", "jp"}, Policy: "standard"}); err != nil {
+	if _, err := cl.CreateKeyring(s.t.Context(), wire.CreateKeyringRequest{Name: name, Residency: []string{"fr", "de", "jp"}, Policy: "keys"}); err != nil {
 		s.t.Fatal(err)
 	}
 	var wg sync.WaitGroup
