@@ -15,6 +15,7 @@ import (
 const (
 	openNextAgain = 15 * time.Second // between attempts to open the next device
 	reviveEvery   = 30 * time.Second // between attempts to open the present device
+	joinAgain     = time.Second      // between looks whether a node that joins has caught up
 )
 
 // rootVerdict is what the state says of the root that the node runs on.
@@ -85,7 +86,7 @@ func (n *node) watchRoot(ctx context.Context) {
 			return
 		case verdict == rootInForce:
 			known()
-		case verdict == rootJoins:
+		case verdict == rootJoins && caughtUp: // and not a state from before
 			if err := n.join(ctx, st); err != nil {
 				if ctx.Err() == nil {
 					n.fail(err)
@@ -95,6 +96,9 @@ func (n *node) watchRoot(ctx context.Context) {
 			continue
 		}
 		var again <-chan time.Time
+		if verdict == rootJoins {
+			again = time.After(joinAgain)
+		}
 		if r, ok := st.Replacement(n.cfg.Node); ok && verdict == rootInForce {
 			if n.adopt(ctx, r, &a) {
 				return
