@@ -36,6 +36,11 @@ fault: install-deps ## break a coalition of real nodes for MINUTES (10); SEED re
 	@CONCLAVE_FAULT_MINUTES=$(MINUTES) CONCLAVE_FAULT_SEED=$(SEED) CONCLAVE_FAULT_KILLS=20 \
 	  go test -race -count=1 -v -timeout $$(( $(MINUTES) + 15 ))m ./test/fault/chaos
 
+FLIPS ?= 2000
+.PHONY: flips
+flips: ## FLIPS (2000) random single-byte corruptions of a node's disk: each is found or harmless
+	@CONCLAVE_FLIPS=$(FLIPS) go test -count=1 -v -timeout 60m -run '^TestBitFlips$$' ./cluster
+
 .PHONY: check
 check: install-deps ## formatting, vet, staticcheck, import direction, tidy modules
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "gofmt is needed on:"; echo "$$out"; exit 1; fi
