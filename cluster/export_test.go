@@ -30,6 +30,9 @@ func (n *Node) Servers() []raft.Server { return n.raft.GetConfiguration().Config
 // TransferTo hands the lead to a node.
 func (n *Node) TransferTo(ctx context.Context, id string) error { return n.transferTo(ctx, id) }
 
+// Connected returns the peers that the node has connections with.
+func (n *Node) Connected() []string { return n.wire.connected() }
+
 // TakeSnapshot makes Raft write a snapshot now.
 func (n *Node) TakeSnapshot() error { return n.raft.Snapshot().Error() }
 

@@ -29,6 +29,7 @@ func (n *Node) followLoop(ctx context.Context) {
 	defer tick.Stop()
 	var said string
 	var gone time.Time // when this node was first seen removed
+	strangers := map[string]time.Time{}
 	for {
 		select {
 		case <-ctx.Done():
@@ -37,6 +38,7 @@ func (n *Node) followLoop(ctx context.Context) {
 		}
 		n.noteBegun()
 		n.keepMembers()
+		n.dropStrangers(strangers)
 		if n.State().Removed(n.cfg.NodeID) {
 			if gone.IsZero() {
 				gone = time.Now()
@@ -50,6 +52,22 @@ func (n *Node) followLoop(ctx context.Context) {
 		} else if text := err.Error(); text != said {
 			said = text
 			n.cfg.Logger.Error("Raft's list of servers does not follow the cluster's members", "error", err)
+		}
+	}
+}
+
+// dropStrangers ends the connections with nodes that were removed since they connected,
+// after the time in which they learn of it. since is when each was first found to be one.
+func (n *Node) dropStrangers(since map[string]time.Time) {
+	for _, peer := range n.wire.connected() {
+		if !n.State().Removed(peer) {
+			continue
+		}
+		if first, ok := since[peer]; !ok {
+			since[peer] = time.Now()
+		} else if time.Since(first) > 2*n.cfg.Timing.Heartbeat {
+			n.cfg.Logger.Info("closing the connections of a node that was removed", "peer", peer)
+			n.wire.drop(peer)
 		}
 	}
 }

@@ -3,6 +3,7 @@ package cluster_test
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -12,6 +13,8 @@ import (
 	"github.com/conclave-kms/conclave/cluster"
 	"github.com/conclave-kms/conclave/cluster/clustertest"
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/kms/state/statetest"
 )
 
 // A node joins, catches up from nothing, is promoted, leads, and is removed again: Raft's list
@@ -49,13 +52,16 @@ func TestMembership(t *testing.T) {
 	// The leader itself is removed.
 	id := c.Members[old].ID
 	n := c.Node(old)
-	c.Until("the lead is at "+id, func() bool {
-		leader := c.Leader()
-		if leader != old {
-			_ = c.Node(leader).TransferTo(t.Context(), id) // again if it fails
-		}
-		return leader == old
-	})
+	lead := func(i int) {
+		c.Until("the lead is at "+c.Members[i].ID, func() bool {
+			leader := c.Leader()
+			if leader != i {
+				_ = c.Node(leader).TransferTo(t.Context(), c.Members[i].ID) // again if it fails
+			}
+			return leader == i
+		})
+	}
+	lead(old)
 	c.Remove(old)
 	select {
 	case err := <-n.Done():
@@ -77,11 +83,7 @@ func TestMembership(t *testing.T) {
 
 	// Whoever restarts now has the list from a snapshot or from the log, and knows the
 	// leader although the log says nothing of it yet.
-	if leader := c.Leader(); leader != i {
-		if err := c.Node(leader).TransferTo(t.Context(), joins); err != nil {
-			t.Fatal(err)
-		}
-	}
+	lead(i)
 	for k, j := range c.Running() {
 		if k == 0 {
 			if err := c.Node(j).TakeSnapshot(); err != nil {
@@ -92,6 +94,33 @@ func TestMembership(t *testing.T) {
 		c.Restart(j)
 	}
 	c.SameState(c.Propose(i, c.Tick(i)).Index)
+}
+
+// A removed node that does not give itself up is hung up on by the others.
+func TestRemovedIsHungUpOn(t *testing.T) {
+	t.Parallel()
+	c := clustertest.New(t, clustertest.Options{Timing: cluster.Timing{Heartbeat: 500 * time.Millisecond, Lease: 400 * time.Millisecond},
+		World: statetest.Options{NodesPerSite: 2}, Change: func(g *state.Genesis) {
+			for i := range g.Nodes {
+				g.Nodes[i].Voter = i%2 == 0
+			}
+		}})
+	c.Attach()
+	const stubborn = 1 // does not vote
+	id := c.Members[stubborn].ID
+	c.Cut(stubborn) // so it does not learn of its removal, while its connections stay
+	c.Remove(stubborn)
+	c.Until("nobody holds a connection with it", func() bool {
+		for _, i := range c.Running() {
+			if i != stubborn && slices.Contains(c.Node(i).Connected(), id) {
+				return false
+			}
+		}
+		return true
+	})
+	if c.Node(stubborn).State().Removed(id) {
+		t.Error("it has learnt of its removal all the same")
+	}
 }
 
 // A list of servers that nobody has approved gets into no log but that of the leader

@@ -217,6 +217,34 @@ func (s *stream) forget(c *nodeConn) {
 	}
 }
 
+// connected returns the peers that there are connections with.
+func (s *stream) connected() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var l []string
+	for c := range s.conns {
+		if !slices.Contains(l, c.peer) {
+			l = append(l, c.peer)
+		}
+	}
+	return l
+}
+
+// drop closes the connections with a peer.
+func (s *stream) drop(peer string) {
+	s.mu.Lock()
+	var l []*nodeConn
+	for c := range s.conns {
+		if c.peer == peer {
+			l = append(l, c)
+		}
+	}
+	s.mu.Unlock()
+	for _, c := range l {
+		_ = c.Close()
+	}
+}
+
 // group returns the key exchange group of the last handshake with a peer.
 func (s *stream) group(peer string) (tls.CurveID, bool) {
 	s.mu.Lock()

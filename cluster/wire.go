@@ -44,6 +44,8 @@ type wire interface {
 	call(ctx context.Context, peer string, dial time.Duration, req request) (resp response, sent bool, err error)
 	serve(n *Node)
 	group(peer string) (tls.CurveID, bool) // of the last handshake
+	connected() []string                   // peers that there are connections with
+	drop(peer string)                      // closes them
 	hangUp()
 	Close() error
 }
@@ -109,6 +111,8 @@ type givenWire struct{ w Wire }
 
 func (g givenWire) transport() raft.Transport        { return g.w }
 func (g givenWire) group(string) (tls.CurveID, bool) { return 0, false }
+func (g givenWire) connected() []string              { return nil } // it knows who may connect
+func (g givenWire) drop(string)                      {}
 func (g givenWire) hangUp()                          { g.w.HangUp() }
 
 func (g givenWire) Close() error {

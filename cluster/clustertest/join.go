@@ -21,6 +21,7 @@ func (c *Cluster) Attach() {
 	for _, id := range c.World.NodeIDs() { // whose clocks are those of the genesis until then
 		c.World.Do(id, state.Tick{})
 	}
+	c.World.Announce()
 }
 
 // apply proposes a command of the World at the leader.
