@@ -56,7 +56,7 @@ func TestWAN(t *testing.T) {
 			died := time.Now()
 			next := c.Leader()
 			t.Logf("another leader after %v", time.Since(died).Round(time.Millisecond))
-			if took := time.Since(died); took > 4*s.Heartbeat {
+			if took := time.Since(died); took > 10*s.Heartbeat { // votes may be split, more so on a busy machine
 				t.Errorf("a new leader took %v", took)
 			}
 			c.SameState(c.Propose(next, c.Tick(next)).Index)
