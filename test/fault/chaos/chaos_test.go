@@ -190,13 +190,13 @@ func (r coalition) judge(t *testing.T, load *Load, faults *Faults) {
 	if err := r.c.Stop(); err != nil {
 		t.Error(err)
 	}
-	entries, err := sameReplicas(r.c, int(size))
+	same, hash, err := sameReplicas(r.c, int(size))
 	if err != nil {
 		t.Error(err)
 	}
 	ops := load.history.All()
 	begin := time.Now()
-	v := Check(ops, time.Minute, os.Getenv("CONCLAVE_FAULT_DIR"))
+	v := Check(ops, 20*time.Second, os.Getenv("CONCLAVE_FAULT_DIR"))
 	checked := time.Since(begin)
 	for _, x := range v.Violations {
 		t.Error(x)
@@ -218,12 +218,15 @@ func (r coalition) judge(t *testing.T, load *Load, faults *Faults) {
 	t.Logf("tries by answer: %v", &load.errors)
 	t.Logf("data operations: %v; opened again %d, at the end everywhere %d", &load.data.errors, load.data.decrypt, opened)
 	t.Logf("checked %d operations on %d keys in %v: %d violations", v.Ops, v.Keys, checked.Round(ms), len(v.Violations))
-	t.Logf("five replicas hold the same %d entries (log size %d) and equal states; %d times a node was started anew as it asked for", entries, size, faults.restarted)
+	t.Logf("five replicas hold the same %d entries, verified (log size %d, state %x); %d times a node was started anew as it asked for", same, size, hash[:8], faults.restarted)
 	for reason, n := range faults.endings() {
 		t.Logf("ended by itself, %d times: %s", n, strings.TrimSpace(reason))
 	}
 	if t.Failed() {
-		t.Log(r.c.Logs(30))
+		for _, s := range faults.done {
+			t.Logf("%v to %v: %s of %v, leader %v", s.from.Round(ms), s.to.Round(ms), s.kind, s.nodes, s.leader)
+		}
+		t.Log(r.c.Logs(100))
 	}
 	if f.total == 0 || f.outcomes[OK] == 0 || v.Keys == 0 {
 		t.Error("nothing was tried")

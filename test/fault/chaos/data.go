@@ -130,7 +130,7 @@ func (d *dataLoad) tooOld(ops []Op) (wrong []string) {
 				continue
 			}
 			if e.version < before.Primary {
-				wrong = append(wrong, fmt.Sprintf("%s encrypted with version %d of %s at %v; version %d was primary by %v", e.node, e.version, e.key, e.call, before.Primary, before.Return))
+				wrong = append(wrong, fmt.Sprintf("%s encrypted with version %d of %s between %v and %v; version %d was primary by %v (%s)", e.node, e.version, e.key, e.call, e.finish, before.Primary, before.Return, before.Node))
 			}
 			for _, after := range reads[e.key] {
 				if before.Suspended && after.Suspended && before.Revision == after.Revision && after.Call >= e.finish {

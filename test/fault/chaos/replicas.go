@@ -2,9 +2,7 @@ package chaos
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
-	"math"
 	"os"
 	"path/filepath"
 
@@ -13,76 +11,59 @@ import (
 	"github.com/conclave-kms/conclave/test/harness"
 )
 
-// replica is what a node has on disk, applied anew from the genesis document on.
-type replica struct {
-	state   *product.State
-	entries int
+// entries reads a node's cluster log: no entry may be missing.
+func entries(n *harness.Node) (list []audit.Record, err error) {
+	err = audit.ReadCluster(filepath.Join(n.Data, "cluster-log"), func(rec audit.Record) error {
+		rec.Raw, rec.Leaf = bytes.Clone(rec.Raw), bytes.Clone(rec.Leaf)
+		list = append(list, rec)
+		return nil
+	}, func(g audit.Gap) error { return fmt.Errorf("%s lacks entries %d to %d", n.ID, g.From, g.To) })
+	return list, err
 }
 
-// errEnough ends a replay.
-var errEnough = errors.New("enough")
-
-// replay reads at most so many entries of a node's cluster log and verifies them: every
-// leaf is what applying the command gives, and no entry is missing.
-func replay(c *harness.Coalition, n *harness.Node, most int) (replica, error) {
+// sameReplicas compares what all nodes have on disk, entry by entry with what each made
+// of it, up to the end of the shortest log: the nodes sign their time to the last, and
+// stop one after the other. Then it applies that from the genesis document on, with all
+// signatures: every leaf must be what the command gives. Equal commands in equal order
+// give equal states, so this is done once. It returns how many entries that are, at
+// least those of the size given, and the hash of the state.
+func sameReplicas(c *harness.Coalition, size int) (n int, hash [32]byte, err error) {
+	var first []audit.Record
+	for i, node := range c.Nodes {
+		list, err := entries(node)
+		if err != nil {
+			return 0, hash, err
+		}
+		if i == 0 {
+			first = list
+		}
+		first = first[:min(len(first), len(list))]
+		for j, rec := range first {
+			if rec.Index != list[j].Index || !bytes.Equal(rec.Raw, list[j].Raw) || !bytes.Equal(rec.Leaf, list[j].Leaf) {
+				return 0, hash, fmt.Errorf("entry %d of %s and of %s differ", rec.Index, node.ID, c.Nodes[0].ID)
+			}
+		}
+	}
+	if len(first) < size {
+		return len(first), hash, fmt.Errorf("a node has %d entries on disk; all had applied %d", len(first), size)
+	}
 	b, err := os.ReadFile(filepath.Join(c.Dir, "genesis.cbor"))
 	if err != nil {
-		return replica{}, err
+		return 0, hash, err
 	}
 	signed, err := product.ParseSignedGenesis(b)
 	if err != nil {
-		return replica{}, err
+		return 0, hash, err
 	}
-	var r replica
-	if r.state, err = product.New(signed); err != nil {
-		return r, err
+	st, err := product.New(signed)
+	if err != nil {
+		return 0, hash, err
 	}
-	err = audit.ReadCluster(filepath.Join(n.Data, "cluster-log"), func(rec audit.Record) error {
-		if r.entries == most {
-			return errEnough
-		}
+	for _, rec := range first {
 		var res product.Result
-		r.state, res = r.state.Apply(rec.Index, rec.Raw)
-		r.entries++
-		if !bytes.Equal(res.Leaf, rec.Leaf) {
-			return fmt.Errorf("entry %d: its leaf is not the one that the command gives", rec.Index)
-		}
-		return nil
-	}, func(g audit.Gap) error { return fmt.Errorf("entries %d to %d are missing", g.From, g.To) })
-	if errors.Is(err, errEnough) {
-		err = nil
-	}
-	return r, err
-}
-
-// sameReplicas compares what all nodes have on disk, up to the end of the shortest log:
-// the nodes sign their time to the last, and stop one after the other. It returns how
-// many entries that are, at least those of the size given.
-func sameReplicas(c *harness.Coalition, size int) (entries int, err error) {
-	entries = math.MaxInt
-	for _, n := range c.Nodes {
-		r, err := replay(c, n, math.MaxInt)
-		if err != nil {
-			return 0, fmt.Errorf("%s: %w", n.ID, err)
-		}
-		entries = min(entries, r.entries)
-	}
-	if entries < size {
-		return entries, fmt.Errorf("a node has %d entries on disk; all had applied %d", entries, size)
-	}
-	var hash [32]byte
-	var root []byte
-	for i, n := range c.Nodes {
-		r, err := replay(c, n, entries)
-		if err != nil {
-			return 0, fmt.Errorf("%s: %w", n.ID, err)
-		}
-		if i == 0 {
-			hash, root = r.state.Hash(), r.state.LogRoot()
-		}
-		if r.state.Hash() != hash || !bytes.Equal(r.state.LogRoot(), root) {
-			return 0, fmt.Errorf("after %d entries the states or logs of %s and %s differ", entries, n.ID, c.Nodes[0].ID)
+		if st, res = st.Apply(rec.Index, rec.Raw); !bytes.Equal(res.Leaf, rec.Leaf) {
+			return 0, hash, fmt.Errorf("entry %d: its leaf is not the one that the command gives", rec.Index)
 		}
 	}
-	return entries, nil
+	return len(first), st.Hash(), nil
 }
