@@ -15,8 +15,8 @@ import (
 	"github.com/conclave-kms/conclave/test/harness"
 )
 
-// kekKeys is how many keys the rotated keyring has: four batches.
-const kekKeys = 800
+// kekKeys is how many keys the rotated keyring has: three batches.
+const kekKeys = 520
 
 // kekRing makes a keyring at all sites with many keys.
 func (s site) kekRing(name string) {
