@@ -29,7 +29,7 @@ func (n *Node) followLoop(ctx context.Context) {
 	defer tick.Stop()
 	var said string
 	var gone time.Time // when this node was first seen removed
-	strangers := map[string]time.Time{}
+	strangers, leaving := map[string]time.Time{}, map[raft.ServerID]time.Time{}
 	for {
 		select {
 		case <-ctx.Done():
@@ -46,7 +46,7 @@ func (n *Node) followLoop(ctx context.Context) {
 			n.leave(ctx, time.Since(gone))
 			continue
 		}
-		err := n.follow(ctx)
+		err := n.follow(ctx, leaving)
 		if err == nil || ctx.Err() != nil {
 			said = ""
 		} else if text := err.Error(); text != said {
@@ -82,8 +82,9 @@ func (n *Node) noteBegun() {
 	}
 }
 
-// follow brings Raft's list a step nearer to the members, as leader.
-func (n *Node) follow(ctx context.Context) error {
+// follow brings Raft's list a step nearer to the members, as leader. leaving is when
+// each removed node was first seen to be one.
+func (n *Node) follow(ctx context.Context, leaving map[raft.ServerID]time.Time) error {
 	if n.raft.State() != raft.Leader || n.settledMembers() {
 		return nil
 	}
@@ -104,6 +105,8 @@ func (n *Node) follow(ctx context.Context) error {
 		return n.confirmMembers(ctx, st)
 	case next.id == raft.ServerID(n.cfg.NodeID): // another leader does it
 		return n.TransferLeadership(ctx)
+	case next.command == raft.RemoveServer && !n.toldRemoved(next.id, leaving):
+		return nil
 	}
 	err = n.await(ctx, func() raft.Future { return n.changeServer(next, list.Index()) })
 	if err != nil {
@@ -111,6 +114,17 @@ func (n *Node) follow(ctx context.Context) error {
 	}
 	n.cfg.Logger.Info("Raft's list of servers has changed", "node", string(next.id), "change", next.command.String())
 	return nil
+}
+
+// toldRemoved reports whether a removed node has had time to learn from the leader's
+// heartbeats that its removal is committed. Raft sends it nothing after it has left the
+// list, and it would seek votes for ever.
+func (n *Node) toldRemoved(id raft.ServerID, leaving map[raft.ServerID]time.Time) bool {
+	first, seen := leaving[id]
+	if !seen {
+		leaving[id] = time.Now()
+	}
+	return seen && time.Since(first) >= n.cfg.Timing.Heartbeat
 }
 
 // settledMembers reports whether there is nothing to do for the leader.
