@@ -8,6 +8,7 @@ import (
 	"runtime/debug"
 	"time"
 
+	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 	"go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 
@@ -40,6 +41,20 @@ func checkStore(path string) error {
 		return storeError(path, err)
 	}
 	return nil
+}
+
+// openBolt opens the log to be written to. bbolt looks for free pages then, and panics on
+// keys that are out of order.
+func openBolt(path string) (store *raftboltdb.BoltStore, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("a page is damaged: %v", r)
+		}
+	}()
+	return raftboltdb.New(raftboltdb.Options{
+		Path:        path,
+		BoltOptions: &bbolt.Options{Timeout: lockWait, NoFreelistSync: true, FreelistType: bbolt.FreelistMapType},
+	})
 }
 
 // checkStructure checks the pages of the file.
