@@ -61,6 +61,17 @@ func (c *Client) Sites(ctx context.Context) ([]wire.Site, error) {
 	return r.Sites, err
 }
 
+// RecoveryKeys lists the recovery keys with what a ceremony needs.
+func (c *Client) RecoveryKeys(ctx context.Context) ([]wire.RecoveryKey, error) {
+	r, err := get[wire.RecoveryKeys](ctx, c, "/v1/recovery-keys")
+	return r.Keys, err
+}
+
+// Restore hands the cluster what came out of a recovery ceremony.
+func (c *Client) Restore(ctx context.Context, req wire.RestoreRequest, opts ...Option) (wire.RestoreResponse, error) {
+	return post[wire.RestoreResponse](ctx, c, "/v1/recovery-keys/restore", req, opts...)
+}
+
 // Custodians lists the custodians with their public keys.
 func (c *Client) Custodians(ctx context.Context) ([]wire.Custodian, error) {
 	r, err := get[wire.Custodians](ctx, c, "/v1/custodians")

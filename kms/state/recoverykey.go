@@ -363,6 +363,11 @@ func (s *State) RecoveryKeys() []RecoveryKey { return s.reader().recoveryKeys() 
 // RecoveryKeyOf returns the recovery key of that name in use.
 func (s *State) RecoveryKeyOf(name string) (RecoveryKey, bool) { return s.reader().recoveryKey(name) }
 
+// AllRecoveryKeys returns the recovery keys that there are and were, by name and number.
+func (s *State) AllRecoveryKeys() []RecoveryKey {
+	return list[RecoveryKey](s.read(), tableRecoveryKey, byID, []byte{})
+}
+
 // RecoveryCopies returns the copies of a KEK version for recovery keys.
 func (s *State) RecoveryCopies(keyring string, version uint32) []RecoveryCopy {
 	return s.reader().recoveryCopies(keyring, version)

@@ -176,6 +176,12 @@ func routes() []route {
 			return c.engine.Key(c.Context(), c.caller, c.PathValue("keyring"), c.PathValue("key"))
 		}),
 		publicKeyRoute(),
+		read("/v1/recovery-keys", "listRecoveryKeys", "The recovery keys of residencies, with what a ceremony needs", func(c *call) (wire.RecoveryKeys, error) {
+			return c.engine.RecoveryKeys(c.Context(), c.caller)
+		}),
+		write("/v1/recovery-keys/restore", "restoreKEKs", "Hand in what came out of a recovery ceremony", func(c *call, q wire.RestoreRequest) (wire.RestoreResponse, error) {
+			return c.engine.Restore(c.Context(), c.caller, q)
+		}),
 		read("/v1/proposals", "listProposals", "The proposals, newest first", func(c *call) (wire.Proposals, error) {
 			return c.engine.Proposals(c.Context(), c.caller)
 		}),

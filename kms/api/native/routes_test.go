@@ -16,6 +16,7 @@ import (
 	"github.com/conclave-kms/conclave/kms/approval"
 	"github.com/conclave-kms/conclave/kms/engine"
 	"github.com/conclave-kms/conclave/kms/keyring"
+	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/wire"
 	"github.com/conclave-kms/conclave/pqc"
 )
@@ -43,6 +44,10 @@ func requests(t testing.TB, w *world) map[string][]request {
 	executed := w.states.Carry(kms.ActionSuspend, "key/spare/enc", nil)
 	var open wire.Proposal
 	w.call(w.client("operator"), "POST", "/v1/proposals", wire.OpenProposalRequest{Action: "rotate", Target: "key/ring/mac", Reason: "due"}).ok(&open)
+	w.states.Announce()
+	w.states.SetRecovery("spare", w.states.RecoveryParams([]string{"fr"}, 2, 2, "de-1", "fr-1"))
+	w.states.Replace("node-fr-1", false)
+	restore := w.restore("spare", "node-fr-1", "de-1", "fr-1")
 	vote := wire.VoteRequest{Statement: w.statement(open.ID, "de-1", approval.Approve)}
 
 	open1 := wire.DecryptRequest{Ciphertext: ct.Ciphertext, Context: wire.Context{"a": "b"}}
@@ -60,6 +65,7 @@ func requests(t testing.TB, w *world) map[string][]request {
 		"publicKey":     append(get("service", sig+"/public-key"), get("service", sig+"/public-key?version=1")...),
 		"listProposals": get("custodian", "/v1/proposals"), "getProposal": get("custodian", "/v1/proposals/"+open.ID),
 		"evidence": get("auditor", "/v1/proposals/"+executed+"/evidence"), "metrics": get("operator", "/v1/metrics"),
+		"listRecoveryKeys": get("custodian", "/v1/recovery-keys"), "restoreKEKs": {{"custodian", "/v1/recovery-keys/restore", restore}},
 		"createKeyring": {{"operator", "/v1/keyrings", wire.CreateKeyringRequest{Name: "more", Residency: []string{"fr"}, Policy: "standard"}}},
 		"createKey":     {{"operator", "/v1/keyrings/ring/keys", wire.CreateKeyRequest{Name: "more", Purpose: "sign", Algorithm: "ed25519"}}},
 		"openProposal":  {{"custodian", "/v1/proposals", wire.OpenProposalRequest{Action: "rotate", Target: "key/ring/sig", Reason: "due"}}},
@@ -71,6 +77,16 @@ func requests(t testing.TB, w *world) map[string][]request {
 		"sign": both(sig+"/sign", wire.SignRequest{Message: []byte("m")}), "verify": both(sig+"/verify", wire.VerifyRequest{Message: []byte("m"), Signature: signature.Signature}),
 		"export": both(enc+"/export", export),
 	}
+}
+
+// restore is what comes out of a ceremony to which custodians consented.
+func (w *world) restore(ring, node string, custodians ...string) wire.RestoreRequest {
+	c := w.states.RestoreCommand(w.states.NewCeremony(ring, node), node, state.Pending{Keyring: ring, Version: 1}, custodians...)
+	q := wire.RestoreRequest{Ceremony: c.Ceremony, Restored: []wire.Restored{{Node: c.Node, Root: c.Root, Keyring: c.Keyring, Version: c.Version, Sealed: c.Sealed, Signature: c.Signature}}}
+	for _, x := range c.Consents {
+		q.Consents = append(q.Consents, wire.Consent{Custodian: x.Custodian, Credential: x.Credential, Share: x.Share, Signature: x.Signature})
+	}
+	return q
 }
 
 func metrics(body string) http.Handler {
