@@ -71,7 +71,7 @@ func (o Offline) Load(ctx context.Context) (Found, error) {
 	if err != nil {
 		return Found{}, storeError(path, err)
 	}
-	f, err := o.load(ctx, dir, genesis, store)
+	f, err := o.load(ctx, dir, genesis, &checkedStore{store, path})
 	if err = errors.Join(err, store.Close()); err != nil {
 		return Found{}, err
 	}
@@ -81,9 +81,9 @@ func (o Offline) Load(ctx context.Context) (Found, error) {
 	return f, nil
 }
 
-func (o Offline) load(ctx context.Context, dir *dataDir, genesis *state.State, store *raftboltdb.BoltStore) (Found, error) {
+func (o Offline) load(ctx context.Context, dir *dataDir, genesis *state.State, store LogStore) (Found, error) {
 	f := Found{State: genesis}
-	snapshots, err := raft.NewFileSnapshotStoreWithLogger(dir.path, keepSnapshots, hclog.NewNullLogger())
+	snapshots, err := newSnapshotStore(dir.path, hclog.NewNullLogger())
 	if err != nil {
 		return f, err
 	}
@@ -126,7 +126,7 @@ func (o Offline) load(ctx context.Context, dir *dataDir, genesis *state.State, s
 	return f, nil
 }
 
-func (o Offline) restore(ctx context.Context, dir *dataDir, snapshots *raft.FileSnapshotStore, id string) (*state.State, error) {
+func (o Offline) restore(ctx context.Context, dir *dataDir, snapshots *snapshotStore, id string) (*state.State, error) {
 	_, r, err := snapshots.Open(id)
 	if err != nil {
 		return nil, kms.Wrap(kms.Invalid, err, fmt.Sprintf("the newest snapshot in %s cannot be read: %v", dir.path, err), "")
@@ -183,7 +183,7 @@ func (o Offline) build(ctx context.Context, dir *dataDir, st *state.State, r sta
 			return err
 		}
 	}
-	snapshots, err := raft.NewFileSnapshotStoreWithLogger(dir.path, keepSnapshots, hclog.NewNullLogger())
+	snapshots, err := newSnapshotStore(dir.path, hclog.NewNullLogger())
 	if err != nil {
 		return err
 	}
@@ -207,7 +207,8 @@ func (o Offline) build(ctx context.Context, dir *dataDir, st *state.State, r sta
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(store.SetUint64([]byte("CurrentTerm"), term), store.Close()); err != nil {
+	checked := &checkedStore{store, dir.file(logFile)}
+	if err := errors.Join(checked.SetUint64([]byte("CurrentTerm"), term), store.Close()); err != nil {
 		return err
 	}
 	// What the node had promised in the history that is given up binds it to nothing.

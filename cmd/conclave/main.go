@@ -79,6 +79,7 @@ It connects with a client certificate; the environment says where and as whom:
   CONCLAVE_CLIENT_KEY
   CONCLAVE_ADMIN_CERT    certificate and key used to administer (keyrings, keys,
   CONCLAVE_ADMIN_KEY     proposals, status); default: the client's
+  CONCLAVE_MEMORY        directory of what this person has seen of clusters
 
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 not permitted; 4 not found;
 5 conflict or expired; 6 does not open or verify; 7 unavailable, try again.`,

@@ -195,7 +195,7 @@ func TestDisaster(t *testing.T) {
 	}
 
 	// Who has seen more than the backup does not sign until told that this is meant.
-	p := d.propose(kms.ActionSuspend, "coalition", "letters")
+	p := d.propose(kms.ActionDestroy, "coalition", "letters")
 	key, pass := c.CustodianFiles("fr-1")
 	vote := []string{"proposal", "approve", p.ID, "--custodian-key", key, "--pass-file", pass, "--yes"}
 	d.refuses(5, "memory accept", vote...)
