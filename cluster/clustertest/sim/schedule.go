@@ -87,7 +87,7 @@ func (w *Worlds) play(t *testing.T, seed uint64, o Options) Report {
 
 func (s *schedule) run(w *Worlds) error {
 	s.world = w.all[0]
-	if s.rand.IntN(4) == 0 {
+	if s.rand.IntN(6) == 0 {
 		s.world = w.all[1]
 	}
 	dir, err := os.MkdirTemp(scratch(), "conclave-sim-")
@@ -98,11 +98,11 @@ func (s *schedule) run(w *Worlds) error {
 	s.dir = dir
 	s.ids = s.world.ids
 	s.suspect = s.world.Node(pick(s.rand, s.ids)).Record.Site
-	s.patience = between(s.rand, 2*time.Second, 8*time.Second)
+	s.patience = between(s.rand, time.Second, 4*time.Second)
 	s.timing = cluster.Timing{
 		Heartbeat: time.Second, Election: time.Second, Lease: 500 * time.Millisecond, Commit: 200 * time.Millisecond,
 		RPC: 2 * time.Second, Propose: 8 * time.Second, Stall: time.Minute,
-		SnapshotInterval: between(s.rand, 2*time.Second, 8*time.Second), SnapshotThreshold: 4 + s.rand.Uint64N(40), TrailingLogs: 1 + s.rand.Uint64N(20), HashEvery: 16,
+		SnapshotInterval: between(s.rand, time.Second, 4*time.Second), SnapshotThreshold: 4 + s.rand.Uint64N(24), TrailingLogs: 20 + s.rand.Uint64N(10), HashEvery: 16,
 	}
 	s.net = newNetwork(s.dice, s.ids)
 	s.net.jitter = between(s.rand, 0, 40*time.Millisecond)
@@ -138,11 +138,11 @@ func scratch() string {
 
 // course is the troubled part of the schedule.
 func (s *schedule) course() {
-	end := time.Now().Add(between(s.rand, 4*time.Second, 10*time.Second))
+	end := time.Now().Add(between(s.rand, 3*time.Second, 7*time.Second))
 	var work, tick, fault, mend func()
 	mend = func() { s.mend(); s.later(100*time.Millisecond, mend) }
 	s.later(0, mend)
-	work = func() { s.work(); s.later(between(s.rand, 20*time.Millisecond, 400*time.Millisecond), work) }
+	work = func() { s.work(); s.later(between(s.rand, 20*time.Millisecond, 500*time.Millisecond), work) }
 	tick = func() { s.tick(); s.later(between(s.rand, time.Second, 5*time.Second), tick) }
 	fault = func() { s.fault(); s.later(between(s.rand, 50*time.Millisecond, 1500*time.Millisecond), fault) }
 	s.later(0, work)
@@ -246,7 +246,10 @@ func (s *schedule) end() {
 	}
 	s.clients.Wait()
 	s.dying.Wait()
-	s.add("messages", s.net.counts.sent)
-	s.add("messages lost", s.net.counts.lost)
-	s.add("messages doubled", s.net.counts.doubled)
+	s.net.mu.Lock()
+	c := s.net.counts
+	s.net.mu.Unlock()
+	s.add("messages", c.sent)
+	s.add("messages lost", c.lost)
+	s.add("messages doubled", c.doubled)
 }

@@ -88,7 +88,7 @@ func TestReplay(t *testing.T) {
 	}
 	t.Logf("%d of %d replays took the same way to the last entry", same, len(first.traces))
 	if len(first.traces) != int(job.Schedules) || len(second.traces) != int(job.Schedules) {
-		t.Errorf("%d and %d of %d schedules were played", len(first.traces), len(second.traces), job.Schedules)
+		t.Errorf("%d and %d of %d schedules were played: %v %v", len(first.traces), len(second.traces), job.Schedules, first.failed, second.failed)
 	}
 	if same == 0 {
 		t.Error("no schedule replays")
