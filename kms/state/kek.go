@@ -117,16 +117,6 @@ func (t *tx) activateKEK(k Keyring, kek KEK) {
 	t.event(Event{Type: EventKEKActivated, Keyring: k.Name, Version: kek.Version, Proposal: kek.Proposal})
 }
 
-// askedKEK tells the nodes whose receipts a KEK version waits for from those that
-// joined after it.
-func (r reader) askedKEK(k Keyring, kek KEK) func(Node) bool {
-	since := kek.Index
-	if since == 0 {
-		since = k.Index
-	}
-	return func(n Node) bool { return r.joined(n.ID) < since }
-}
-
 // RetireKEK ends a KEK version that wraps nothing any more: its copies are dropped,
 // and the statements of the rewraps to it. A resident node sends it.
 type RetireKEK struct {

@@ -256,13 +256,23 @@ func (s *State) wantsBatch(b *RewrapBatch) bool {
 	return !refused && s.wantsRewraps(b.Keyring, b.KEK)
 }
 
-// wholeWraps checks that the wrapped material of no live key version is left out: the
-// statement of a rewrap covers its hash, and material that the state has not is none in
-// a replay.
+// wholeWraps checks what a replay alone does not show: that the wrapped material of no
+// live key version is left out (the statement of a rewrap covers its hash, and
+// material that the state has not is none in a replay), and that nothing in use is
+// wrapped under a retired KEK version.
 func (s *State) wholeWraps() error {
 	return each(s.db.Txn(false), tableVersion, func(v *Version) error {
-		if !v.State.Gone() && v.KEK != 0 && (len(v.Wrapped) == 0 || v.Next != nil && len(v.Next.Wrapped) == 0) {
-			return kms.Errorf(kms.Invalid, "snapshot: version %d of key %s has no material", v.Version, kms.KeyPath(v.Keyring, v.Key))
+		if v.State.Gone() || v.KEK == 0 {
+			return nil
+		}
+		path := kms.KeyPath(v.Keyring, v.Key)
+		if len(v.Wrapped) == 0 || v.Next != nil && len(v.Next.Wrapped) == 0 {
+			return kms.Errorf(kms.Invalid, "snapshot: version %d of key %s has no material", v.Version, path)
+		}
+		for _, version := range []uint32{v.KEK, v.wrappedBy()} {
+			if kek, ok := s.KEK(v.Keyring, version); !ok || kek.Retired() {
+				return kms.Errorf(kms.Invalid, "snapshot: version %d of key %s is wrapped under KEK version %d, which is retired", v.Version, path, version)
+			}
 		}
 		return nil
 	})

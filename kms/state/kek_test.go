@@ -4,11 +4,15 @@ import (
 	"bytes"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/fxamacker/cbor/v2"
+
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/approval"
+	"github.com/conclave-kms/conclave/kms/canon"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/state/statetest"
 )
@@ -555,5 +559,35 @@ func TestKEKBeforeAllKnow(t *testing.T) {
 	w.CommitKEK(id)
 	if err := w.State().VerifyStatements(); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestRestoreRefusesEarlyRetirement: a resident node signs the retirement of a KEK
+// version that is in use, and makes a snapshot in which that happened.
+func TestRestoreRefusesEarlyRetirement(t *testing.T) {
+	w := primary(t)
+	s := w.State()
+	raw := w.Command("node-de-1", state.RetireKEK{Keyring: "ring", Version: 1})
+	records := split(t, snapshot(t, s))
+	names := state.VerifiedTables()
+	for i, r := range records {
+		if r.number == 0 { // one more leaf and entry, so that there is a place for it
+			var h map[string]any
+			if err := cbor.Unmarshal(r.body, &h); err != nil {
+				t.Fatal(err)
+			}
+			h["index"] = h["index"].(uint64) + 1
+			records[i].body = canon.Marshal(h)
+		}
+		var kek state.KEK
+		if names[r.number] != "kek" || canon.Unmarshal(r.body, &kek) != nil || kek.Version != 1 {
+			continue
+		}
+		kek.Copies, kek.RetiredAt, kek.RetiredIndex, kek.Retirement = nil, s.Clock(), s.Index()+1, raw
+		records[i].body = canon.Marshal(kek)
+	}
+	_, err := state.Restore(bytes.NewReader(join(records)), no)
+	if kms.KindOf(err) != kms.Invalid || !strings.Contains(err.Error(), "which is retired") {
+		t.Errorf("%v", err)
 	}
 }
