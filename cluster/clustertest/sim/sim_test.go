@@ -21,7 +21,7 @@ const (
 )
 
 // portion is how long schedules are played where nobody asks for a number.
-const portion = 25 * time.Second
+const portion = 15 * time.Second
 
 // TestSchedules plays schedules: those of make sim, or as many of fixed seeds as fit into the portion.
 func TestSchedules(t *testing.T) {
@@ -78,7 +78,7 @@ func play(t *testing.T, w *Worlds, seed uint64, o Options) Report {
 
 // TestReplay plays schedules twice and holds the logs that came about against each other.
 func TestReplay(t *testing.T) {
-	job := job{Seed: 1, Schedules: 16}
+	job := job{Seed: 1, Schedules: 6}
 	first, second := job.run(t), job.run(t)
 	same := 0
 	for seed, trace := range first.traces {
