@@ -32,11 +32,8 @@ const (
 // start the state is the genesis or a snapshot, whose root may be an older one.
 func (n *node) checkRoot(st *state.State, caughtUp bool) (rootVerdict, error) {
 	me, ok := st.Node(n.cfg.Node)
-	if old, removed := st.Removal(n.cfg.Node); removed {
-		return 0, fmt.Errorf("node %s was removed from the cluster by proposal %s; its name and its keys do not come back: a machine that is to serve again joins under another name (conclaved join)", n.cfg.Node, old.Proposal)
-	}
 	switch {
-	case !ok: // not yet approved, or a state from before
+	case !ok: // not yet approved, or a state from before; or removed: then the cluster's part records that and ends the node
 		return rootUnknown, nil
 	case me.Root == 0:
 		return rootJoins, nil
