@@ -30,6 +30,9 @@ func (a *app) statusCommand() *cobra.Command {
 // statusTable shows a node's status; heard is when each node last signed its time.
 func statusTable(w io.Writer, s wire.Status, heard map[string]time.Time) {
 	row(w, "cluster", s.Cluster+" ("+s.Name+")")
+	if s.Epoch > 0 {
+		row(w, "epoch", fmt.Sprintf("%d, history %s: custodians had the cluster go on from a backup", s.Epoch, s.Lineage))
+	}
 	row(w, "node", s.Node+", site "+s.Site)
 	row(w, "device", s.Device)
 	if s.Raft != nil {

@@ -18,7 +18,7 @@ type history struct {
 	ahead   [][]byte // recoveries that are still to come, approved statements
 }
 
-// founded is the history that begins with the genesis.
+// foundedHistory is the history that begins with the genesis.
 func foundedHistory(cluster string) history {
 	return history{lineage: cluster, entered: []string{cluster}}
 }

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -146,7 +147,7 @@ func step(b *testing.B, name string) {
 				b.Fatal(err)
 			}
 		}
-		start := time.Now()
+		start, cpu := time.Now(), processTime(b)
 		switch name {
 		case "create":
 			f, err := os.Create(filepath.Join(*backupDir, "again"))
@@ -173,13 +174,13 @@ func step(b *testing.B, name string) {
 		default:
 			held = verified(b, o)
 		}
-		took := time.Since(start)
+		took, cpu := time.Since(start), processTime(b)-cpu
 		peak := memory(b, "VmHWM:")
 		text := fmt.Sprintf("peak memory %d MiB", peak>>20)
 		if name == "create" {
 			text = fmt.Sprintf("%d MiB more than the %d MiB of the process with the state", max(0, peak-before)>>20, before>>20)
 		}
-		fmt.Printf("step %-14s %7.2f s, %s\n", name, took.Seconds(), text)
+		fmt.Printf("step %-14s %7.2f s, %.2f s of CPU, %s\n", name, took.Seconds(), cpu.Seconds(), text)
 		runtime.KeepAlive(held)
 	}
 }
@@ -195,6 +196,15 @@ func verified(b *testing.B, o backup.Options) *state.State {
 		b.Fatal(err)
 	}
 	return r.State
+}
+
+// processTime is the CPU time that this process has used.
+func processTime(b *testing.B) time.Duration {
+	var r syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &r); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
 }
 
 // memory reads a size of this process in bytes, by its name in proc(5).
