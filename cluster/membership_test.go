@@ -93,6 +93,7 @@ func TestMembership(t *testing.T) {
 		c.Kill(j)
 		c.Restart(j)
 	}
+	c.Wait(i, "itself as a member", func(st *state.State) bool { _, ok := st.Node(joins); return ok })
 	c.SameState(c.Propose(i, c.Tick(i)).Index)
 }
 
