@@ -224,7 +224,7 @@ func TestNewRefuses(t *testing.T) {
 		"no cluster": func(c *Config) { c.Cluster = nil }, "no signer": func(c *Config) { c.Signer = nil },
 		"no log": func(c *Config) { c.Log = nil }, "no device": func(c *Config) { c.Device = nil },
 		"no cache": func(c *Config) { c.Cache = nil }, "no root": func(c *Config) { c.Root = nil },
-		"a stranger": func(c *Config) { c.Node = "us-1" },
+		"no name": func(c *Config) { c.Node = "" }, // one that the state does not know may be about to join
 	} {
 		cfg := good
 		f(&cfg)

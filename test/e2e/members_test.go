@@ -221,7 +221,16 @@ func TestMembers(t *testing.T) {
 	j.halts(fr2, "was removed")
 	j.refused("was removed by proposal", "node", "join", "--card", fr2.Card())
 	j.decrypts("de-1", ct)
-	r, err := j.conclave("node", "list")
+	// A site comes and goes.
+	j.decides("site", "add", "it", "--trust-domain", "it.example", "--ca", filepath.Join(dir, "ca", "jp.pem"))
+	j.decides("site", "cas", "it", "--ca", filepath.Join(dir, "ca", "fr.pem"))
+	r, err := j.conclave("site", "list")
+	if err != nil || !strings.Contains(r.Stdout, "it.example") {
+		t.Errorf("site list says %q, %v", r.Stdout, err)
+	}
+	j.decides("site", "remove", "it")
+	j.refused("site jp has node jp-1", "site", "remove", "jp")
+	r, err = j.conclave("node", "list")
 	if err != nil || !strings.Contains(r.Stdout, "REMOVED") || !strings.Contains(r.Stdout, "fr-2") {
 		t.Errorf("node list says %q, %v", r.Stdout, err)
 	}
