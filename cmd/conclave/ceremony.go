@@ -259,7 +259,7 @@ func (a *app) ceremonyContributeCommand() *cobra.Command {
 	var by custodianKey
 	var out string
 	cmd := &cobra.Command{
-		Use:   "contribute FILE --custodian ID --key-file FILE --out FILE",
+		Use:   "contribute FILE --custodian ID --custodian-key FILE --out FILE",
 		Short: "Give your share to a ceremony",
 		Long: `Give your share to the ceremony whose document FILE is. The command first holds it
 against the cluster: the roots that are to get the keys must be those that custodians

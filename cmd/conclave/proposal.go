@@ -193,6 +193,8 @@ func parameters(p approval.Proposal) string {
 		v, err = nodeParameters(p)
 	case kms.ActionSite:
 		v, err = siteParameters(p)
+	case kms.ActionRecoveryKey:
+		v, err = recoveryParameters(p)
 	case kms.ActionRecover:
 		v, err = p.RecoverParams()
 	default:

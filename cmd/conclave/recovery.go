@@ -30,13 +30,13 @@ type custodianKey struct{ custodian, key, pass string }
 func (k *custodianKey) flags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&k.custodian, "custodian", "", "`ID` of the custodian")
-	f.StringVar(&k.key, "key-file", "", "the custodian's key `FILE`, from conclave custodian keygen")
+	f.StringVar(&k.key, "custodian-key", "", "the custodian's key `FILE`, from conclave custodian keygen")
 	f.StringVar(&k.pass, "pass-file", "", "`FILE` with the passphrase (default: ask)")
 }
 
 func (k *custodianKey) open(cmd *cobra.Command) (*pqc.HybridKey, error) {
 	if k.custodian == "" || k.key == "" {
-		return nil, usagef("--custodian and --key-file are needed: who you are, and your key file. A custodian whose key is on a token alone has no key to which a share could be sealed: make a key file too (conclave custodian keygen) and have it enrolled")
+		return nil, usagef("--custodian and --custodian-key are needed: who you are, and your key file. A custodian whose key is on a token alone has no key to which a share could be sealed: make a key file too (conclave custodian keygen) and have it enrolled")
 	}
 	key, _, err := openKeyFile(cmd, k.key, k.pass)
 	return key, err
@@ -46,7 +46,7 @@ func (a *app) recoveryCardCommand() *cobra.Command {
 	var by custodianKey
 	var out string
 	cmd := &cobra.Command{
-		Use:   "card --custodian ID --key-file FILE --out FILE",
+		Use:   "card --custodian ID --custodian-key FILE --out FILE",
 		Short: "Make a custodian's card: the key to which a share can be sealed",
 		Long: `Make a custodian's card for whoever creates a recovery key. It holds the public half of
 the KEM key that goes with the custodian's key file (every key file has one, also one
@@ -202,7 +202,7 @@ func recoveryKey(ctx context.Context, c *client.Client, name string, number uint
 func (a *app) recoveryCheckCommand() *cobra.Command {
 	var by custodianKey
 	cmd := &cobra.Command{
-		Use:   "check NAME --custodian ID --key-file FILE",
+		Use:   "check NAME --custodian ID --custodian-key FILE",
 		Short: "See that your share of a recovery key opens and is the one committed to",
 		Args:  arguments("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -259,4 +259,29 @@ func (a *app) recoveryListCommand() *cobra.Command {
 					strings.Join(holders, ","), or(strings.Join(opens, ", "), "nothing yet"))
 			}
 		})
+}
+
+// recoveryParameters are those of a recovery key, keys as fingerprints.
+func recoveryParameters(p approval.Proposal) (any, error) {
+	r, err := p.RecoveryParams()
+	if err != nil {
+		return nil, err
+	}
+	type holder struct {
+		Custodian string `json:"custodian"`
+		Site      string `json:"site"`
+		KEM       string `json:"kem"`
+	}
+	v := struct {
+		Opens     []string `json:"opens_all_keyrings_resident_at"`
+		Key       string   `json:"key"`
+		Suite     string   `json:"suite"`
+		Threshold uint32   `json:"shares_needed"`
+		Sites     uint32   `json:"sites_needed"`
+		Holders   []holder `json:"holders"`
+	}{Opens: r.Residency, Key: pqc.Fingerprint(r.PublicKey), Suite: pqc.SuiteID(r.Suite).String(), Threshold: r.Threshold, Sites: r.Sites}
+	for _, h := range r.Holders {
+		v.Holders = append(v.Holders, holder{h.Custodian, h.Site, pqc.Fingerprint(h.KEM)})
+	}
+	return v, nil
 }

@@ -63,7 +63,7 @@ func (r *rekeyed) cli(args ...string) harness.Result {
 // as adds who a custodian is to a command's arguments.
 func (r *rekeyed) as(id string, args ...string) []string {
 	key, pass := r.c.CustodianFiles(id)
-	return append(args, "--custodian", id, "--key-file", key, "--pass-file", pass)
+	return append(args, "--custodian", id, "--custodian-key", key, "--pass-file", pass)
 }
 
 // setRecovery has five custodians of three nations hold shares of a recovery key, of
@@ -79,6 +79,9 @@ func (r *rekeyed) setRecovery(dir string) {
 	var p wire.Proposal
 	if err := json.Unmarshal([]byte(r.cli(args...).Stdout), &p); err != nil {
 		r.t.Fatal(err)
+	}
+	if out := r.cli("proposal", "show", p.ID).Stdout; !strings.Contains(out, `"opens_all_keyrings_resident_at":["de"]`) || !strings.Contains(out, `"shares_needed":3,"sites_needed":2`) {
+		r.t.Errorf("custodians are shown %s", out)
 	}
 	for _, id := range []string{"fr-1", "de-1", "jp-1"} {
 		r.approve(r.custodian(id), p)
