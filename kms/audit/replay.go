@@ -354,6 +354,8 @@ func (w *replay) govern(d decided) error {
 		return w.changeNode(name, d)
 	case kms.ActionSite:
 		return w.changeSite(name, d)
+	case kms.ActionRecoveryKey:
+		return w.setRecoveryKey(d)
 	}
 	return refuse(kms.Invalid, nil, "proposal %s is about %q, which changes neither policies, custodians, nodes nor sites", d.id, d.content.Action)
 }
