@@ -35,7 +35,7 @@ func (d *dev) plan() genesisPlan {
 	p.Policies = []policyPlan{
 		{Name: kms.Governance, Rules: []rulePlan{
 			{Actions: names([]kms.Action{kms.ActionKeyring}), Direct: []string{"operator"}},
-			quorum(3, 2, kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite, kms.ActionRecoveryKey),
+			quorum(3, 2, kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite, kms.ActionRecoveryKey, kms.ActionRecover),
 		}},
 		{Name: "keys", Rules: []rulePlan{
 			{Actions: names([]kms.Action{kms.ActionCreate}), Direct: []string{"operator"}},

@@ -365,7 +365,7 @@ func (w *replay) changePolicy(p approval.Policy) error {
 		return err
 	}
 	for _, r := range p.Rules {
-		if slices.Contains([]kms.Action{kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite, kms.ActionRecoveryKey}, r.Action) && !r.Quorum() {
+		if slices.Contains([]kms.Action{kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite, kms.ActionRecoveryKey, kms.ActionRecover}, r.Action) && !r.Quorum() {
 			return refuse(kms.Invalid, nil, "policy %s lets one person alone change %q", p.Name, r.Action)
 		}
 	}

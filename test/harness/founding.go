@@ -178,7 +178,7 @@ func (c *Coalition) genesis(ctx context.Context, siteIDs []string) error {
 	destroy["delay"], destroy["lifetime"] = (7 * 24 * time.Hour).String(), (28 * 24 * time.Hour).String()
 	plan := table{"name": "coalition under test", "policy": []table{
 		{"name": kms.Governance, "rule": []table{
-			direct(kms.ActionKeyring), rule(3, 2, kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite, kms.ActionRecoveryKey),
+			direct(kms.ActionKeyring), rule(3, 2, kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite, kms.ActionRecoveryKey, kms.ActionRecover),
 		}},
 		{"name": "keys", "rule": []table{
 			direct(kms.ActionCreate), rule(2, 2, kms.ActionRotate, kms.ActionResume, kms.ActionDeactivate, kms.ActionCompromise),
