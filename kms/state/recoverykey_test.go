@@ -2,6 +2,7 @@ package state_test
 
 import (
 	"bytes"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -188,4 +189,37 @@ func TestRestoreOneSite(t *testing.T) {
 	paris := state.Pending{Keyring: "paris", Version: 1}
 	w.Refuse(kms.NeedsApproval, "node-de-1", w.RestoreCommand(c, "node-fr-1", paris, "fr-1", "fr-2", "fr-3"))
 	w.Do("node-de-1", w.RestoreCommand(c, "node-fr-1", paris, "fr-1", "fr-2", "jp-1"))
+}
+
+// TestRecoverySnapshot: a snapshot that names another recovery key, or one that nobody
+// approved, is refused; one that leaves a copy out does not extend the state.
+func TestRecoverySnapshot(t *testing.T) {
+	w := withRecovery(t)
+	w.SealRecovery()
+	records := split(t, snapshot(t, w.State()))
+	if tried := refusesAlterations(t, w.State(), "recovery-key", "recovery-copy"); tried < 10 {
+		t.Errorf("only %d kinds of field tried", tried)
+	}
+	keys, copies := 0, 0
+	for i, r := range records {
+		switch r.number {
+		case 40:
+			keys++
+			if _, err := state.Restore(bytes.NewReader(join(slices.Delete(slices.Clone(records), i, i+1))), no); err == nil {
+				t.Error("a snapshot without an approved recovery key is taken")
+			}
+		case 41:
+			copies++
+			thin, err := state.Restore(bytes.NewReader(join(slices.Delete(slices.Clone(records), i, i+1))), no)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := thin.Extends(w.State()); err == nil {
+				t.Error("a state that has lost a copy for a recovery key extends the one with it")
+			}
+		}
+	}
+	if keys != 2 || copies != 3 {
+		t.Errorf("%d recovery keys and %d copies in the snapshot", keys, copies)
+	}
 }
