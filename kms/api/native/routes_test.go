@@ -65,6 +65,7 @@ func requests(t testing.TB, w *world) map[string][]request {
 		"publicKey":     append(get("service", sig+"/public-key"), get("service", sig+"/public-key?version=1")...),
 		"listProposals": get("custodian", "/v1/proposals"), "getProposal": get("custodian", "/v1/proposals/"+open.ID),
 		"evidence": get("auditor", "/v1/proposals/"+executed+"/evidence"), "metrics": get("operator", "/v1/metrics"),
+		"backup": get("operator", "/v1/backup"), "listRecoveries": get("auditor", "/v1/recoveries"),
 		"listRecoveryKeys": get("custodian", "/v1/recovery-keys"), "restoreKEKs": {{"custodian", "/v1/recovery-keys/restore", restore}},
 		"createKeyring": {{"operator", "/v1/keyrings", wire.CreateKeyringRequest{Name: "more", Residency: []string{"fr"}, Policy: "standard"}}},
 		"createKey":     {{"operator", "/v1/keyrings/ring/keys", wire.CreateKeyRequest{Name: "more", Purpose: "sign", Algorithm: "ed25519"}}},
