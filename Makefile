@@ -34,7 +34,11 @@ MINUTES ?= 10
 .PHONY: fault
 fault: install-deps ## break a coalition of real nodes for MINUTES (10); SEED repeats the choice of faults
 	@CONCLAVE_FAULT_MINUTES=$(MINUTES) CONCLAVE_FAULT_SEED=$(SEED) CONCLAVE_FAULT_KILLS=20 \
-	  go test -race -count=1 -v -timeout $$(( $(MINUTES) + 15 ))m ./test/fault/chaos
+	  go test -race -tags fault -count=1 -v -timeout $$(( $(MINUTES) + 15 ))m ./test/fault/chaos
+
+.PHONY: upgrade
+upgrade: install-deps ## a rolling upgrade from the previous release, under load (it needs the history of the repository)
+	@go test -race -tags fault -count=1 -v -timeout 20m ./test/fault/upgrade
 
 FLIPS ?= 2000
 .PHONY: flips
@@ -46,8 +50,8 @@ check: install-deps ## formatting, vet, staticcheck, import direction, tidy modu
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "gofmt is needed on:"; echo "$$out"; exit 1; fi
 	@go mod tidy -diff || { echo "run: go mod tidy"; exit 1; }
 	@go mod verify >/dev/null
-	@go vet ./...
-	@go tool staticcheck ./...
+	@go vet -tags fault ./...
+	@go tool staticcheck -tags fault ./...
 	@go test -count=1 ./test/arch
 	@echo "check: ok"
 

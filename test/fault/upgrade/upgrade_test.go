@@ -1,3 +1,5 @@
+//go:build fault
+
 // Package upgrade tests that a cluster takes a new release node by node, under load.
 package upgrade
 
