@@ -188,16 +188,6 @@ func (s *session) checkLoadedShape(m material, h pkcs11.ObjectHandle) error {
 	return nil
 }
 
-// hmac computes HMAC-SHA-256 with a loaded key.
-func (s *session) hmac(key pkcs11.ObjectHandle, message []byte) ([]byte, error) {
-	defer s.macs.reset()
-	s.macs.add(key, message)
-	if _, err := s.macs.run(s); err != nil {
-		return nil, err
-	}
-	return s.macs.mac(0), nil
-}
-
 // importError tells a blob that does not open from a device that fails, as
 // openError does.
 func (d *Device) importError(err error) error {

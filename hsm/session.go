@@ -23,7 +23,6 @@ type session struct {
 	used  time.Time
 	keys  handles
 	curve curve
-	macs  macBatch
 
 	hook    func(op string) error          // tests: runs inside some calls; may be nil
 	victims map[string]pkcs11.ObjectHandle // loaded keys for the attacks to try

@@ -13,7 +13,9 @@ type worker struct {
 	wake chan struct{} // a parked worker has calls again; closed to end it
 
 	// Of the goroutine alone.
-	s *session // nil until the first call
+	s     *session // nil until the first call
+	bound bool     // to its thread
+	calm  int      // flights in a row with few calls, while bound
 
 	// Under Device.mu. A worker that flies reads now and since without it: nobody else
 	// changes them meanwhile.
@@ -126,6 +128,7 @@ func (d *Device) pop() passenger {
 // work is the worker goroutine.
 func (d *Device) work(w *worker) {
 	for more := true; more; {
+		w.settle()
 		if len(w.now) > 1 {
 			d.flyTogether(w)
 		} else {
@@ -133,6 +136,7 @@ func (d *Device) work(w *worker) {
 		}
 		more = d.land(w)
 	}
+	w.free()
 	d.retire(w)
 }
 

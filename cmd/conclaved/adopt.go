@@ -137,7 +137,7 @@ func (n *node) adopt(ctx context.Context, r state.Replacement, a *attempts) bool
 	n.log.Info("custodians have approved the next hardware root; taking it into use", "root", r.Root, "device", n.roots.next.dev.Describe())
 	if err := n.runAdoption(ctx, n.roots.next); err != nil {
 		if ctx.Err() == nil {
-			n.log.Error("the next hardware root is not adopted; prepare and propose one again", "root", r.Root, "err", err)
+			n.log.Error("the next hardware root is not adopted", "root", r.Root, "err", err)
 			a.next = time.Time{}
 		}
 		return false
@@ -217,7 +217,7 @@ func (n *node) wait(ctx context.Context) error {
 		return nil
 	case err := <-adopted:
 		if err != nil && ctx.Err() == nil {
-			return fmt.Errorf("the next hardware root is not adopted; prepare and propose one again: %w", err)
+			return fmt.Errorf("the next hardware root is not adopted: %w", err)
 		}
 		if err == nil {
 			n.takeOver(ctx)

@@ -1,9 +1,11 @@
 package engine
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdh"
 	"errors"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
@@ -123,6 +125,12 @@ func TestHostileReseals(t *testing.T) {
 	}
 	var last AdoptionProgress
 	a := next.adoption(w, "de-1", func(p AdoptionProgress) { last = p })
+	next.dev.Fail(func(string) error { return errors.New("away") }) // is no reason to refuse
+	_, err := a.step(bg)
+	if wantKind(t, err, kms.Unavailable); len(w.cluster.State().Refused("de-1")) != 0 {
+		t.Fatal("refused by a device that did not answer")
+	}
+	next.dev.Fail(nil)
 	if done, err := a.step(bg); done || err != nil || last.Opened != 0 {
 		t.Fatalf("with copies of other keys: %v, %v, %+v", done, err, last)
 	}
@@ -137,13 +145,18 @@ func TestHostileReseals(t *testing.T) {
 		}
 	}
 	// It does not get another turn.
-	_, err := fr.submit(bg, attempt{}, state.Reseal{Node: "de-1", Root: 2, Keyring: "soft", Version: 1, Sealed: []byte("again")})
+	_, err = fr.submit(bg, attempt{}, state.Reseal{Node: "de-1", Root: 2, Keyring: "soft", Version: 1, Sealed: []byte("again")})
 	wantKind(t, err, kms.Denied)
 	w.rounds(map[string]*Agent{"fr-1": as["fr-1"]})
 	if got := len(w.cluster.State().Unsealed("de-1")); got != 4 {
 		t.Errorf("the agent of the node whose copies were refused has sealed: %d are missing", got)
 	}
+	var logged bytes.Buffer
+	as["jp-1"].e.log = slog.New(slog.NewTextHandler(&logged, nil))
 	w.rounds(as)
+	if got := strings.Count(logged.String(), "sealed_by=fr-1"); got != 4 {
+		t.Errorf("another node's log names who sealed %d times: %s", got, logged.String())
+	}
 	if done, err := a.step(bg); !done || err != nil || last.Opened != 4 || last.Refused != 4 {
 		t.Fatalf("adoption: %v, %v, %+v", done, err, last)
 	}

@@ -115,12 +115,9 @@ func refusers(refused []state.RefusedCopy) []string {
 // did or the one that committed to the check values lied, the node's receipt tells:
 // it showed then that the commitment is right.
 func refusedByAll(st *state.State, r state.Replacement, p state.Pending, by []string) string {
-	what, end := "the KEK of keyring "+p.Keyring, "propose the root with leave, and make another keyring"
-	receipts := []state.Receipt{}
-	if p.Key == "" {
-		k, _ := st.KEK(p.Keyring, p.Version)
-		receipts = k.Receipts
-	} else {
+	kek, _ := st.KEK(p.Keyring, p.Version)
+	what, end, receipts := "the KEK of keyring "+p.Keyring, "propose the root with leave, and make another keyring", kek.Receipts
+	if p.Key != "" {
 		v, _ := st.Version(p.Keyring, p.Key, p.Version)
 		what, end, receipts = "key "+kms.KeyPath(p.Keyring, p.Key), "rotate the key and destroy the version, or propose the root with leave", v.Receipts
 	}

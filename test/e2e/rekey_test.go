@@ -51,12 +51,41 @@ func newRekeyed(t *testing.T) *rekeyed {
 	})
 	r := &rekeyed{site: site{t, c}, old: map[string]wire.EncryptResponse{}}
 	r.hard = r.hardRing(string(kms.OnHost), "de", "fr", "jp")
+	r.firstProven()
 	r.key("coalition", "data", kms.Encrypt, "")
 	r.rotate("coalition", "data", 2)
 	for _, ring := range []string{"coalition", r.hard.name} {
 		r.old[ring] = r.encrypt("fr", ring, "data", beforeRekey)
 	}
 	return r
+}
+
+// firstProven waits until every node has proven, with its token or TPM, version 1 of
+// every key of protection hardware: what they committed to is what a next device is
+// held against.
+func (r *rekeyed) firstProven() {
+	r.t.Helper()
+	err := harness.Within(r.t.Context(), 60*time.Second, "receipts for every version 1", func(ctx context.Context) error {
+		for _, k := range hardKeys {
+			key, err := r.client("fr", "operator").Key(r.hard.name, k.name).Describe(ctx)
+			if err != nil {
+				return err
+			}
+			v := key.Versions[0]
+			for _, x := range v.Receipts {
+				if !x.Received {
+					return fmt.Errorf("%s has not proven %s", x.Node, k.name)
+				}
+			}
+			if len(v.Receipts) != len(r.hard.residency) || !v.Primary {
+				return fmt.Errorf("version 1 of %s: %+v", k.name, v)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		r.t.Fatal(err)
+	}
 }
 
 // newToken makes another SoftHSM token for a site's node and its [next_device].
