@@ -37,7 +37,7 @@ const (
 type flight struct {
 	o     callOptions
 	phase phase
-	since time.Time    // of the phase
+	since time.Time    // when it was queued
 	left  bool         // nobody waits any more: the worker wipes the result
 	done  chan *flight // gets one value: landed, or given up; the caller passes the news on to that flight
 	next  *flight      // landed with this one
