@@ -33,11 +33,6 @@ func (w *replay) mark(removal bool) {
 	}
 }
 
-// residents returns the nodes at the given sites, sorted.
-func (w *replay) residents(sites []string) []state.Node {
-	return amongSites(w.members[len(w.members)-1], sites)
-}
-
 func amongSites(nodes []state.Node, sites []string) (l []state.Node) {
 	for _, n := range nodes {
 		if slices.Contains(sites, n.Site) {
