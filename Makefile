@@ -66,6 +66,11 @@ sim: ## simulated clusters under random faults: SCHEDULES (10000) from SEED on; 
 bench: build ## speed as ratios measured in one run, and the devices' raw rates
 	@go run ./test/bench -bin $(BIN)
 
+KEYS ?= 100000
+.PHONY: backup-bench
+backup-bench: ## a backup of KEYS (100000): time and peak memory of create, verify and restore, and the size
+	@go test ./test/bench -run '^$$' -bench '^BenchmarkBackup$$' -benchtime 1x -timeout 60m -keys $(KEYS)
+
 .PHONY: fuzz
 fuzz: install-deps ## run every fuzz target for FUZZTIME (20s)
 	@for pkg in $$(go list ./...); do \

@@ -11,6 +11,7 @@ import (
 	"github.com/hashicorp/raft"
 
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/parallel"
 	"github.com/conclave-kms/conclave/kms/state"
 )
 
@@ -142,10 +143,10 @@ func (m *machine) Restore(r io.ReadCloser) error {
 
 func (m *machine) restore(r io.Reader) (*state.State, error) {
 	verified := true
-	st, err := state.Restore(r, func(hash [32]byte) bool {
+	st, err := state.RestoreSpread(r, func(hash [32]byte) bool {
 		verified = m.trust.signed(hash)
 		return verified
-	})
+	}, parallel.Do)
 	if err != nil {
 		return nil, err
 	}

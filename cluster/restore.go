@@ -15,6 +15,7 @@ import (
 	bolterrors "go.etcd.io/bbolt/errors"
 
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/parallel"
 	"github.com/conclave-kms/conclave/kms/state"
 )
 
@@ -133,7 +134,7 @@ func (o Offline) restore(ctx context.Context, dir *dataDir, snapshots *snapshotS
 	}
 	defer r.Close()
 	trust := o.trust(ctx, dir.path, dir.id.Cluster)
-	return state.Restore(r, func(hash [32]byte) bool { return o.Signing != nil && trust.signed(hash) })
+	return state.RestoreSpread(r, func(hash [32]byte) bool { return o.Signing != nil && trust.signed(hash) }, parallel.Do)
 }
 
 func (o Offline) trust(ctx context.Context, path, cluster string) *trust {

@@ -7,6 +7,7 @@ import (
 	"io"
 
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/parallel"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/pqc"
 )
@@ -49,7 +50,7 @@ func Verify(r io.Reader, o Options) (Result, error) {
 	res := Result{Header: h, Full: true}
 	in := &stateReader{f: f}
 	var closed error
-	st, err := state.Restore(in, func(hash [32]byte) bool {
+	st, err := state.RestoreSpread(in, func(hash [32]byte) bool {
 		// The records are read, nothing of them is believed yet: what the node signed
 		// comes first.
 		res.Hash = hash
@@ -58,7 +59,7 @@ func Verify(r io.Reader, o Options) (Result, error) {
 		}
 		res.Full = o.Signer == "" || o.Signer != pqc.Fingerprint(h.Signing)
 		return !res.Full
-	})
+	}, parallel.Do)
 	switch {
 	case closed != nil:
 		return Result{}, closed

@@ -287,5 +287,5 @@ func (b RewrapBatch) statement(r reader) statement {
 			}
 		}
 	}
-	return statement{index: b.Index, clock: b.Time, op: op, env: Envelope{Origin: b.Origin}}
+	return statement{index: b.Index, clock: b.Time, op: op, env: &Envelope{Origin: b.Origin}}
 }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"crypto/sha256"
-	"errors"
 	"io"
 	"slices"
 	"strings"
@@ -20,13 +19,13 @@ type statement struct {
 	clock int64
 	raw   []byte // signed command, or
 	op    operation
-	env   Envelope // of op, what is known of it
-	hash  []byte   // of op, the claimed hash of the command
+	env   *Envelope // of op, what is known of it
+	hash  []byte    // of op, the claimed hash of the command
 }
 
 // verifyStatements plays every stored statement again, from the genesis, and
 // compares the records that result with those at hand.
-func (s *State) verifyStatements() error {
+func (s *State) verifyStatements(spread Spread) error {
 	if err := s.verifyTicks(); err != nil {
 		return err
 	}
@@ -36,14 +35,18 @@ func (s *State) verifyStatements() error {
 	}
 	replay := founded(s.signed, s.genesis)
 	fewest := len(replay.reader().latest())
+	var ahead []opened
 	for i, st := range log {
+		if i%aheadOf == 0 {
+			ahead = s.openAhead(ahead, log[i:min(i+aheadOf, len(log))], spread)
+		}
 		if i > 0 && log[i-1].index >= st.index || st.index == 0 || st.index > s.index {
 			return kms.Errorf(kms.Invalid, "snapshot: two statements claim log index %d, or it is out of range", st.index)
 		}
 		if st.clock < replay.clock || st.clock > s.clock {
 			return kms.Errorf(kms.Invalid, "snapshot: the time at log index %d is out of order", st.index)
 		}
-		if replay, err = replay.replay(st); err != nil {
+		if replay, err = replay.replay(st, &ahead[i%aheadOf]); err != nil {
 			return kms.Wrap(kms.KindOf(err), err, "snapshot: the statement at log index "+decimal(st.index)+" does not hold: "+message(err), "restore from a trusted node")
 		}
 		fewest = min(fewest, len(replay.reader().latest()))
@@ -59,16 +62,20 @@ func (s *State) verifyStatements() error {
 
 // replay applies a statement as Apply would at its time, without the bookkeeping
 // of nonces and outcomes.
-func (s *State) replay(st statement) (*State, error) {
-	op, e := st.op, st.env
-	if op == nil {
+func (s *State) replay(st statement, o *opened) (*State, error) {
+	var e Envelope
+	op := st.op
+	switch {
+	case op == nil:
 		var err error
-		if e, op, err = s.openStatement(st.raw); err != nil {
+		if e, op, err = s.openStatement(o); err != nil {
 			return nil, err
 		}
 		if e.Time < st.clock-Window {
 			return nil, kms.Errorf(kms.Expired, "it was signed more than 10 minutes before it was applied")
 		}
+	case st.env != nil:
+		e = *st.env
 	}
 	if v, ok := op.(CastVote); ok {
 		if err := v.validate(e); err != nil {
@@ -84,54 +91,56 @@ func (s *State) replay(st statement) (*State, error) {
 	return t.done(), nil
 }
 
-// openStatement parses and verifies a stored command.
-func (s *State) openStatement(raw []byte) (Envelope, operation, error) {
-	return openSigned(raw, s.verifyEnvelope)
+// openStatement verifies a stored command that was opened ahead.
+func (s *State) openStatement(o *opened) (Envelope, operation, error) {
+	if o.broken != nil {
+		return o.env, nil, o.broken
+	}
+	if err := s.inLineage(o.env); err != nil {
+		return o.env, nil, err
+	}
+	suite, signing, err := s.signer(o.env)
+	if err != nil {
+		return o.env, nil, err
+	}
+	if !o.by(suite, signing) {
+		if err := wrongSignature(o.env, verifyBy(suite, signing, o.envelope, CommandContext, o.signature)); err != nil {
+			return o.env, nil, err
+		}
+	}
+	return o.env, o.op, o.unfit
 }
 
-func openSigned(raw []byte, verify func(e Envelope, envelope, signature []byte) error) (Envelope, operation, error) {
-	envelope, signature, err := Split(raw)
-	if err != nil {
-		return Envelope{}, nil, err
-	}
-	e, err := parseEnvelope(envelope)
-	if err != nil {
-		return e, nil, err
-	}
-	if err := verify(e, envelope, signature); err != nil {
-		return e, nil, err
-	}
-	op, err := parseCommand(e)
-	if errors.Is(err, ErrUnknownCommand) {
-		err = kms.Wrap(kms.Invalid, err, "its type or version is not known here", "use a newer version of the program")
-	}
-	return e, op, err
-}
-
-// openTick is openStatement for a node's last tick, which may be from the time of
+// openTick opens and verifies a node's last tick, which may be from the time of
 // one of its former roots, or of a node that was removed: a tick tells where the clock
 // stood, and no root that signed one can move it by itself.
 func (s *State) openTick(raw []byte) (Envelope, operation, error) {
-	return openSigned(raw, func(e Envelope, envelope, signature []byte) error {
-		if !s.lineageOf(e.Cluster) {
-			return kms.Errorf(kms.Invalid, "the command is for another cluster")
+	o := open(raw)
+	e := o.env
+	if o.broken != nil {
+		return e, nil, o.broken
+	}
+	if !s.lineageOf(e.Cluster) {
+		return e, nil, kms.Errorf(kms.Invalid, "the command is for another cluster")
+	}
+	err := s.verifySignature(e, o.envelope, o.signature)
+	roots := s.FormerRoots(e.Origin)
+	if old, removed := s.Removal(e.Origin); removed {
+		roots = append(roots, FormerRoot{SigningSuite: old.Node.SigningSuite, Signing: old.Node.Signing})
+		err = kms.Errorf(kms.BadSignature, "the tick of node %s is signed by no root that it had", e.Origin)
+	}
+	for _, f := range roots {
+		if kms.KindOf(err) != kms.BadSignature {
+			break
 		}
-		err := s.verifySignature(e, envelope, signature)
-		roots := s.FormerRoots(e.Origin)
-		if old, removed := s.Removal(e.Origin); removed {
-			roots = append(roots, FormerRoot{SigningSuite: old.Node.SigningSuite, Signing: old.Node.Signing})
-			err = kms.Errorf(kms.BadSignature, "the tick of node %s is signed by no root that it had", e.Origin)
+		if verifyBy(f.SigningSuite, f.Signing, o.envelope, CommandContext, o.signature) == nil {
+			err = nil
 		}
-		for _, f := range roots {
-			if kms.KindOf(err) != kms.BadSignature {
-				break
-			}
-			if verifyBy(f.SigningSuite, f.Signing, envelope, CommandContext, signature) == nil {
-				err = nil
-			}
-		}
-		return err
-	})
+	}
+	if err != nil {
+		return e, nil, err
+	}
+	return e, o.op, o.unfit
 }
 
 // verifyTicks checks the ticks behind the clock.
@@ -298,7 +307,7 @@ func (s *State) origin(v *Version) (statement, error) {
 		if !ok {
 			return st, kms.Errorf(kms.Invalid, "snapshot: a version of key %s, which does not exist", kms.KeyPath(v.Keyring, v.Key))
 		}
-		st.env = Envelope{Origin: v.Origin, Principal: k.Creator}
+		st.env = &Envelope{Origin: v.Origin, Principal: k.Creator}
 		st.op = CreateKey{
 			Keyring: v.Keyring, Name: v.Key, ID: k.ID, Purpose: k.Purpose, Algorithm: k.Algorithm,
 			RotationPeriod: k.RotationPeriod, KEK: v.KEK, Generated: v.Generated, PublicKey: v.PublicKey, Checks: v.Checks,
@@ -309,7 +318,7 @@ func (s *State) origin(v *Version) (statement, error) {
 	if !ok {
 		return st, kms.Errorf(kms.Invalid, "snapshot: version %d of key %s has no proposal", v.Version, kms.KeyPath(v.Keyring, v.Key))
 	}
-	st.env = Envelope{Origin: v.Origin, Expect: p.Content.Revision}
+	st.env = &Envelope{Origin: v.Origin, Expect: p.Content.Revision}
 	st.op = CommitRotation{
 		Proposal: v.Proposal, Keyring: v.Keyring, Key: v.Key, Version: v.Version, KEK: v.KEK,
 		Generated: v.Generated, PublicKey: v.PublicKey, Checks: v.Checks,

@@ -21,6 +21,11 @@ import (
 // grows with what arrives: bound r where the sender is not trusted. Errors: kms.Invalid, kms.TooLarge, kms.BadSignature and what a
 // statement's command would be refused with.
 func Restore(r io.Reader, trusted func(hash [32]byte) bool) (*State, error) {
+	return RestoreSpread(r, trusted, inOrder)
+}
+
+// RestoreSpread is Restore that has its caller spread the work that can be done at once.
+func RestoreSpread(r io.Reader, trusted func(hash [32]byte) bool, spread Spread) (*State, error) {
 	in := &recordReader{r: r, hash: sha256.New()}
 	s, err := readState(in)
 	if err != nil {
@@ -28,7 +33,7 @@ func Restore(r io.Reader, trusted func(hash [32]byte) bool) (*State, error) {
 	}
 	sum := [32]byte(in.hash.Sum(nil))
 	if trusted == nil || !trusted(sum) {
-		if err := s.verifyStatements(); err != nil {
+		if err := s.verifyStatements(spread); err != nil {
 			return nil, err
 		}
 	}

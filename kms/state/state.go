@@ -370,32 +370,51 @@ func run(t *tx, op operation) error {
 // verifyEnvelope checks that the command is for this cluster and signed by a
 // member.
 func (s *State) verifyEnvelope(e Envelope, envelope, signature []byte) error {
-	if e.Cluster != s.Lineage() {
-		return kms.Errorf(kms.Invalid, "the command is for another cluster, or for a history of this one that was given up")
+	if err := s.inLineage(e); err != nil {
+		return err
 	}
 	return s.verifySignature(e, envelope, signature)
 }
 
+func (s *State) inLineage(e Envelope) error {
+	if e.Cluster != s.Lineage() {
+		return kms.Errorf(kms.Invalid, "the command is for another cluster, or for a history of this one that was given up")
+	}
+	return nil
+}
+
 // verifySignature checks that the command is signed by a member.
 func (s *State) verifySignature(e Envelope, envelope, signature []byte) error {
+	suite, signing, err := s.signer(e)
+	if err != nil {
+		return err
+	}
+	return wrongSignature(e, verifyBy(suite, signing, envelope, CommandContext, signature))
+}
+
+func wrongSignature(e Envelope, err error) error {
+	if err == nil {
+		return nil
+	}
+	return kms.Wrap(kms.BadSignature, err, "the command's signature by node "+e.Origin+" does not verify", "")
+}
+
+// signer returns the key that a command must be signed by.
+func (s *State) signer(e Envelope) (suite uint16, signing []byte, err error) {
 	n, ok := s.Node(e.Origin)
 	if !ok {
 		if s.Removed(e.Origin) {
-			return kms.Errorf(kms.Denied, "the command's origin %s was removed from the cluster", e.Origin)
+			return 0, nil, kms.Errorf(kms.Denied, "the command's origin %s was removed from the cluster", e.Origin)
 		}
-		return kms.Errorf(kms.Denied, "the command's origin %q is no node of the cluster", e.Origin)
+		return 0, nil, kms.Errorf(kms.Denied, "the command's origin %q is no node of the cluster", e.Origin)
 	}
-	suite, signing := n.SigningSuite, n.Signing
 	if e.Type == TypeAdoptRoot || e.Type == TypeRefuseCopy {
 		// The next root speaks for itself; when it has been adopted it is the node's.
 		if next, pending := s.Replacement(n.ID); pending {
-			suite, signing = next.New.SigningSuite, next.New.Signing
+			return next.New.SigningSuite, next.New.Signing, nil
 		}
 	}
-	if err := verifyBy(suite, signing, envelope, CommandContext, signature); err != nil {
-		return kms.Wrap(kms.BadSignature, err, "the command's signature by node "+n.ID+" does not verify", "")
-	}
-	return nil
+	return n.SigningSuite, n.Signing, nil
 }
 
 // checkFresh refuses what is too old or has been seen.

@@ -43,7 +43,10 @@ func BenchmarkBackup(b *testing.B) {
 		return
 	}
 	for b.Loop() {
-		dir := b.TempDir()
+		dir := *backupDir
+		if dir == "" {
+			dir = b.TempDir()
+		}
 		prepareBackup(b, dir)
 		stat, err := os.Stat(filepath.Join(dir, "backup"))
 		if err != nil {
