@@ -12,7 +12,6 @@ import (
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/approval"
-	"github.com/conclave-kms/conclave/kms/canon"
 	"github.com/conclave-kms/conclave/kms/keyring"
 	"github.com/conclave-kms/conclave/kms/secret"
 	"github.com/conclave-kms/conclave/pqc"
@@ -173,18 +172,27 @@ func (c *Coordinator) Add(x approval.Contribution, who approval.Custodian) error
 
 // Missing says what the ceremony still takes, empty when it has enough.
 func (c *Coordinator) Missing() string {
-	p := c.occasion.Params
-	var sites []string
+	var given []string
 	for _, g := range c.given {
-		at, _ := p.Holder(g.Custodian)
+		given = append(given, g.Custodian)
+	}
+	return missing(c.occasion.Params, given)
+}
+
+// missing says how far the shares of custodians, each of whom holds one, reach; "" if they
+// suffice.
+func missing(p approval.RecoveryParams, given []string) string {
+	var sites []string
+	for _, id := range given {
+		at, _ := p.Holder(id)
 		sites = append(sites, p.Holders[at].Site)
 	}
 	slices.Sort(sites)
 	n := len(slices.Compact(sites))
-	if len(c.given) >= int(p.Threshold) && n >= int(p.Sites) {
+	if len(given) >= int(p.Threshold) && n >= int(p.Sites) {
 		return ""
 	}
-	return fmt.Sprintf("%d of %d shares, from %d of %d sites", len(c.given), p.Threshold, n, p.Sites)
+	return fmt.Sprintf("%d of %d shares, from %d of %d sites", len(given), p.Threshold, n, p.Sites)
 }
 
 // key puts the recovery key together from the shares at hand. It does not count them:
@@ -267,63 +275,4 @@ func (c *Coordinator) agrees(kek *secret.Bytes, l Lost, node string) bool {
 		}
 	}
 	return false
-}
-
-// TranscriptContext is the signature context of a ceremony's transcript.
-const TranscriptContext = "conclave/transcript/v1"
-
-// Transcript is the record of a ceremony: its document, who contributed, and what came
-// out, signed with the ceremony's key. It holds nothing that opens a key.
-type Transcript struct {
-	Ceremony      []byte                  `cbor:"ceremony" json:"ceremony"`
-	Contributions []approval.Contribution `cbor:"contributions" json:"contributions"` // sorted by custodian
-	Restored      []Restored              `cbor:"restored" json:"restored"`
-	Signature     []byte                  `cbor:"signature" json:"signature"` // over the encoding without it
-}
-
-func (t Transcript) message() []byte {
-	t.Signature = nil
-	return canon.Marshal(t)
-}
-
-// Transcript signs the record of the ceremony.
-func (c *Coordinator) Transcript(restored []Restored) (Transcript, error) {
-	t := Transcript{Ceremony: c.Document(), Contributions: slices.Clone(c.given), Restored: restored}
-	slices.SortFunc(t.Contributions, func(a, b approval.Contribution) int { return strings.Compare(a.Custodian, b.Custodian) })
-	var err error
-	if t.Signature, err = c.signer.Sign(t.message(), []byte(TranscriptContext)); err != nil {
-		return t, kms.Wrap(kms.Internal, err, "the transcript cannot be signed", "")
-	}
-	return t, nil
-}
-
-// Verify checks all signatures of a transcript: those of the custodians, whose records
-// custodian gives, and those of the ceremony's key, which the custodians signed. Errors:
-// kms.BadSignature, kms.Invalid, kms.Denied.
-func (t Transcript) Verify(custodian func(id string) (approval.Custodian, bool)) (approval.Ceremony, error) {
-	doc, err := approval.ParseCeremony(t.Ceremony)
-	if err != nil {
-		return doc, err
-	}
-	last := ""
-	for _, x := range t.Contributions {
-		who, ok := custodian(x.Custodian)
-		if !ok || x.Custodian <= last {
-			return doc, kms.Errorf(kms.Denied, "there is no custodian %q, or two contributions of one", x.Custodian)
-		}
-		last = x.Custodian
-		if err := x.Consent().Verify(who, t.Ceremony); err != nil {
-			return doc, err
-		}
-	}
-	for _, x := range t.Restored {
-		m := approval.RestoredMessage(t.Ceremony, x.Node, x.Root, x.Keyring, x.Version, x.Sealed)
-		if err := pqc.Verify(pqc.MLDSA65Ed25519, doc.Signing, m, []byte(approval.RestoredContext), x.Signature); err != nil {
-			return doc, kms.Wrap(kms.BadSignature, err, "the ceremony's key has not signed the copy for node "+x.Node, "")
-		}
-	}
-	if err := pqc.Verify(pqc.MLDSA65Ed25519, doc.Signing, t.message(), []byte(TranscriptContext), t.Signature); err != nil {
-		return doc, kms.Wrap(kms.BadSignature, err, "the ceremony's key has not signed the transcript", "")
-	}
-	return doc, nil
 }

@@ -141,28 +141,67 @@ func TestCeremony(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		record := func(id string) (approval.Custodian, bool) { r, ok := n.records[id]; return r, ok }
-		if doc, err := tr.Verify(record); err != nil || doc.Reason != "fire" {
-			t.Fatal(err)
-		}
-		for name, change := range map[string]func(*Transcript){
-			"a contribution less": func(x *Transcript) { x.Contributions = x.Contributions[1:] },
-			"another result":      func(x *Transcript) { x.Restored[0].Version++ },
-			"another ceremony": func(x *Transcript) {
-				d, _ := approval.ParseCeremony(x.Ceremony)
-				d.Reason = "theft"
-				x.Ceremony = d.Marshal()
-			},
-		} {
-			bad := tr
-			bad.Restored = slices.Clone(tr.Restored)
-			change(&bad)
-			if _, err := bad.Verify(record); kms.KindOf(err) != kms.BadSignature {
-				t.Errorf("%s: %v", name, err)
+		n.checkTranscript(t, c, tr)
+		c.Destroy()
+		c.Destroy()
+	}
+}
+
+// checkTranscript verifies a transcript, and variants of it that must be refused: some are
+// signed well by the ceremony's key, as a hostile coordinator could.
+func (n *nations) checkTranscript(t *testing.T, c *Coordinator, tr Transcript) {
+	t.Helper()
+	records := Records{
+		Cluster: cluster,
+		Key: func(name string, number uint64) (approval.RecoveryParams, bool) {
+			return n.params, name == "paris" && number == 1
+		},
+		Custodian: func(id string) (approval.Custodian, bool) { r, ok := n.records[id]; return r, ok },
+	}
+	if doc, err := tr.Verify(records); err != nil || doc.Reason != "fire" {
+		t.Fatal(err)
+	}
+	site := func(s string) func(approval.Contribution) bool {
+		return func(x approval.Contribution) bool { return strings.HasPrefix(x.Custodian, s) }
+	}
+	for name, x := range map[string]struct {
+		kind   kms.Kind
+		sign   bool
+		change func(*Transcript, *Records)
+	}{
+		"another result": {kms.BadSignature, true, func(x *Transcript, _ *Records) { x.Restored[0].Version++ }},
+		"a result less":  {kms.BadSignature, false, func(x *Transcript, _ *Records) { x.Restored = nil }},
+		"another ceremony": {kms.BadSignature, true, func(x *Transcript, _ *Records) {
+			d, _ := approval.ParseCeremony(x.Ceremony)
+			d.Reason = "theft"
+			x.Ceremony = d.Marshal()
+		}},
+		"two contributions":   {kms.NeedsApproval, true, func(x *Transcript, _ *Records) { x.Contributions = x.Contributions[:2] }},
+		"contributions of fr": {kms.NeedsApproval, true, func(x *Transcript, _ *Records) { x.Contributions = slices.DeleteFunc(x.Contributions, site("de")) }},
+		"one contribution thrice": {kms.Denied, true, func(x *Transcript, _ *Records) {
+			y := x.Contributions[0]
+			x.Contributions = []approval.Contribution{y, y, y}
+		}},
+		"another cluster": {kms.Conflict, false, func(_ *Transcript, r *Records) { r.Cluster = strings.Repeat("0", 32) }},
+		"an unknown recovery key": {kms.NotFound, false, func(_ *Transcript, r *Records) {
+			r.Key = func(string, uint64) (approval.RecoveryParams, bool) { return approval.RecoveryParams{}, false }
+		}},
+		"unknown custodians": {kms.Denied, false, func(_ *Transcript, r *Records) {
+			r.Custodian = func(string) (approval.Custodian, bool) { return approval.Custodian{}, false }
+		}},
+	} {
+		bad, r := tr, records
+		bad.Restored, bad.Contributions = slices.Clone(tr.Restored), slices.Clone(tr.Contributions)
+		x.change(&bad, &r)
+		if x.sign {
+			var err error
+			if bad.Signature, err = c.signer.Sign(bad.message(), []byte(TranscriptContext)); err != nil {
+				t.Fatal(err)
 			}
 		}
-		c.Destroy()
-		c.Destroy()
+		if _, err := bad.Verify(r); kms.KindOf(err) != x.kind {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 

@@ -1,17 +1,22 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/wire"
+	"github.com/conclave-kms/conclave/pqc"
 	"github.com/conclave-kms/conclave/test/harness"
 )
 
@@ -66,12 +71,45 @@ func (r *rekeyed) as(id string, args ...string) []string {
 	return append(args, "--custodian", id, "--custodian-key", key, "--pass-file", pass)
 }
 
-// setRecovery has five custodians of three nations hold shares of a recovery key, of
+// enrol makes a custodian more, by proposal.
+func (r *rekeyed) enrol(id, site string) {
+	r.t.Helper()
+	key, pass := r.c.CustodianFiles(id)
+	if err := os.WriteFile(pass, []byte("the passphrase of "+id+"\n"), 0o600); err != nil {
+		r.t.Fatal(err)
+	}
+	r.cli("custodian", "keygen", "--out", key, "--pass-file", pass)
+	public := r.custodian(id).Key.PublicKey()
+	p, err := r.client("fr", "operator").OpenProposal(r.t.Context(), wire.OpenProposalRequest{
+		Action: string(kms.ActionCustodian), Target: "custodian/" + id, Reason: "a third one", Parameters: wire.ProposalParameters{
+			Custodian: &wire.Custodian{ID: id, Site: site, Credentials: []wire.Credential{{ID: pqc.Fingerprint(public), Suite: uint16(pqc.MLDSA65Ed25519), PublicKey: public}}},
+		},
+	})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for _, by := range []string{"fr-1", "de-1", "jp-1"} {
+		r.approve(r.custodian(by), p)
+	}
+	err = harness.Within(r.t.Context(), 30*time.Second, id+" is a custodian", func(ctx context.Context) error {
+		all, err := r.client("fr", "operator").Custodians(ctx)
+		if err == nil && !slices.ContainsFunc(all, func(c wire.Custodian) bool { return c.ID == id }) {
+			err = errors.New("not yet")
+		}
+		return err
+	})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// setRecovery has five custodians of two nations hold shares of a recovery key, of
 // which three from two nations are needed, and waits until it opens something.
 func (r *rekeyed) setRecovery(dir string) {
 	r.t.Helper()
+	r.enrol("de-3", "de")
 	args := []string{"recovery", "create", "berlin", "--residency", "de", "--threshold", "3", "--sites", "2", "--reason", "for a fire", "-o", "json"}
-	for _, id := range []string{"fr-1", "fr-2", "de-1", "de-2", "jp-1"} {
+	for _, id := range []string{"fr-1", "fr-2", "de-1", "de-2", "de-3"} {
 		card := filepath.Join(dir, id+".card")
 		r.cli(r.as(id, "recovery", "card", "--out", card)...)
 		args = append(args, "--card", card)
@@ -105,9 +143,89 @@ func (r *rekeyed) setRecovery(dir string) {
 	}
 }
 
+// ceremony is a run of the coordinator's command.
+type ceremony struct {
+	r    *rekeyed
+	dir  string
+	stop context.CancelFunc
+	done chan struct{}
+	res  harness.Result
+	err  error
+
+	mu   sync.Mutex
+	said bytes.Buffer // by the coordinator, to people
+}
+
+// Write implements io.Writer.
+func (c *ceremony) Write(b []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.said.Write(b)
+}
+
+// begin has the coordinator begin a ceremony and waits for its document.
+func (r *rekeyed) begin() *ceremony {
+	r.t.Helper()
+	ctx, stop := context.WithTimeout(r.t.Context(), 4*time.Minute)
+	c := &ceremony{r: r, dir: filepath.Join(r.t.TempDir(), "ceremony"), stop: stop, done: make(chan struct{})}
+	r.t.Cleanup(func() { stop(); <-c.done })
+	go func() {
+		defer close(c.done)
+		c.res, c.err = harness.Watched(ctx, r.c.Bin.Conclave, r.c.EnvAs("fr", "fr"), nil, c, "ceremony", "run", "berlin", "--dir", c.dir, "--reason", "the token of de burnt")
+	}()
+	err := harness.Within(r.t.Context(), time.Minute, "the ceremony begins", func(context.Context) error { _, err := os.Stat(c.document()); return err })
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return c
+}
+
+func (c *ceremony) document() string { return filepath.Join(c.dir, "ceremony") }
+
+func (c *ceremony) contribute(ids ...string) {
+	c.r.t.Helper()
+	for _, id := range ids {
+		c.r.cli(c.r.as(id, "ceremony", "contribute", c.document(), "--out", filepath.Join(c.dir, id+".contribution"))...)
+	}
+}
+
+// misses waits until the coordinator, with the shares given so far, says what is missing.
+func (c *ceremony) misses(what string) {
+	c.r.t.Helper()
+	err := harness.Within(c.r.t.Context(), time.Minute, "the coordinator misses "+what, func(context.Context) error {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if !strings.Contains(c.said.String(), "missing: "+what) {
+			return fmt.Errorf("it says %q", c.said.String())
+		}
+		return nil
+	})
+	if err != nil {
+		c.r.t.Fatal(err)
+	}
+}
+
+// broughtNothing ends the ceremony and checks that nothing came of it.
+func (c *ceremony) broughtNothing(de *harness.Node) {
+	c.r.t.Helper()
+	select {
+	case <-c.done:
+		c.r.t.Errorf("the ceremony is over: %v, %+v", c.err, c.res)
+	default:
+	}
+	c.stop()
+	<-c.done
+	if _, err := os.Stat(filepath.Join(c.dir, "transcript.json")); !errors.Is(err, os.ErrNotExist) {
+		c.r.t.Errorf("there is a transcript: %v", err)
+	}
+	if n := c.r.node(de.ID); n.Replacing == nil || n.Replacing.Missing != 1 {
+		c.r.t.Errorf("%s is not where it was: %+v", de.ID, n.Replacing)
+	}
+}
+
 // TestRecoveryCeremony loses the only device of a residency, and brings its keys back to
-// a new token with the shares of three custodians of two nations. Two of one nation are
-// taken, and do not suffice.
+// a new token with the shares of three custodians of two nations. Three of one nation do
+// not suffice, and neither do two of two.
 func TestRecoveryCeremony(t *testing.T) {
 	r := newBerlin(t)
 	dir := t.TempDir()
@@ -140,37 +258,23 @@ func TestRecoveryCeremony(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	type outcome struct {
-		res harness.Result
-		err error
-	}
-	ran := make(chan outcome, 1)
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
-	t.Cleanup(cancel)
-	go func() {
-		res, err := r.c.CLI(ctx, r.c.EnvAs("fr", "fr"), "ceremony", "run", "berlin", "--dir", dir, "--reason", "the token of de burnt")
-		ran <- outcome{res, err}
-	}()
-	document := filepath.Join(dir, "ceremony")
-	err = harness.Within(t.Context(), 30*time.Second, "the ceremony begins", func(context.Context) error { _, err := os.Stat(document); return err })
-	if err != nil {
-		t.Fatal(err)
-	}
-	if out := r.cli("ceremony", "show", document).Stdout; !strings.Contains(out, "the token of de burnt") || !strings.Contains(out, de.ID) {
+	few := r.begin()
+	few.contribute("de-1", "de-2", "de-3")
+	few.misses("3 of 3 shares, from 1 of 2 sites")
+	few.broughtNothing(de)
+	c := r.begin()
+	if out := r.cli("ceremony", "show", c.document()).Stdout; !strings.Contains(out, "the token of de burnt") || !strings.Contains(out, de.ID) {
 		t.Errorf("ceremony show: %s", out)
 	}
-	for _, id := range []string{"de-1", "de-2", "jp-1"} {
-		r.cli(r.as(id, "ceremony", "contribute", document, "--out", filepath.Join(dir, id+".contribution"))...)
+	c.contribute("de-1", "fr-2")
+	c.misses("2 of 3 shares, from 2 of 2 sites")
+	c.contribute("de-3")
+	<-c.done
+	if err := errors.Join(c.err, c.res.Err()); err != nil {
+		t.Fatal(err)
 	}
-	o := <-ran
-	if o.err == nil {
-		o.err = o.res.Err()
-	}
-	if o.err != nil {
-		t.Fatal(o.err)
-	}
-	if !strings.Contains(o.res.Stderr, "missing: 2 of 3 shares, from 1 of 2 sites") || !strings.Contains(o.res.Stdout, "1 copies") {
-		t.Errorf("ceremony run said %q and %q", o.res.Stderr, o.res.Stdout)
+	if !strings.Contains(c.res.Stdout, "1 copies") {
+		t.Errorf("ceremony run said %q", c.res.Stdout)
 	}
 	if err := <-done; err != nil {
 		t.Fatal(err)
@@ -178,7 +282,37 @@ func TestRecoveryCeremony(t *testing.T) {
 	r.replaced(de)
 	r.decrypts("de", "berlin", "data", old, beforeRekey)
 	r.decrypts("de", "berlin", "data", r.encrypt("de", "berlin", "data", "after"), "after")
-	if out := r.cli("ceremony", "verify", filepath.Join(dir, "transcript.json")).Stdout; !strings.Contains(out, "jp-1, key SHA256:") || !strings.Contains(out, "keyring berlin") {
-		t.Errorf("ceremony verify: %s", out)
+	r.verifyOffline(c)
+}
+
+// verifyOffline verifies the transcript by a backup, with all nodes stopped, and an
+// altered one, which is refused.
+func (r *rekeyed) verifyOffline(c *ceremony) {
+	r.t.Helper()
+	transcript, kept, id := filepath.Join(c.dir, "transcript.json"), filepath.Join(c.dir, "backup"), r.c.Vars["CONCLAVE_CLUSTER"]
+	r.cli("ceremony", "verify", transcript)
+	r.cli("backup", "create", "--out", kept)
+	for _, n := range r.c.All() {
+		if err := n.Kill(r.t.Context()); err != nil {
+			r.t.Fatal(err)
+		}
+	}
+	out := r.cli("ceremony", "verify", transcript, "--backup", kept, "--cluster", id).Stdout
+	for _, want := range []string{"de-3 of de, key SHA256:", "fr-2 of fr, key SHA256:", "3 custodians of 2 sites", "keyring berlin", "every statement in it verified"} {
+		if !strings.Contains(out, want) {
+			r.t.Errorf("ceremony verify does not say %q: %s", want, out)
+		}
+	}
+	b, err := os.ReadFile(transcript)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	altered := filepath.Join(c.dir, "altered.json")
+	if err := os.WriteFile(altered, bytes.Replace(b, []byte(`"version": 1`), []byte(`"version": 2`), 1), 0o600); err != nil {
+		r.t.Fatal(err)
+	}
+	res, err := r.c.CLI(r.t.Context(), r.c.EnvAs("fr", "fr"), "ceremony", "verify", altered, "--backup", kept, "--cluster", id)
+	if err != nil || res.Code == 0 || !strings.Contains(res.Stderr, "has not signed") {
+		r.t.Errorf("an altered transcript: %v, exit code %d, %q", err, res.Code, res.Stderr)
 	}
 }

@@ -72,6 +72,12 @@ func (e Env) list() []string {
 // for none). An exit code other than 0 is no error here; a program that cannot
 // be started or is cut off by ctx is.
 func Run(ctx context.Context, program string, env Env, stdin io.Reader, args ...string) (Result, error) {
+	return Watched(ctx, program, env, stdin, io.Discard, args...)
+}
+
+// Watched is Run that writes what the program says on its standard error to said, too,
+// as it comes.
+func Watched(ctx context.Context, program string, env Env, stdin io.Reader, said io.Writer, args ...string) (Result, error) {
 	r := Result{Args: args}
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Env = env.list()
@@ -80,7 +86,7 @@ func Run(ctx context.Context, program string, env Env, stdin io.Reader, args ...
 	}
 	cmd.Stdin = stdin
 	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	cmd.Stdout, cmd.Stderr = &stdout, io.MultiWriter(&stderr, said)
 	err := cmd.Run()
 	r.Stdout, r.Stderr = stdout.String(), stderr.String()
 	var exit *exec.ExitError
