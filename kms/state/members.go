@@ -21,10 +21,14 @@ func (t *tx) changeNode(id string, p approval.Proposal) error {
 	if params.Change == approval.NodeReplaceRoot {
 		return t.replaceRoot(id, p)
 	}
-	if err := t.membersMayChange(); err != nil {
+	r := t.reader()
+	leaving := "" // the site of a node that is to go
+	if params.Change == approval.NodeRemove {
+		leaving, _ = r.siteOf(id)
+	}
+	if err := t.membersMayChange(leaving); err != nil {
 		return err
 	}
-	r := t.reader()
 	change := Membership{Node: id, Before: r.members(), Proposal: approval.ProposalID(p.Marshal()), Index: t.index}
 	switch params.Change {
 	case approval.NodeJoin:
@@ -43,9 +47,12 @@ func (t *tx) changeNode(id string, p approval.Proposal) error {
 }
 
 // membersMayChange refuses a change of the members while the one before it is under
-// way, or while a node's program does not know of such changes. When a stored statement
+// way, or while a node's program does not know of such changes. leaving is the site of a
+// node that is to be removed, "" for another change: what that site's nodes announce does
+// not count then, for a node that never announces anything, dead or hostile, could else
+// never be removed. When a stored statement
 // is replayed, who had confirmed and announced what by then cannot be told.
-func (t *tx) membersMayChange() error {
+func (t *tx) membersMayChange(leaving string) error {
 	if t.replay {
 		return nil
 	}
@@ -54,13 +61,14 @@ func (t *tx) membersMayChange() error {
 			Msg: "the change of members about node " + m.Node + " by proposal " + m.Proposal + " is not complete: one change at a time",
 			Fix: "wait until Raft counts with it (conclave status), then try again"}
 	}
-	return t.before.knownToAll("changes of the members")
+	return t.before.knownToAll("changes of the members", leaving)
 }
 
 // knownToAll refuses what a program from before changes of nodes and sites would
-// judge otherwise.
-func (s *State) knownToAll(what string) error {
-	if lacking := s.Lacking(CommandKind{TypeConfirmMembers, 1}); len(lacking) > 0 {
+// judge otherwise, but for nodes of the site without.
+func (s *State) knownToAll(what, without string) error {
+	lacking := s.lackingBut(CommandKind{TypeConfirmMembers, 1}, without)
+	if len(lacking) > 0 {
 		return &kms.Error{Kind: kms.Unavailable,
 			Msg: "the release that node " + lacking[0] + " runs has not announced that it knows " + what,
 			Fix: "start the node, with a newer release if need be"}
@@ -151,10 +159,12 @@ func (t *tx) removeNode(id string, leave bool, p approval.Proposal) error {
 	}
 	gone := Removal{Node: n, Proposal: approval.ProposalID(p.Marshal()), Time: t.clock, Index: t.index}
 	for _, k := range r.keyrings() {
-		if n.Root == 0 || !slices.Contains(k.Residency, n.Site) {
+		// Also of a node that has not adopted its first root: copies were sealed to that
+		// as soon as it was approved, and its device opens them, adopted or not.
+		if !slices.Contains(k.Residency, n.Site) {
 			continue
 		}
-		if len(r.residents(k.Residency)) == 1 && !leave {
+		if n.Root != 0 && len(r.residents(k.Residency)) == 1 && !leave {
 			return &kms.Error{Kind: kms.Conflict,
 				Msg: "node " + id + " is the last one that can open keyring " + k.Name + ": its keys would be lost",
 				Fix: "let another node of its residency join first, or propose the removal with leave if the keys may be lost"}

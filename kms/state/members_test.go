@@ -142,7 +142,7 @@ func TestJoinRefused(t *testing.T) {
 	_, good := w.JoinParams(fr2, "fr", false)
 	other, _ := w.JoinParams("node-fr-3", "fr", false)
 	gone, _ := w.State().Removal("node-jp-2")
-	if gone.Node.Root != 0 || len(gone.Keyrings) != 0 {
+	if gone.Node.Root != 0 || !slices.Equal(gone.Keyrings, []state.LeftKEK{{Keyring: "coalition", Version: 1}}) {
 		t.Errorf("a node that never adopted a root leaves %+v", gone)
 	}
 	jp, _ := w.State().Node("node-jp-1")
@@ -204,6 +204,58 @@ func TestMembersNeedAnnouncement(t *testing.T) {
 			t.Errorf("%s: %v", node, r.Err())
 		}
 	}
+}
+
+// TestRemoveSilent: a site whose nodes never say what their programs know can be removed
+// all the same, node by node; until then it holds up the rest.
+func TestRemoveSilent(t *testing.T) {
+	w := statetest.New(t, statetest.Options{NodesPerSite: 2})
+	const silent = "jp"
+	for _, node := range w.NodeIDs() {
+		if n, _ := w.State().Node(node); n.Site != silent {
+			news, _ := w.State().News(node, state.Program("test"))
+			w.Do(node, news)
+		}
+	}
+	carry := func(target string, params approval.NodeParams) {
+		t.Helper()
+		id := w.Propose(kms.ActionNode, target, params)
+		w.Approve(id, "fr-1", "de-1")
+		if r := w.Execute(id); r.Kind != 0 {
+			t.Fatal(r.Err())
+		}
+		if r := w.Apply(w.Command(fr, w.ConfirmCommand())); r.Kind != 0 {
+			t.Fatal(r.Err())
+		}
+		restoreBoth(t, w.State())
+	}
+	_, join := w.JoinParams("node-fr-3", "fr", false)
+	p := w.Proposal(kms.ActionNode, "node/node-fr-3", join)
+	if r := w.Apply(w.Command(fr, state.OpenProposal{Proposal: p.Marshal()}, statetest.As(p.Proposer))); r.Kind != kms.Unavailable {
+		t.Fatalf("a join while nodes say nothing: %v", r.Err())
+	}
+	for _, n := range w.State().NodesOf(silent) {
+		carry(approval.NodeTarget(n.ID), approval.NodeParams{Change: approval.NodeRemove})
+	}
+	carry("node/node-fr-3", join)
+}
+
+// TestRemoveJoining: the device of a node that was to join has opened what was sealed to
+// it, also if it never adopted its root; its removal asks for new KEKs.
+func TestRemoveJoining(t *testing.T) {
+	w := populated(t)
+	w.Join(fr2, "fr")
+	w.Reseal(fr2)
+	w.RemoveNode(fr2, false)
+	gone, _ := w.State().Removal(fr2)
+	want := []state.LeftKEK{{Keyring: "coalition", Version: 1}, {Keyring: "home", Version: 1}, {Keyring: "vault"}}
+	if !slices.Equal(gone.Keyrings, want) {
+		t.Errorf("left: %+v", gone.Keyrings)
+	}
+	if by, wanted := w.State().RotationWanted("coalition"); !wanted || by != fr2 {
+		t.Errorf("no rotation is asked for: %q %v", by, wanted)
+	}
+	restoreBoth(t, w.State())
 }
 
 // TestPromoteRefused: only a node that is there becomes a voter, and none that gives

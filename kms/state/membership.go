@@ -113,7 +113,7 @@ func (s *State) PendingMembers() (before []Member, pending bool) {
 // Removal is a node that was removed. Its identifier and its keys never come back.
 type Removal struct {
 	Node     Node      `cbor:"node"`     // as it was
-	Keyrings []LeftKEK `cbor:"keyrings"` // for which it was resident, sorted by name
+	Keyrings []LeftKEK `cbor:"keyrings"` // whose keys its device could open, adopted or not; sorted by name
 	Proposal string    `cbor:"proposal"`
 	Time     int64     `cbor:"time"`  // cluster clock
 	Index    uint64    `cbor:"index"` // of the execution in the log

@@ -155,10 +155,25 @@ func (s *State) Lacking(k CommandKind) []string {
 	return l
 }
 
+// lackingBut is Lacking without the nodes of a site.
+func (s *State) lackingBut(k CommandKind, site string) []string {
+	return slices.DeleteFunc(s.Lacking(k), func(id string) bool {
+		n, _ := s.Node(id)
+		return n.Site == site
+	})
+}
+
 // checkKind refuses a command of a kind that some node may not know. It looks at the
-// state alone, so that a program that does not know the kind decides likewise.
+// state alone, so that a program that does not know the kind decides likewise. The
+// confirmation of a removal does not wait for the other nodes of that site, see
+// membersMayChange.
 func (s *State) checkKind(e Envelope) error {
-	lacking := s.Lacking(CommandKind{e.Type, e.Version})
+	kind, leaving := CommandKind{e.Type, e.Version}, ""
+	if m, ok := s.Membership(); ok && m.Confirmed == 0 && kind == (CommandKind{TypeConfirmMembers, 1}) {
+		gone, _ := s.Removal(m.Node)
+		leaving = gone.Node.Site
+	}
+	lacking := s.lackingBut(kind, leaving)
 	if len(lacking) == 0 {
 		return nil
 	}

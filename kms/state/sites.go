@@ -73,7 +73,7 @@ func (t *tx) changeSite(id string, p approval.Proposal) error {
 		return err
 	}
 	if !t.replay {
-		if err := t.before.knownToAll("changes of sites"); err != nil {
+		if err := t.before.knownToAll("changes of sites", ""); err != nil {
 			return err
 		}
 	}
