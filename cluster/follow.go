@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -29,6 +30,7 @@ func (n *Node) followLoop(ctx context.Context) {
 	defer tick.Stop()
 	var said string
 	var gone time.Time // when this node was first seen removed
+	var trusted string // the CAs that connections were held against
 	strangers, leaving := map[string]time.Time{}, map[raft.ServerID]time.Time{}
 	for {
 		select {
@@ -39,6 +41,7 @@ func (n *Node) followLoop(ctx context.Context) {
 		n.noteBegun()
 		n.keepMembers()
 		n.dropStrangers(strangers)
+		trusted = n.dropUntrusted(trusted)
 		if n.State().Removed(n.cfg.NodeID) {
 			if gone.IsZero() {
 				gone = time.Now()
@@ -70,6 +73,22 @@ func (n *Node) dropStrangers(since map[string]time.Time) {
 			n.wire.drop(peer)
 		}
 	}
+}
+
+// dropUntrusted ends the connections that rest on a CA which custodians have taken out of
+// its site's bundle since: a certificate is looked at when a connection begins, and the
+// connection could outlive the trust for as long as the certificate runs. was is what the last
+// call returned.
+func (n *Node) dropUntrusted(was string) string {
+	st := n.State()
+	var now strings.Builder
+	for _, s := range st.Sites() {
+		fmt.Fprintf(&now, "%s %d\n", s.ID, st.SiteRevision(s.ID))
+	}
+	if now.String() != was {
+		n.wire.recheck(st.Removed) // a removed node is told so first
+	}
+	return now.String()
 }
 
 // noteBegun records that the log of a node that joins has begun.

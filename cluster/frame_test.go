@@ -109,7 +109,7 @@ func TestJudge(t *testing.T) {
 	a, b, c := []byte("aaaaaaaa"), []byte("bbbbbbbb"), []byte("cccccccc")
 	for _, tc := range []struct {
 		name   string
-		nodes  int
+		voters int
 		others map[string][]byte
 		halt   bool
 	}{
@@ -125,8 +125,27 @@ func TestJudge(t *testing.T) {
 		{"three against one", 4, map[string][]byte{"2": b, "3": b, "4": b}, true},
 		{"a majority against this one, one does not answer", 5, map[string][]byte{"2": b, "3": b, "4": b}, true},
 	} {
-		if err := judge(8, tc.nodes, a, tc.others); (err != nil) != tc.halt {
+		if err := judge(8, tc.voters, true, a, tc.others); (err != nil) != tc.halt {
 			t.Errorf("%s: got %v", tc.name, err)
+		}
+	}
+	// A node without a vote is judged by the voters and does not count itself.
+	for _, tc := range []struct {
+		name   string
+		voters int
+		others map[string][]byte
+		halt   bool
+	}{
+		{"the only voter agrees", 1, map[string][]byte{"1": a}, false},
+		{"the only voter differs", 1, map[string][]byte{"1": b}, true},
+		{"nobody answers", 3, nil, false},
+		{"one of three is wrong", 3, map[string][]byte{"1": a, "2": a, "3": b}, false},
+		{"two of three differ", 3, map[string][]byte{"1": b, "2": b}, true},
+		{"one against one, one does not answer", 3, map[string][]byte{"1": a, "2": b}, false},
+		{"two against two", 4, map[string][]byte{"1": a, "2": a, "3": b, "4": b}, true},
+	} {
+		if err := judge(8, tc.voters, false, a, tc.others); (err != nil) != tc.halt {
+			t.Errorf("without a vote, %s: got %v", tc.name, err)
 		}
 	}
 }

@@ -17,8 +17,10 @@ const keepHashes = 8
 
 // hashes compares the states of the nodes. Whenever the cluster log's size is a
 // multiple of every, each node hashes its state in the background and asks the
-// others for theirs at the same size. A node that differs from a majority halts;
-// so do all if every node has answered and no majority agrees.
+// voters for theirs at the same size. A node that differs from a majority of the voters
+// halts; so do all if every voter has answered and no majority agrees. Other nodes are
+// not asked: no site has a majority of the voters, but one could have it of all nodes,
+// and stop everybody else with hashes that it made up.
 type hashes struct {
 	every   uint64
 	work    chan *state.State
@@ -79,46 +81,62 @@ func (h *hashes) at(size uint64) []byte {
 	return h.known[size]
 }
 
-// judge decides on the hashes collected from the other nodes. nodes counts all
-// nodes, this one included. It returns an error if this node must halt.
-func judge(size uint64, nodes int, own []byte, others map[string][]byte) error {
-	votes := map[string]int{string(own): 1}
+// judge decides on the hashes collected from other voters. voters counts all of them,
+// this node included if it votes. It returns an error if this node must halt.
+func judge(size uint64, voters int, votes bool, own []byte, others map[string][]byte) error {
+	counts, rest := map[string]int{}, voters
+	if votes {
+		counts[string(own)], rest = 1, voters-1
+	}
 	var differ string
 	for id, sum := range others {
-		votes[string(sum)]++
+		counts[string(sum)]++
 		if !bytes.Equal(sum, own) {
 			differ = id
 		}
 	}
-	if differ == "" || votes[string(own)]*2 > nodes {
+	if differ == "" || counts[string(own)]*2 > voters {
 		return nil
 	}
 	majority := false
-	for _, v := range votes {
-		majority = majority || v*2 > nodes
+	for _, c := range counts {
+		majority = majority || c*2 > voters
 	}
-	if !majority && len(others) < nodes-1 {
-		return nil // undecided: the missing nodes may settle it at the next comparison
+	if !majority && len(others) < rest {
+		return nil // undecided: the missing ones may settle it at the next comparison
 	}
 	return kms.Errorf(kms.Internal, "the state of this node at log size %d (hash %s) differs from that of node %s and others (%s); "+
 		"keep its data directory for examination and set the node up anew", size, hex.EncodeToString(own[:8]), differ, hex.EncodeToString(others[differ][:8]))
 }
 
-// compareHashes collects the hashes of the other nodes and judges them. Nodes
+// compareHashes collects the hashes of the other voters and judges them. Nodes
 // that are behind are asked again a few times.
 func (n *Node) compareHashes(ctx context.Context, size uint64, own []byte) error {
-	nodes := n.State().Nodes()
+	var ask []string
+	votes := false
+	for _, m := range n.State().Members() {
+		switch {
+		case m.ID == n.cfg.NodeID:
+			votes = m.Voter
+		case m.Voter:
+			ask = append(ask, m.ID)
+		}
+	}
+	voters := len(ask)
+	if votes {
+		voters++
+	}
 	others := map[string][]byte{}
 	for range 5 {
-		for _, peer := range nodes {
-			if peer.ID == n.cfg.NodeID || others[peer.ID] != nil {
+		for _, peer := range ask {
+			if others[peer] != nil {
 				continue
 			}
-			if sum := n.askHash(ctx, peer.ID, size); len(sum) == len(own) {
-				others[peer.ID] = sum
+			if sum := n.askHash(ctx, peer, size); len(sum) == len(own) {
+				others[peer] = sum
 			}
 		}
-		if err := judge(size, len(nodes), own, others); err != nil || len(others) == len(nodes)-1 {
+		if err := judge(size, voters, votes, own, others); err != nil || len(others) == len(ask) {
 			return err
 		}
 		select {

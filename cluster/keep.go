@@ -186,7 +186,8 @@ func (n *Node) answerMemory(peer string, req request) response {
 	if _, ok := n.State().Node(peer); !ok {
 		return errorResponse(kms.Errorf(kms.Denied, "%q is not a node of this cluster", peer))
 	}
-	if err := n.memory.others.note(peer, req.Raw); err != nil {
+	verify := func(m mark) error { return m.verify(n.machine.cluster, peer, knownKeys(n.State(), peer)) }
+	if err := n.memory.others.note(peer, req.Raw, verify); err != nil {
 		return errorResponse(err)
 	}
 	return response{Status: statusOK}

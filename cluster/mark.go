@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/ed25519"
@@ -147,24 +148,35 @@ func (k *marker) at(p position, counter uint64) mark {
 }
 
 // ownKeys are the keys with which this node's device may have signed: the present
-// root's, and of what the state knows the former and the next.
+// root's, and those that the state knows.
 func ownKeys(t *trust, st *state.State) []signingKey {
-	keys := []signingKey{{t.suite, t.signing}}
+	return append([]signingKey{{t.suite, t.signing}}, knownKeys(st, t.node)...)
+}
+
+// knownKeys are the signing keys of a node's present root, the former ones and the next.
+func knownKeys(st *state.State, node string) (keys []signingKey) {
 	add := func(suite uint16, public []byte) {
 		if len(public) > 0 {
 			keys = append(keys, signingKey{pqc.SuiteID(suite), public})
 		}
 	}
-	if n, ok := st.Node(t.node); ok {
+	if n, ok := st.Node(node); ok {
 		add(n.SigningSuite, n.Signing)
 	}
-	if next, ok := st.Replacement(t.node); ok {
+	if next, ok := st.Replacement(node); ok {
 		add(next.New.SigningSuite, next.New.Signing)
 	}
-	for _, f := range st.FormerRoots(t.node) {
+	for _, f := range st.FormerRoots(node) {
 		add(f.SigningSuite, f.Signing)
 	}
 	return keys
+}
+
+// follows checks that a mark is of the same run of a node as one that was verified
+// before, and signed. It spares the device's signature, which is the same.
+func (m mark) follows(was mark) bool {
+	return m.Run.Cluster == was.Run.Cluster && m.Run.Node == was.Run.Node && bytes.Equal(m.Run.Key, was.Run.Key) &&
+		bytes.Equal(m.Device, was.Device) && ed25519.Verify(m.Run.Key, m.body(), m.Sig)
 }
 
 // made reports whether a mark was made in this run.

@@ -13,6 +13,7 @@ import (
 	"github.com/conclave-kms/conclave/cluster"
 	"github.com/conclave-kms/conclave/cluster/clustertest"
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/state/statetest"
 )
@@ -122,6 +123,26 @@ func TestRemovedIsHungUpOn(t *testing.T) {
 	if c.Node(stubborn).State().Removed(id) {
 		t.Error("it has learnt of its removal all the same")
 	}
+}
+
+// A connection does not outlive the trust in the CA that it rests on.
+func TestUntrustedIsHungUpOn(t *testing.T) {
+	t.Parallel()
+	c := clustertest.New(t, clustertest.Options{})
+	c.Attach()
+	i := c.Follower()
+	site, id := c.Members[i].Site, c.Members[i].ID
+	c.SameState(c.Propose(0, c.Tick(0)).Index)
+	fresh := clustertest.NewCA(t, "another CA of "+site)
+	c.World.Carry(kms.ActionSite, approval.SiteTarget(site), approval.SiteParams{Change: approval.SiteCAs, CAs: [][]byte{fresh.Certificate.Raw}})
+	c.Until("nobody holds a connection with a node whose CA is gone", func() bool {
+		for _, k := range c.Running() {
+			if k != i && slices.Contains(c.Node(k).Connected(), id) {
+				return false
+			}
+		}
+		return true
+	})
 }
 
 // A list of servers that nobody has approved gets into no log but that of the leader

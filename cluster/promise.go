@@ -94,13 +94,19 @@ func (p *promises) of(node string) []byte {
 	return p.marks[node]
 }
 
-// note keeps a mark that a node gave of itself, unless what is kept goes further.
-// Whether it holds is for the node to verify when it gets it back: it could only
-// deceive itself. Errors: kms.Invalid, kms.TooLarge.
-func (p *promises) note(node string, raw []byte) error {
+// note keeps a mark that a node gave of itself, unless what is kept goes further. verify
+// says whether it is signed by the node's device: a certificate alone, which lies on the
+// node's disk, does not replace what the node had promised. Errors: kms.Invalid,
+// kms.TooLarge, verify's.
+func (p *promises) note(node string, raw []byte, verify func(mark) error) error {
 	m, err := parseMark(raw)
 	if err != nil {
 		return err
+	}
+	if was, err := parseMark(p.of(node)); err != nil || !m.follows(was) {
+		if err := verify(m); err != nil {
+			return err
+		}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()

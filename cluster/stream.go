@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"log/slog"
+	"maps"
 	"net"
 	"slices"
 	"sync"
@@ -242,6 +243,23 @@ func (s *stream) drop(peer string) {
 	s.mu.Unlock()
 	for _, c := range l {
 		_ = c.Close()
+	}
+}
+
+// recheck closes the connections with peers that would not be let in now, for their
+// site's CA is trusted no more; but not those of whom skip says so.
+func (s *stream) recheck(skip func(peer string) bool) {
+	s.mu.Lock()
+	l := slices.Collect(maps.Keys(s.conns))
+	s.mu.Unlock()
+	for _, c := range l {
+		if skip(c.peer) {
+			continue
+		}
+		if _, err := verifyPeer(s.dir(), s.self, c.peer, c.ConnectionState()); err != nil {
+			s.log.Warn("closing a connection whose certificate is not trusted any more", "peer", c.peer, "error", err)
+			_ = c.Close()
+		}
 	}
 }
 

@@ -46,6 +46,7 @@ type wire interface {
 	group(peer string) (tls.CurveID, bool) // of the last handshake
 	connected() []string                   // peers that there are connections with
 	drop(peer string)                      // closes them
+	recheck(skip func(peer string) bool)   // closes those whose certificate is no longer good
 	hangUp()
 	Close() error
 }
@@ -113,6 +114,7 @@ func (g givenWire) transport() raft.Transport        { return g.w }
 func (g givenWire) group(string) (tls.CurveID, bool) { return 0, false }
 func (g givenWire) connected() []string              { return nil } // it knows who may connect
 func (g givenWire) drop(string)                      {}
+func (g givenWire) recheck(func(string) bool)        {}
 func (g givenWire) hangUp()                          { g.w.HangUp() }
 
 func (g givenWire) Close() error {
