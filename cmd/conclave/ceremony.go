@@ -50,12 +50,17 @@ func (a *app) ceremonyRunCommand() *cobra.Command {
 	var dir, reason string
 	var number uint64
 	var lifetime time.Duration
+	var trust bool
 	cmd := &cobra.Command{
 		Use:   "run NAME --dir DIR --reason TEXT",
 		Short: "Coordinate a ceremony for the recovery key NAME, from beginning to end",
 		Long: `Coordinate a ceremony for the recovery key NAME. It writes DIR/ceremony for the
 custodians and waits until enough of their contributions lie in DIR as ` + "*" + contributionSuffix + ` files.
-The ceremony's keys exist in this process alone: when it ends, begin another ceremony.`,
+The ceremony's keys exist in this process alone: when it ends, begin another ceremony.
+
+What the node says of the recovery key and of the next hardware roots is held against the
+signatures of the custodians who approved them. Read the ceremony's identifier, which
+ceremony show prints, to the custodians: whoever else sends them a document wants their shares.`,
 		Args: arguments("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if dir == "" || reason == "" {
@@ -65,7 +70,7 @@ The ceremony's keys exist in this process alone: when it ends, begin another cer
 				return err
 			}
 			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
-				o, k, err := occasion(ctx, c, args[0], number)
+				o, k, err := occasion(ctx, c, args[0], number, trust)
 				if err != nil {
 					return err
 				}
@@ -88,11 +93,13 @@ The ceremony's keys exist in this process alone: when it ends, begin another cer
 	f.StringVar(&reason, "reason", "", "`TEXT`: why; part of what custodians sign")
 	f.Uint64Var(&number, "number", 0, "`N` of the recovery key (default: the one in use)")
 	f.DurationVar(&lifetime, "lifetime", 24*time.Hour, "give up after this time, 7 days at most")
+	trustNode(f, &trust)
 	return cmd
 }
 
-// occasion asks the cluster what a ceremony would be about.
-func occasion(ctx context.Context, c *client.Client, name string, number uint64) (recovery.Occasion, wire.RecoveryKey, error) {
+// occasion asks the cluster what a ceremony would be about, and verifies that custodians
+// have approved it unless the node is trusted.
+func occasion(ctx context.Context, c *client.Client, name string, number uint64, trust bool) (recovery.Occasion, wire.RecoveryKey, error) {
 	st, err := c.Status(ctx)
 	if err != nil {
 		return recovery.Occasion{}, wire.RecoveryKey{}, err
@@ -107,6 +114,11 @@ func occasion(ctx context.Context, c *client.Client, name string, number uint64)
 	}
 	if len(k.KEKs) == 0 {
 		return recovery.Occasion{}, k, kms.Errorf(kms.NotFound, "nothing was ever sealed to recovery key %s number %d", k.Name, k.Number)
+	}
+	if !trust {
+		if err := approvedByCustodians(ctx, c.Evidence, st.Cluster, k, p); err != nil {
+			return recovery.Occasion{}, k, err
+		}
 	}
 	o := recovery.Occasion{Cluster: st.Cluster, Name: k.Name, Number: k.Number, Params: p}
 	for _, r := range k.Roots {
@@ -258,13 +270,17 @@ func (a *app) ceremonyShowCommand() *cobra.Command {
 func (a *app) ceremonyContributeCommand() *cobra.Command {
 	var by custodianKey
 	var out string
+	var trust, yes bool
 	cmd := &cobra.Command{
 		Use:   "contribute FILE --custodian ID --custodian-key FILE --out FILE",
 		Short: "Give your share to a ceremony",
 		Long: `Give your share to the ceremony whose document FILE is. The command first holds it
 against the cluster: the roots that are to get the keys must be those that custodians
-have approved. It then opens your share with your key file, seals it to the ceremony's
-key, and signs that with the document.`,
+have approved, by their signatures. It shows the document and asks; then it opens your share
+with your key file, seals it to the ceremony's key, and signs that with the document.
+
+Who holds the ceremony's key gets the shares: compare its identifier with the one that
+the coordinator reads to you, by another way than the one on which FILE came.`,
 		Args: arguments("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if out == "" {
@@ -280,12 +296,17 @@ key, and signs that with the document.`,
 			}
 			defer key.Destroy()
 			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
-				o, k, err := occasion(ctx, c, doc.Recovery, doc.Number)
+				o, k, err := occasion(ctx, c, doc.Recovery, doc.Number, trust)
 				if err != nil {
 					return err
 				}
 				if err := approvedRoots(doc, o, k); err != nil {
 					return err
+				}
+				if !yes {
+					if err := confirmShare(cmd, b, doc); err != nil {
+						return err
+					}
 				}
 				x, err := recovery.Contribute(b, o.Params, by.custodian, key, time.Now())
 				if err != nil {
@@ -303,8 +324,28 @@ key, and signs that with the document.`,
 		},
 	}
 	cmd.Flags().StringVar(&out, "out", "", "`FILE` to write, DIR/ID"+contributionSuffix)
+	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask before the share is given")
+	trustNode(cmd.Flags(), &trust)
 	by.flags(cmd)
 	return cmd
+}
+
+// confirmShare shows the document and asks.
+func confirmShare(cmd *cobra.Command, b []byte, doc approval.Ceremony) error {
+	quiet := app{output: "table"}
+	out := cmd.OutOrStdout()
+	cmd.SetOut(cmd.ErrOrStderr())
+	err := quiet.show(cmd, nil, func(w io.Writer) { showCeremony(w, b, doc) })
+	cmd.SetOut(out)
+	if err != nil {
+		return err
+	}
+	fmt.Fprint(cmd.ErrOrStderr(), "\nDoes the coordinator read the same ceremony to you, and do you give your share to it? Type yes: ")
+	var answer string
+	if _, err := fmt.Fscanln(cmd.InOrStdin(), &answer); err != nil || answer != "yes" {
+		return usagef("no share was given; answer yes, or give --yes")
+	}
+	return nil
 }
 
 // createWhole writes a file that must not exist yet so that nobody sees half of it.

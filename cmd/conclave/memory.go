@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -260,6 +261,34 @@ func (a *app) remember(ctx context.Context, cmd *cobra.Command, c *client.Client
 func (a *app) nextEpoch(st *state.State) uint64 {
 	m, _, _ := recall(st.Cluster()) // not readable: the state's
 	return max(st.Epoch(), m.Epoch) + 1
+}
+
+// contradicts refuses the state of a backup that cannot be of the history which this person
+// has seen: another log of the same length, or one that is as long and lacks a vote that
+// this person has cast. A backup is signed by one node, and statements that this node has
+// left out are not missed by those that are in it. A backup from before what was seen
+// contradicts nothing; see remembersMore.
+func (a *app) contradicts(st *state.State) error {
+	m, known, err := recall(st.Cluster())
+	if err != nil || !known || m.Lineage != st.Lineage() || m.LogSize > st.LogSize() {
+		return err
+	}
+	const fix = "do not sign anything; compare with backups from nodes of other sites (conclave backup create, verify)"
+	if m.LogSize == st.LogSize() && !bytes.Equal(m.LogRoot, st.LogRoot()) {
+		return &kms.Error{Kind: kms.Conflict, Fix: fix,
+			Msg: fmt.Sprintf("the backup has another log of %d entries (root %x) than node %s showed to this person on %s (root %x)", st.LogSize(), st.LogRoot(), m.Node, when(m.Time), m.LogRoot)}
+	}
+	for _, v := range m.Votes {
+		if v.Lineage != m.Lineage {
+			continue
+		}
+		p, _ := st.Proposal(v.Proposal)
+		if !slices.ContainsFunc(p.Votes, func(x state.Vote) bool { return x.Statement.Custodian == v.Custodian }) {
+			return &kms.Error{Kind: kms.Conflict, Fix: fix,
+				Msg: fmt.Sprintf("the backup lacks the vote of %s on proposal %s, which the cluster had recorded on %s, though its log is said to be longer: something was left out of it", v.Custodian, v.Proposal, when(v.Time))}
+		}
+	}
+	return nil
 }
 
 // remembersMore says what this person has seen after a backup's state, "" for nothing.

@@ -7,6 +7,9 @@ import (
 	"time"
 
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
+	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/kms/state/statetest"
 	"github.com/conclave-kms/conclave/kms/wire"
 )
 
@@ -62,4 +65,44 @@ func TestMemory(t *testing.T) {
 	if _, _, err := recall("../" + someCluster); !errors.Is(err, kms.Invalid) {
 		t.Errorf("a cluster of that name: %v", err)
 	}
+}
+
+// TestContradicts: a backup with a log as long as the one seen, but another, or without a
+// vote that this person has cast, is refused; an older one is not.
+func TestContradicts(t *testing.T) {
+	t.Setenv(memoryEnv, t.TempDir())
+	w := statetest.New(t, statetest.Options{})
+	a := &app{}
+	check := func(what string, st *state.State, refused bool) {
+		t.Helper()
+		if err := a.contradicts(st); (kms.KindOf(err) == kms.Conflict) != refused || !refused && err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	w.Do("node-fr-1", state.Tick{})
+	older := w.State()
+	check("a backup of a cluster that was never seen", older, false)
+	without := older // the same history without the vote
+	for range 3 {
+		without, _ = without.Apply(without.Index()+1, []byte("noise"))
+	}
+	id := w.Propose(kms.ActionCustodian, "custodian/fr-1", approval.CustodianParams{Custodian: approval.Custodian{ID: "fr-1", Site: "fr", Revoked: true}})
+	w.Approve(id, "de-1")
+	now := w.State()
+	m := memory{Format: memoryFormat, Cluster: now.Cluster(), Lineage: now.Lineage(), LogSize: now.LogSize(), LogRoot: now.LogRoot(),
+		Votes: []ballot{{Proposal: id, Custodian: "de-1", Verdict: "approve", Lineage: now.Lineage()}}}
+	if err := m.save(); err != nil {
+		t.Fatal(err)
+	}
+	w.Do("node-fr-1", state.Tick{})
+	check("the same", now, false)
+	check("a later one", w.State(), false)
+	check("an older one", older, false)
+	check("a longer log without the vote", without, true)
+	m.LogRoot = append([]byte{}, make([]byte, 32)...)
+	m.Votes = nil
+	if err := m.save(); err != nil {
+		t.Fatal(err)
+	}
+	check("another log of that length", now, true)
 }

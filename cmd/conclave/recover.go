@@ -308,7 +308,10 @@ func (a *app) recoverApproveCommand() *cobra.Command {
 replaced by one that holds the approval too: pass it on to the next custodian.
 
 If this program has seen a later state of the cluster than the backup's, it says so:
-what came after the backup is lost.`,
+what came after the backup is lost. A backup that contradicts what it has seen is refused.
+A backup is one node's word for what was decided last: before you sign, compare its state
+hash and log root with a backup that a node of another site made, or with what custodians
+of other sites have seen.`,
 		Args: arguments("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if keyFile == "" {
@@ -326,6 +329,9 @@ what came after the backup is lost.`,
 				return err
 			}
 			if err := a.checkStatementTime(p, time.Now()); err != nil {
+				return err
+			}
+			if err := a.contradicts(st); err != nil {
 				return err
 			}
 			if !yes {

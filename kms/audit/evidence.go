@@ -104,6 +104,7 @@ type Report struct {
 	Rejections  []Approval        `json:"rejections,omitempty"`
 	Executor    string            `json:"executor"`            // node that carried it out
 	Executed    int64             `json:"executed"`            // when, by that node's signed time, Unix milliseconds
+	Site        string            `json:"site,omitempty"`      // of the node, for a decision on one
 	Version     uint32            `json:"version,omitempty"`   // new key version, for a rotation
 	Generated   kms.Generated     `json:"generated,omitempty"` // where it was made, for a rotation of protection hardware
 	Receipts    []string          `json:"receipts,omitempty"`  // nodes that proved that they can open it

@@ -158,6 +158,9 @@ func (w *replay) verifyTarget(e Evidence, out decided, r *Report) error {
 		if err := w.govern(out); err != nil {
 			return err
 		}
+		if n, ok := w.node(name); ok && kind == approval.TargetNode {
+			r.Site = n.Site
+		}
 		w.reportAdoption(out, r)
 		return nil
 	}

@@ -88,7 +88,7 @@ func recoveryKeyView(st *state.State, k state.RecoveryKey) wire.RecoveryKey {
 	}
 	for _, r := range st.Replacements() {
 		if n, _ := st.Node(r.Node); slices.Contains(k.Params.Residency, n.Site) {
-			v.Roots = append(v.Roots, wire.RecoveryRoot{Node: r.Node, Root: r.Root, Suite: r.New.Suite, Agreement: r.New.Agreement})
+			v.Roots = append(v.Roots, wire.RecoveryRoot{Node: r.Node, Root: r.Root, Suite: r.New.Suite, Agreement: r.New.Agreement, Proposal: r.Proposal})
 		}
 	}
 	return v

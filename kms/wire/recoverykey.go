@@ -55,6 +55,7 @@ type RecoveryRoot struct {
 	Root      uint32 `json:"root"`
 	Suite     uint16 `json:"suite"`
 	Agreement []byte `json:"agreement"`
+	Proposal  string `json:"proposal"` // by which custodians approved it
 }
 
 // RestoreRequest is the body of POST /v1/recovery-keys/restore: what came out of a

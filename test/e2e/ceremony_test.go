@@ -185,7 +185,7 @@ func (c *ceremony) document() string { return filepath.Join(c.dir, "ceremony") }
 func (c *ceremony) contribute(ids ...string) {
 	c.r.t.Helper()
 	for _, id := range ids {
-		c.r.cli(c.r.as(id, "ceremony", "contribute", c.document(), "--out", filepath.Join(c.dir, id+".contribution"))...)
+		c.r.cli(c.r.as(id, "ceremony", "contribute", c.document(), "--yes", "--out", filepath.Join(c.dir, id+".contribution"))...)
 	}
 }
 
