@@ -19,6 +19,9 @@ import (
 var version = "unknown"
 
 func main() {
+	// A custodian's key, or a recovery key, is nothing for a core file. Lowering a limit
+	// never fails.
+	_ = syscall.Setrlimit(syscall.RLIMIT_CORE, &syscall.Rlimit{})
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	os.Exit(run(ctx))
