@@ -23,13 +23,12 @@ const (
 // (MADV_DONTDUMP) is read here too. The process is stopped while its memory is
 // copied. A page that the kernel does not give out (a device's, the vvar page) is
 // passed over.
-func (s *Scanner) Memory(ctx context.Context, p Process) ([]Finding, Scanned, error) {
-	pieces, err := copyMemory(ctx, p)
+func (s *Scanner) Memory(ctx context.Context, p Process) (found []Finding, n Scanned, err error) {
+	pieces, free, err := copyMemory(ctx, p)
 	if err != nil {
-		return nil, Scanned{}, err
+		return nil, n, err
 	}
-	var n Scanned
-	var found []Finding
+	defer func() { err = errors.Join(err, free()) }()
 	for _, piece := range pieces {
 		n.Files++
 		n.Bytes += int64(len(piece.b))
@@ -38,27 +37,31 @@ func (s *Scanner) Memory(ctx context.Context, p Process) ([]Finding, Scanned, er
 	return found, n, nil
 }
 
-// copyMemory returns the memory of a process in pieces without gaps.
-func copyMemory(ctx context.Context, p Process) (pieces []memoryPiece, err error) {
+// copyMemory returns the memory of a process in pieces without gaps, until free.
+func copyMemory(ctx context.Context, p Process) (pieces []memoryPiece, free func() error, err error) {
 	if err := p.Pause(ctx); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer func() { err = errors.Join(err, p.Resume()) }()
 	ranges, err := readable(p.PID)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", p.PID))
 	if err != nil {
-		return nil, fmt.Errorf("read the memory of %s: %w", p.Name, err)
+		return nil, nil, fmt.Errorf("read the memory of %s: %w", p.Name, err)
 	}
 	defer mem.Close()
+	c, err := newCopied(ranges)
+	if err != nil {
+		return nil, nil, err
+	}
 	for _, r := range ranges {
-		if pieces, err = r.read(mem, pieces); err != nil {
-			return nil, fmt.Errorf("read the memory of %s: %w", p.Name, err)
+		if err := c.read(mem, r); err != nil {
+			return nil, nil, errors.Join(fmt.Errorf("read the memory of %s: %w", p.Name, err), c.free())
 		}
 	}
-	return pieces, nil
+	return c.pieces, c.free, nil
 }
 
 // memoryPiece is a stretch of memory in which no page is all zero.
@@ -109,28 +112,52 @@ func readable(pid int) ([]memoryRange, error) {
 	return out, nil
 }
 
+// copied is a copy of a process's memory. Its bytes lie outside the heap: hundreds of
+// megabytes pass through here, which neither the garbage collector nor the race
+// detector has to follow.
+type copied struct {
+	room   []byte // as much as could be needed; only what is used takes memory
+	used   int
+	pieces []memoryPiece
+}
+
+func newCopied(ranges []memoryRange) (*copied, error) {
+	size := int64(memoryChunk)
+	for _, r := range ranges {
+		size += r.to - r.from
+	}
+	room, err := syscall.Mmap(-1, 0, int(size), syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_PRIVATE|syscall.MAP_ANON|syscall.MAP_NORESERVE)
+	if err != nil {
+		return nil, fmt.Errorf("%d bytes for a copy of memory: %w", size, err)
+	}
+	return &copied{room: room}, nil
+}
+
+func (c *copied) free() error {
+	c.pieces = nil
+	return syscall.Munmap(c.room)
+}
+
 // read appends the mapping's pieces. Pages of zeros end a piece, as do those that
 // are not given out: no secret lies across them.
-func (r memoryRange) read(mem *os.File, pieces []memoryPiece) ([]memoryPiece, error) {
+func (c *copied) read(mem *os.File, r memoryRange) error {
 	what := r.what
 	if what == "" {
 		what = "anonymous"
 	}
-	buf := make([]byte, memoryChunk)
 	open := false // the last piece goes on
 	for at := r.from; at < r.to; {
-		got, err := mem.ReadAt(buf[:min(memoryChunk, r.to-at)], at)
+		chunk := c.room[c.used:][:min(memoryChunk, r.to-at)]
+		got, err := mem.ReadAt(chunk, at)
 		if err != nil && !errors.Is(err, io.EOF) && !refusedPage(err) {
-			return nil, fmt.Errorf("at %#x (%s): %w", at, what, err)
+			return fmt.Errorf("at %#x (%s): %w", at, what, err)
 		}
-		for page := range slices.Chunk(buf[:got], pageSize) {
+		for page := range slices.Chunk(chunk[:got], pageSize) {
 			if bytes.Equal(page, zeroPage[:len(page)]) {
 				open = false
-			} else if open {
-				last := &pieces[len(pieces)-1]
-				last.b = append(last.b, page...)
 			} else {
-				pieces, open = append(pieces, memoryPiece{at, what, bytes.Clone(page)}), true
+				c.add(at, what, page, open)
+				open = true
 			}
 			at += int64(len(page))
 		}
@@ -138,7 +165,20 @@ func (r memoryRange) read(mem *os.File, pieces []memoryPiece) ([]memoryPiece, er
 			at, open = (at/pageSize+1)*pageSize, false
 		}
 	}
-	return pieces, nil
+	return nil
+}
+
+// add appends a page, to the last piece if that goes on. The page lies in room itself,
+// at or above the place where it comes to lie.
+func (c *copied) add(at int64, what string, page []byte, more bool) {
+	end := c.used + copy(c.room[c.used:], page)
+	if more {
+		last := &c.pieces[len(c.pieces)-1]
+		last.b = c.room[end-len(page)-len(last.b) : end]
+	} else {
+		c.pieces = append(c.pieces, memoryPiece{at, what, c.room[c.used:end]})
+	}
+	c.used = end
 }
 
 var zeroPage [pageSize]byte
