@@ -88,6 +88,7 @@ type Engine struct {
 	log       *slog.Logger
 	access    access
 	lookups   lookups
+	catchUps  catchUps
 	metrics   *metrics
 
 	logFailed atomic.Bool // the access log can take no more entries
@@ -187,43 +188,40 @@ type request struct {
 	written bool                 // a change was made, or may have been
 	count   int                  // items, 0 and 1 both mean one
 	failed  int                  // items that failed
+
+	caughtUp    bool // this node has tried to catch up for this request
+	notCaughtUp error
+}
+
+// check refuses what must not reach the access log.
+func (rq *request) check() error {
+	if err := rq.caller.check(); err != nil {
+		return err
+	}
+	return rq.res.check()
 }
 
 // do is the path of every request: catch up if it needs that, authorise, act, write
-// the access log, answer. f acts; it runs only when the request is permitted.
+// the access log, answer. f acts; it runs only when the request is permitted, and a second
+// time if it was refused by a state that turned out to be old.
 func do[R any](ctx context.Context, e *Engine, rq *request, f func(st *state.State) (R, error)) (R, error) {
 	started := e.now()
 	var zero, r R
-	var stale error
-	err := rq.caller.check()
-	if err == nil {
-		err = rq.res.check()
-	}
-	if err == nil {
-		stale = e.upToDate(ctx, rq)
-	}
-	looked, age := e.now(), e.cluster.Fresh()
-	st := e.cluster.State() // after its age was taken, so that it is no older
-	rq.fresh = func() time.Duration { return age + e.now().Sub(looked) }
-	if err == nil {
-		rq.res, rq.found = e.lookups.find(st, rq.res)
-		err = stale
-	} else {
+	err := rq.check()
+	if err != nil {
 		rq.res, rq.about = resource{}, ""
+	} else {
+		var st *state.State
+		r, st, err = attend(e, rq, e.upToDate(ctx, rq), f)
+		if rq.mayBeBehind(err) {
+			if cerr := rq.catchUp(ctx, e); cerr != nil {
+				err = notSure(err, cerr)
+			} else if e.cluster.State() != st {
+				r, _, err = attend(e, rq, nil, f)
+			}
+		}
 	}
-	if err == nil && e.logFailed.Load() {
-		err = errLogFailed
-	}
-	if err == nil && rq.act != ActReadStatus {
-		err = e.held()
-	}
-	if err == nil && !rq.anyOf {
-		err = e.access.allow(st, rq.caller.Identity, rq.act, rq.res)
-	}
-	if err == nil {
-		r, err = f(st)
-	}
-	err = e.plain(unproven(age, err))
+	err = e.plain(err)
 	if lerr := e.record(ctx, rq, started, err); lerr != nil {
 		if err == errLogFailed { // known before: nothing was done, and this says what helps
 			lerr = err
@@ -236,6 +234,31 @@ func do[R any](ctx context.Context, e *Engine, rq *request, f func(st *state.Sta
 		return zero, err
 	}
 	return r, nil
+}
+
+// attend authorises a request and acts, unless there is an error already. It returns the
+// state that it has seen, too.
+func attend[R any](e *Engine, rq *request, err error, f func(st *state.State) (R, error)) (r R, st *state.State, _ error) {
+	looked, age := e.now(), e.cluster.Fresh()
+	st = e.cluster.State() // after its age was taken, so that it is no older
+	rq.fresh = func() time.Duration { return age + e.now().Sub(looked) }
+	rq.res, rq.found = e.lookups.find(st, rq.res)
+	if err == nil && e.logFailed.Load() {
+		err = errLogFailed
+	}
+	if err == nil && rq.act != ActReadStatus {
+		err = e.held()
+	}
+	if err == nil && !rq.anyOf {
+		err = e.access.allow(st, rq.caller.Identity, rq.act, rq.res)
+	}
+	if err == nil {
+		r, err = f(st)
+	}
+	if !atHand[rq.act] { // what data operations are refused they learn after catching up
+		err = unproven(age, err)
+	}
+	return r, st, err
 }
 
 // neverFresh is what Cluster.Fresh says of a state that was never proven to be up

@@ -154,7 +154,7 @@ func publicPEM(a kms.Algorithm, b []byte) (string, error) {
 // the caller.
 func exportFor(c Caller) func(*use, *item, wire.ExportRequest) (wire.ExportResponse, error) {
 	return func(u *use, it *item, q wire.ExportRequest) (wire.ExportResponse, error) {
-		if exportAction(q) != u.act {
+		if exportAction(q) != u.rq.act {
 			return wire.ExportResponse{}, kms.Errorf(kms.Invalid, "a batch exports either data keys or versions of the key, not both")
 		}
 		suite, ok := pqc.ByName(q.RecipientSuite)

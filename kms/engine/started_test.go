@@ -20,7 +20,9 @@ func TestNotCaughtUp(t *testing.T) {
 	n := w.at("fr")
 	calls := map[kms.Kind]func() error{
 		kms.NotFound: func() error {
-			_, err := n.engine.Key(bg, caller("operator", "fr"), "nowhere", "data")
+			local := caller("operator", "fr")
+			local.Local = true
+			_, err := n.engine.Key(bg, local, "nowhere", "data")
 			return err
 		},
 		kms.Denied: func() error {
@@ -30,12 +32,12 @@ func TestNotCaughtUp(t *testing.T) {
 	}
 	for kind, call := range calls {
 		wantKind(t, call(), kind)
-		*n.fresh = math.MaxInt64
+		*n.fresh, n.cutOff = math.MaxInt64, true
 		wantKind(t, call(), kms.Unavailable)
 		if e := n.log.last(); e.Outcome != kms.Unavailable.String() {
 			t.Errorf("logged %+v", e)
 		}
-		*n.fresh = 0
+		*n.fresh, n.cutOff = 0, false
 	}
 	*n.fresh = math.MaxInt64
 	if r := n.engine.Ready(bg); r.Ready || len(r.Reasons) != 1 || !strings.Contains(r.Reasons[0], "caught up") {

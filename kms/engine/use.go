@@ -24,7 +24,7 @@ type use struct {
 	e      *Engine
 	ctx    context.Context // of the request that this value lives for
 	st     *state.State
-	act    Action
+	rq     *request
 	ring   *state.Keyring
 	key    *state.Key
 	refs   *references
@@ -68,7 +68,7 @@ func (e *Engine) use(ctx context.Context, st *state.State, rq *request) (*use, e
 	if f.key == nil {
 		return nil, noKey(res.keyring, res.key)
 	}
-	u := &use{e: e, ctx: ctx, st: st, act: act, ring: f.ring, key: f.key, refs: f.refs}
+	u := &use{e: e, ctx: ctx, st: st, rq: rq, ring: f.ring, key: f.key, refs: f.refs}
 	u.opened = u.room[:0]
 	if copy(u.id[:], u.key.ID) != len(u.id) {
 		return nil, kms.Errorf(kms.Internal, "key %s has no valid id", res.name())
@@ -83,16 +83,16 @@ func (e *Engine) use(ctx context.Context, st *state.State, rq *request) (*use, e
 			Msg: "key " + res.name() + " is suspended, so nothing can be done with it",
 			Fix: "custodians can resume it by a proposal"}
 	}
-	return u, u.fresh(rq)
+	return u, u.fresh()
 }
 
 // fresh refuses when this node has been cut off for longer than the keyring
 // allows, for then it may not know that a key was suspended or destroyed. It is
 // asked before the operation and before its answer: a process can be stopped
 // between the two for any time.
-func (u *use) fresh(rq *request) error {
-	age, limit := rq.fresh(), time.Duration(u.ring.MaxStaleness)*time.Millisecond
-	if age <= limit || u.ring.Survive && u.act.survives() {
+func (u *use) fresh() error {
+	age, limit := u.rq.fresh(), time.Duration(u.ring.MaxStaleness)*time.Millisecond
+	if age <= limit || u.ring.Survive && u.rq.act.survives() {
 		return nil
 	}
 	return &kms.Error{Kind: kms.Stale,
@@ -137,18 +137,13 @@ func (u *use) version(n uint32) (state.Version, error) {
 	return v, e
 }
 
-// catchUp bounds the wait for the leader's answer to what a data operation has to ask.
-const catchUp = 3 * time.Second
-
 // mayBeNew is asked before a version beyond the primary one is refused: the caller may
 // have it from a node that is ahead of this one, and would take "cannot be opened" or "no
 // such version" for final. So this node catches up first; the error says to try again.
 func (u *use) mayBeNew(n uint32) error {
 	path := kms.KeyPath(u.key.Keyring, u.key.Name)
 	const fix = "try again, or use another node"
-	ctx, cancel := context.WithTimeout(u.ctx, catchUp)
-	defer cancel()
-	if err := u.e.cluster.Barrier(ctx); err != nil {
+	if err := u.rq.catchUp(u.ctx, u.e); err != nil {
 		return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("version %d of key %s may be one that has not reached this node yet, and no leader can be asked", n, path), fix)
 	}
 	if v, ok := u.e.cluster.State().Version(u.key.Keyring, u.key.Name, n); ok && v.State == kms.Active {
@@ -341,7 +336,7 @@ func one[Q, R any](ctx context.Context, e *Engine, c Caller, act Action, ring, k
 		r, err = f(u, &it, q)
 		rq.version, rq.context = it.version, it.context
 		if err == nil {
-			err = u.fresh(rq)
+			err = u.fresh()
 		}
 		return r, err
 	})
@@ -377,7 +372,7 @@ func many[Q, R any](ctx context.Context, e *Engine, c Caller, act Action, ring, 
 			out.Items[i].Result = &results[i]
 		}
 		rq.version, rq.context = summary(items)
-		return out, u.fresh(rq)
+		return out, u.fresh()
 	})
 }
 

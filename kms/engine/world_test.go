@@ -48,6 +48,7 @@ type testNode struct {
 	dev    *fakedevice.Device
 	fresh  *time.Duration
 	cutOff bool // its barriers fail
+	lag    lag
 	log    *memoryLog
 	cache  *keyring.Cache
 	engine *Engine
@@ -333,10 +334,54 @@ type nodeCluster struct {
 
 func (c nodeCluster) Fresh() time.Duration { return *c.n.fresh }
 
+// lag is how far a node is behind the others.
+type lag struct {
+	mu       sync.Mutex
+	state    *state.State  // that it has come to, until it catches up; nil: the present one
+	gate     chan struct{} // barriers wait until it is closed; nil: they do not
+	barriers int           // calls
+}
+
+// stay keeps the node at the state given until its next barrier.
+func (n *testNode) stay(st *state.State) {
+	n.lag.mu.Lock()
+	defer n.lag.mu.Unlock()
+	n.lag.state = st
+}
+
+func (n *testNode) barriers() int {
+	n.lag.mu.Lock()
+	defer n.lag.mu.Unlock()
+	return n.lag.barriers
+}
+
+func (c nodeCluster) State() *state.State {
+	c.n.lag.mu.Lock()
+	defer c.n.lag.mu.Unlock()
+	if c.n.lag.state != nil {
+		return c.n.lag.state
+	}
+	return c.memoryCluster.State()
+}
+
 // Barrier fails where the node is cut off.
 func (c nodeCluster) Barrier(ctx context.Context) error {
+	c.n.lag.mu.Lock()
+	defer c.n.lag.mu.Unlock()
+	c.n.lag.barriers++
+	if gate := c.n.lag.gate; gate != nil {
+		c.n.lag.mu.Unlock()
+		select {
+		case <-gate:
+		case <-ctx.Done():
+		}
+		c.n.lag.mu.Lock()
+	}
 	if c.n.cutOff {
 		return kms.Errorf(kms.Unavailable, "the cluster has no leader that this node can reach")
+	}
+	if ctx.Err() == nil {
+		c.n.lag.state = nil
 	}
 	return ctx.Err()
 }
