@@ -74,3 +74,23 @@ func TestForwardedToSilentLeader(t *testing.T) {
 		t.Error("it waited to the end")
 	}
 }
+
+// A node that is cut off refuses nothing for good, whether it led or followed: what it
+// knows may be old. It does once it can ask.
+func TestCutOffNodeRefusesNoCommandForGood(t *testing.T) {
+	c := clustertest.New(t, clustertest.Options{})
+	c.SameState(c.Propose(0, c.Tick(0)).Index)
+	for _, i := range []int{c.Leader(), c.Follower()} {
+		other := c.Command(i, state.Tick{}, func(e *state.Envelope) { e.Cluster = "another" })
+		c.Cut(i)
+		ctx, cancel := context.WithTimeout(t.Context(), 4*clustertest.Timing().Heartbeat)
+		if _, err := c.Node(i).Propose(ctx, other); !errors.Is(err, kms.Unavailable) {
+			t.Errorf("cut off: %v", err)
+		}
+		cancel()
+		c.Heal(i)
+		if _, err := c.Node(i).Propose(t.Context(), other); err == nil || errors.Is(err, kms.Unavailable) {
+			t.Errorf("reachable: %v", err)
+		}
+	}
+}

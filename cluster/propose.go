@@ -68,20 +68,22 @@ func (n *Node) Propose(ctx context.Context, raw []byte) (state.Result, error) {
 	return own, own.Err()
 }
 
-// precheck spares the log a command that would have no effect. A node that lags
-// may be wrong about that, so it catches up before it says no.
+// precheck spares the log a command that would have no effect. A node that lags, or
+// leads no longer, may be wrong about that, so it catches up before it says no.
 func (n *Node) precheck(ctx context.Context, raw []byte) error {
 	st := n.State()
 	err := st.Check(raw)
-	if err == nil || n.raft.State() == raft.Leader {
-		return err
+	if err == nil {
+		return nil
 	}
-	short, cancel := context.WithTimeout(ctx, n.cfg.Timing.dial())
-	defer cancel()
-	if n.Barrier(short) != nil || n.State().Index() == st.Index() {
-		return err
+	if berr := n.Barrier(ctx); berr != nil {
+		return kms.Wrap(kms.Unavailable, berr, err.Error()+"; but this node reaches no leader that could say whether that is still so",
+			"try again, or use another node")
 	}
-	return n.State().Check(raw)
+	if now := n.State(); now != st {
+		return now.Check(raw)
+	}
+	return err
 }
 
 // up returns an error if the node takes no more work.
@@ -274,7 +276,7 @@ func (n *Node) answerPropose(ctx context.Context, raw []byte) (outcome, error) {
 	if n.raft.State() != raft.Leader {
 		return outcome{}, errNotAppended
 	}
-	if err := n.State().Check(raw); err != nil {
+	if err := n.leaderCheck(ctx, raw); err != nil {
 		return outcome{}, err
 	}
 	result, err := n.proposeHere(ctx, raw)
@@ -282,4 +284,20 @@ func (n *Node) answerPropose(ctx context.Context, raw []byte) (outcome, error) {
 		return outcome{}, err
 	}
 	return toOutcome(result), nil
+}
+
+// leaderCheck is precheck for a command of another node: errNotAppended if this one does
+// not lead any more, or has not applied all that was committed.
+func (n *Node) leaderCheck(ctx context.Context, raw []byte) error {
+	if n.State().Check(raw) == nil {
+		return nil
+	}
+	index, _, err := n.leaderProof(ctx)
+	if err == nil && n.waitApplied(ctx, index) != nil {
+		err = errNotAppended
+	}
+	if err != nil {
+		return err
+	}
+	return n.State().Check(raw)
 }
