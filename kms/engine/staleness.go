@@ -30,7 +30,7 @@ func (e *Engine) staleness(st *state.State, c Caller) []wire.Staleness {
 			s.Serves = servesNothing
 		case age <= time.Duration(kr.MaxStaleness)*time.Millisecond:
 			s.Serves = servesAll
-		case kr.Survive:
+		case kr.Survive && age < neverFresh:
 			s.Serves = servesDecrypt
 		default:
 			s.Serves = servesNothing

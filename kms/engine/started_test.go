@@ -4,6 +4,7 @@ import (
 	"math"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -42,6 +43,38 @@ func TestNotCaughtUp(t *testing.T) {
 	*n.fresh = math.MaxInt64
 	if r := n.engine.Ready(bg); r.Ready || len(r.Reasons) != 1 || !strings.Contains(r.Reasons[0], "caught up") {
 		t.Errorf("ready: %+v", r)
+	}
+}
+
+// A node that was never up to date since its start serves nothing, whatever the keyring
+// allows: its disk may be from any time. It does once it has been, and goes on as the
+// keyring says when it is cut off then.
+func TestNothingIsServedBeforeTheFirstProof(t *testing.T) {
+	w := newWorld(t, "")
+	fr, service := w.at("fr"), caller("service", "fr")
+	check[wire.Keyring](t)(fr.engine.CreateKeyring(bg, caller("operator", "fr"), wire.CreateKeyringRequest{
+		Name: "lasting", Residency: []string{"fr"}, Policy: "standard", Survive: true, MaxStalenessMS: 5000}))
+	w.key("lasting", "data", kms.Encrypt)
+	q := wire.EncryptRequest{Plaintext: []byte("x")}
+	r := check[wire.EncryptResponse](t)(fr.engine.Encrypt(bg, service, "lasting", "data", q))
+	decrypt := func() error {
+		_, err := fr.engine.Decrypt(bg, service, "lasting", "data", wire.DecryptRequest{Ciphertext: r.Ciphertext})
+		return err
+	}
+	fr.engine.now = func() time.Time { // time passes between two looks at it
+		w.clock.Advance(time.Nanosecond)
+		return w.clock.Now()
+	}
+	*fr.fresh, fr.cutOff = math.MaxInt64, true
+	_, err := fr.engine.Encrypt(bg, service, "lasting", "data", q)
+	wantKind(t, err, kms.Stale)
+	wantKind(t, decrypt(), kms.Stale)
+	if s := fr.engine.staleness(w.cluster.State(), service); len(s) != 1 || s[0].Serves != servesNothing {
+		t.Errorf("status: %+v", s)
+	}
+	*fr.fresh = time.Hour
+	if err := decrypt(); err != nil {
+		t.Errorf("cut off later: %v", err)
 	}
 }
 

@@ -89,11 +89,17 @@ func (e *Engine) use(ctx context.Context, st *state.State, rq *request) (*use, e
 // fresh refuses when this node has been cut off for longer than the keyring
 // allows, for then it may not know that a key was suspended or destroyed. It is
 // asked before the operation and before its answer: a process can be stopped
-// between the two for any time.
+// between the two for any time. Keyrings that survive go on with what the node knew when
+// it was cut off; a node that has not been up to date since it started has nothing to go on
+// with, for its disk may have been put back to any time.
 func (u *use) fresh() error {
 	age, limit := u.rq.fresh(), time.Duration(u.ring.MaxStaleness)*time.Millisecond
-	if age <= limit || u.ring.Survive && u.rq.act.survives() {
+	if age <= limit || u.ring.Survive && u.rq.act.survives() && age < neverFresh {
 		return nil
+	}
+	if age == neverFresh {
+		return &kms.Error{Kind: kms.Stale, Msg: "this node has not caught up with the cluster since it started",
+			Fix: "use another node, or wait until the connection is back"}
 	}
 	return &kms.Error{Kind: kms.Stale,
 		Msg: fmt.Sprintf("what this node knows of the cluster is %s old; keyring %s allows %s", age.Round(time.Millisecond), u.ring.Name, limit),
