@@ -5,8 +5,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"strings"
 	"time"
 
@@ -20,9 +18,6 @@ import (
 
 // follower of the state: the leader changes Raft's list one server at a time to the
 // members of the state, and confirms it there; a removed node gives itself up.
-
-// removedFile says in a data directory that its node was removed.
-const removedFile = "removed"
 
 // followLoop looks after the members until ctx ends.
 func (n *Node) followLoop(ctx context.Context) {
@@ -219,37 +214,4 @@ func (n *Node) prematureConfirmation(raw []byte) error {
 		return nil // whatever else is wrong with it, Check says
 	}
 	return kms.Errorf(kms.Conflict, "Raft does not count with the members yet that this confirms")
-}
-
-// leave ends a node that was removed, some time after it has learnt of it: first it
-// hands over the lead, and lets the others know that the removal is committed.
-func (n *Node) leave(ctx context.Context, since time.Duration) {
-	if n.raft.State() == raft.Leader {
-		_ = n.TransferLeadership(ctx) // again at the next tick
-		if since < 10*n.cfg.Timing.Heartbeat {
-			return
-		}
-	}
-	if since < 2*n.cfg.Timing.Heartbeat {
-		return
-	}
-	old, _ := n.State().Removal(n.cfg.NodeID)
-	if err := writeFile(n.dir.file(removedFile), []byte(old.Proposal+"\n")); err != nil {
-		n.cfg.Logger.Warn("cannot record that this node was removed", "error", err)
-	}
-	n.machine.halt(errRemoved(n.cfg.NodeID, old.Proposal))
-}
-
-func errRemoved(node, proposal string) error {
-	return &kms.Error{Kind: kms.Conflict, Msg: fmt.Sprintf("node %s was removed from the cluster by proposal %s and takes no further part", node, proposal),
-		Fix: "to use the machine again, set it up under a new node id with an empty data directory, and have it join"}
-}
-
-// checkNotRemoved refuses the directory of a node that was removed.
-func checkNotRemoved(d *dataDir) error {
-	b, err := os.ReadFile(d.file(removedFile))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return errRemoved(d.id.Node, fmt.Sprintf("%.32s", b))
 }

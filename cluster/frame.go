@@ -58,6 +58,9 @@ type greeting struct {
 	// Of an epoch after the first: what custodians approved for it to begin.
 	Epoch    uint64 `cbor:"epoch,omitempty"`
 	Recovery []byte `cbor:"recovery,omitempty"`
+
+	// To a node that was removed: by which proposal. Nothing follows.
+	Removed string `cbor:"removed,omitempty"`
 }
 
 // maxGreeting bounds the body of a greeting in bytes.

@@ -39,6 +39,8 @@ type introductions struct {
 	self state.Node
 	told Introduction
 	kept *kept // nil for none
+
+	farewell bool // a removed node counts as well: it is to hear that it was removed
 }
 
 // behind reports whether more is kept than the state knows yet.
@@ -50,8 +52,10 @@ func (d introductions) Node(id string) (state.Node, bool) {
 		if n, ok := d.kept.node(id); ok {
 			return n, true
 		}
-	} else if n, ok := d.State.Node(id); ok || d.Removed(id) {
+	} else if n, ok := d.State.Node(id); ok {
 		return n, ok
+	} else if old, gone := d.Removal(id); gone {
+		return old.Node, d.farewell
 	}
 	for _, n := range d.told.Nodes {
 		if n.ID == id {
@@ -76,6 +80,30 @@ func (d introductions) anyone(id kms.Identity) (state.Node, bool) {
 	return state.Node{}, false
 }
 
+// others lists the nodes but this one that it knows of.
+func (d introductions) others() (ids []string) {
+	add := func(id string) {
+		if id != d.self.ID && !slices.Contains(ids, id) && !d.Removed(id) {
+			ids = append(ids, id)
+		}
+	}
+	if d.behind() {
+		for _, n := range d.kept.Nodes {
+			add(n.ID)
+		}
+		return ids
+	}
+	for _, n := range d.Nodes() {
+		add(n.ID)
+	}
+	if _, member := d.State.Node(d.self.ID); !member {
+		for _, n := range d.told.Nodes {
+			add(n.ID)
+		}
+	}
+	return ids
+}
+
 // Site implements directory.
 func (d introductions) Site(id string) (state.Site, bool) {
 	if d.behind() {
@@ -95,6 +123,8 @@ func (d introductions) Site(id string) (state.Site, bool) {
 }
 
 // directory says who may connect now.
-func (n *Node) directory() directory {
-	return introductions{n.State(), n.self, n.cfg.Introduced, n.kept.Load()}
+func (n *Node) directory() directory { return n.introductions() }
+
+func (n *Node) introductions() introductions {
+	return introductions{State: n.State(), self: n.self, told: n.cfg.Introduced, kept: n.kept.Load()}
 }

@@ -19,6 +19,7 @@ type links struct {
 	stream  *stream
 	cluster string
 	foreign func(peer string, g greeting) // a peer of another epoch has answered
+	removed func(peer, proposal string)   // a peer says that this node was removed
 
 	mu    sync.Mutex
 	links map[string]*slot
@@ -30,8 +31,8 @@ type slot struct {
 	link *link
 }
 
-func newLinks(s *stream, cluster string, foreign func(string, greeting)) *links {
-	return &links{stream: s, cluster: cluster, foreign: foreign, links: map[string]*slot{}}
+func newLinks(s *stream, cluster string) *links {
+	return &links{stream: s, cluster: cluster, links: map[string]*slot{}}
 }
 
 // link is one live connection.
@@ -98,6 +99,11 @@ func (l *links) dial(ctx context.Context, peer string) (*link, error) {
 		_ = conn.Close()
 		l.foreign(peer, g)
 		return nil, refuse("node %s is in epoch %d of the cluster, this node is in epoch %d", peer, g.Epoch, l.stream.protos.epoch)
+	}
+	if g.Removed != "" {
+		_ = conn.Close()
+		l.removed(peer, g.Removed)
+		return nil, refuse("node %s says that this node was removed from the cluster", peer)
 	}
 	_ = conn.SetReadDeadline(time.Time{})
 	k := &link{conn: conn, dead: make(chan struct{}), pending: map[uint64]chan response{}}

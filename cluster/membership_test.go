@@ -98,6 +98,37 @@ func TestMembership(t *testing.T) {
 	c.SameState(c.Propose(i, c.Tick(i)).Index)
 }
 
+// A node that was off when it was removed hears of it from the others when it comes back,
+// ends, and has called no election meanwhile.
+func TestRemovedWhileOff(t *testing.T) {
+	t.Parallel()
+	c := clustertest.New(t, clustertest.Options{})
+	c.Attach()
+	off := c.Follower()
+	c.SameState(c.Propose(off, c.Tick(off)).Index)
+	c.Kill(off)
+	c.Remove(off)
+	c.Confirmed()
+	leader := c.Leader()
+	term := c.Node(leader).Status().Term
+	n := c.Restart(off)
+	select {
+	case err := <-n.Done():
+		if !errors.Is(err, kms.Conflict) || !strings.Contains(err.Error(), "was removed from the cluster by proposal") {
+			t.Errorf("it ends with %v", err)
+		}
+	case <-time.After(clustertest.Patience):
+		t.Fatal("it goes on")
+	}
+	c.Kill(off)
+	if now := c.Node(leader).Status().Term; now != term || c.Leader() != leader {
+		t.Errorf("it has disturbed the others: term %d, was %d", now, term)
+	}
+	if _, err := cluster.Open(t.Context(), c.Config(off)); !errors.Is(err, kms.Conflict) {
+		t.Errorf("it starts again: %v", err)
+	}
+}
+
 // A removed node that does not give itself up is hung up on by the others.
 func TestRemovedIsHungUpOn(t *testing.T) {
 	t.Parallel()

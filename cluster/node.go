@@ -49,6 +49,7 @@ type Node struct {
 	proofs    proofs
 	counters  counters
 	told      sync.Map // peers of other epochs that the log speaks of
+	farewells farewells
 
 	probation probation
 	memory    memory

@@ -233,8 +233,9 @@ type keptMark struct {
 	Mark []byte `cbor:"mark"` // empty for none
 }
 
-// askAll asks the other nodes at the start. It waits for all of them for a quarter of a
-// heartbeat, and for as many as make a majority for a whole one.
+// askAll asks the other nodes at the start. It waits for all of them for half a
+// heartbeat, in which five messages go there and back over the longest distance that the
+// timing is for and a first call takes four, and for as many as make a majority for a whole one.
 func (n *Node) askAll(ctx context.Context) {
 	if !n.dir.id.Initialised {
 		return // nothing to forget; the others are starting, too
@@ -261,7 +262,7 @@ func (n *Node) askAll(ctx context.Context) {
 	select {
 	case <-all:
 		return
-	case <-time.After(n.cfg.Timing.Heartbeat / 4):
+	case <-time.After(n.cfg.Timing.Heartbeat / 2):
 	}
 	for !n.heardEnough() {
 		select {
@@ -275,29 +276,38 @@ func (n *Node) askAll(ctx context.Context) {
 }
 
 // others lists the other nodes.
-func (n *Node) others() (ids []string) {
-	for _, node := range n.State().Nodes() {
-		if node.ID != n.cfg.NodeID {
-			ids = append(ids, node.ID)
-		}
-	}
-	return ids
-}
+func (n *Node) others() []string { return n.introductions().others() }
 
 // heardEnough reports whether so many voters have answered that, with this node, they
 // are a majority: without them it could neither elect nor follow a leader anyway.
 func (n *Node) heardEnough() bool {
-	voters, heard := 0, 0
-	for _, node := range n.State().Nodes() {
-		if !node.Voter {
-			continue
-		}
-		voters++
-		if node.ID == n.cfg.NodeID || n.memory.seen.has(node.ID) {
+	voters, heard := n.voters(), 0
+	for _, id := range voters {
+		if id == n.cfg.NodeID || n.memory.seen.has(id) {
 			heard++
 		}
 	}
-	return heard > voters/2
+	return heard > len(voters)/2
+}
+
+// voters lists the voters as Raft counts them, once it is there: the state lags behind
+// the log at the start. A node that joins has no list yet and goes by those it was introduced to,
+// or the genesis.
+func (n *Node) voters() (ids []string) {
+	if n.raft != nil {
+		if ids = votersIn(n.raft.GetConfiguration().Configuration()); ids != nil {
+			return ids
+		}
+	}
+	if _, member := n.State().Node(n.cfg.NodeID); !member && len(n.cfg.Introduced.Nodes) > 0 {
+		return n.others()
+	}
+	for _, node := range n.State().Nodes() {
+		if node.Voter {
+			ids = append(ids, node.ID)
+		}
+	}
+	return ids
 }
 
 func (n *Node) settleIfHeard() bool {

@@ -160,8 +160,13 @@ func (s *stream) handshake(ctx context.Context, raw net.Conn, want, proto string
 		case want != "" && !slices.Contains(s.protos.offer(proto), p), !s.protos.speaksForward(p) && p != s.protos.raft:
 			return refuse("no common protocol between nodes")
 		}
+		dir := s.dir()
+		if d, ok := dir.(introductions); ok && want == "" && s.protos.speaksForward(cs.NegotiatedProtocol) {
+			d.farewell = true
+			dir = d
+		}
 		var err error
-		peer, err = verifyPeer(s.dir(), s.self, want, cs)
+		peer, err = verifyPeer(dir, s.self, want, cs)
 		return err
 	}
 	var conn *tls.Conn

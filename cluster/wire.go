@@ -72,8 +72,10 @@ func (n *Node) newWire(ctx context.Context, genesis *state.State) (wire, error) 
 		}
 	}
 	s := newStream(n.cfg.NodeID, n.dir.protocols(), n.directory, n.cfg.Certificate, ln, n.cfg.Dial, n.cfg.Logger)
+	links := newLinks(s, genesis.Cluster())
+	links.foreign, links.removed = n.foreign, n.dismissed
 	return &tlsWire{
-		stream: s, links: newLinks(s, genesis.Cluster(), n.foreign),
+		stream: s, links: links,
 		raft: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 			Logger: raftLogger(n.cfg.Logger, *n.cfg.RaftLogLevel), Stream: s, MaxPool: 3, Timeout: n.cfg.Timing.RPC,
 			MaxRPCsInFlight: 1, // more can wedge a follower (hashicorp/raft issue 612)
@@ -87,6 +89,11 @@ func (w *tlsWire) serve(n *Node) {
 	w.start(func(c *nodeConn) {
 		g := n.greeting()
 		if c.proto() != w.protos.forward { // of another epoch: it learns of this one, and that is all
+			greet(c, g)
+			return
+		}
+		if r, gone := n.State().Removal(c.peer); gone {
+			g.Removed = r.Proposal
 			greet(c, g)
 			return
 		}
