@@ -240,7 +240,7 @@ func do[R any](ctx context.Context, e *Engine, rq *request, f func(st *state.Sta
 // state that it has seen, too.
 func attend[R any](e *Engine, rq *request, err error, f func(st *state.State) (R, error)) (r R, st *state.State, _ error) {
 	looked, age := e.now(), e.cluster.Fresh()
-	st = e.cluster.State() // after its age was taken, so that it is no older
+	st = e.cluster.State()            // after its age was taken, so that it is no older
 	rq.fresh = func() time.Duration { // more than the longest duration there is would be negative
 		return age + min(e.now().Sub(looked), neverFresh-age)
 	}
