@@ -34,7 +34,7 @@ MINUTES ?= 10
 .PHONY: fault
 fault: install-deps ## break a coalition of real nodes for MINUTES (10); SEED repeats the choice of faults
 	@CONCLAVE_FAULT_MINUTES=$(MINUTES) CONCLAVE_FAULT_SEED=$(SEED) CONCLAVE_FAULT_KILLS=20 \
-	  go test -race -tags fault -count=1 -v -timeout $$(( $(MINUTES) + 15 ))m ./test/fault/chaos
+	  go test -race -count=1 -v -timeout $$(( $(MINUTES) + 15 ))m ./test/fault/chaos
 
 .PHONY: upgrade
 upgrade: install-deps ## a rolling upgrade from the previous release, under load (it needs the history of the repository)

@@ -35,7 +35,7 @@ type flips struct {
 }
 
 func newFlips(t *testing.T) *flips {
-	fast := cluster.Timing{Heartbeat: 40 * time.Millisecond, Election: 40 * time.Millisecond, Lease: 40 * time.Millisecond,
+	fast := cluster.Timing{Heartbeat: 80 * time.Millisecond, Election: 40 * time.Millisecond, Lease: 40 * time.Millisecond,
 		Commit: 2 * time.Millisecond, TrailingLogs: 8, SnapshotThreshold: 1 << 20, SnapshotInterval: time.Hour}
 	f := &flips{t: t, c: clustertest.New(t, clustertest.Options{World: statetest.Options{Sites: []string{"fr"}}, Timing: fast})}
 	h := &history{t: t, c: f.c}

@@ -85,9 +85,9 @@ type Config struct {
 // for its default, which suits round trips up to about 100 ms; for longer ones see
 // Profile. They stay as they are until the node stops.
 type Timing struct {
-	Heartbeat time.Duration // without a word from the leader before an election: 1 s
-	Election  time.Duration // of an election before the next: 1 s
-	Lease     time.Duration // of a leader without a quorum before it steps down: 500 ms
+	Heartbeat time.Duration // within three of these a dead leader is replaced: 1 s
+	Election  time.Duration // of an election before the next, at the least: half of Heartbeat, which it may not be less than
+	Lease     time.Duration // of a leader without a quorum before it steps down: half of Heartbeat, at most that
 	Commit    time.Duration // between messages of an idle leader, and of a commit to followers: 25 ms
 	RPC       time.Duration // for one message between nodes: 10 s
 	Propose   time.Duration // of Propose and Barrier when the context has no deadline: 30 s
@@ -112,8 +112,8 @@ func (t Timing) withDefaults() Timing {
 		}
 	}
 	period(&t.Heartbeat, time.Second)
-	period(&t.Election, max(t.Heartbeat, time.Second))
-	period(&t.Lease, t.Heartbeat/2)
+	period(&t.Election, t.raftHeartbeat())
+	period(&t.Lease, t.raftHeartbeat())
 	period(&t.Commit, 25*time.Millisecond)
 	period(&t.RPC, 10*time.Second)
 	period(&t.Propose, 30*time.Second)
@@ -124,6 +124,13 @@ func (t Timing) withDefaults() Timing {
 	count(&t.HashEvery, 1024)
 	return t
 }
+
+// raftHeartbeat is what Raft calls the heartbeat timeout. A follower notices the silence of its
+// leader after one to three of these (its timer runs for one to two, and once more if it was begun
+// before the last word), and nobody is elected before two of three have noticed. With an
+// election that ends without a majority, which is repeated after one to two more, that makes five: less than
+// three of Heartbeat.
+func (t Timing) raftHeartbeat() time.Duration { return t.Heartbeat / 2 }
 
 // dial is how long a connection to the leader may take to stand.
 func (t Timing) dial() time.Duration { return 2 * t.Heartbeat }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"io"
 	"log/slog"
+	"runtime"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -26,6 +27,19 @@ func (n *Node) RemoveServer(id raft.ServerID) error {
 
 // Servers returns Raft's list, committed or not.
 func (n *Node) Servers() []raft.Server { return n.raft.GetConfiguration().Configuration().Servers }
+
+// VerifyLeader is Raft's own.
+func (n *Node) VerifyLeader() raft.Future { return n.raft.VerifyLeader() }
+
+// Append appends an entry to this leader's log, and waits for nothing else.
+func (n *Node) Append(raw []byte) uint64 {
+	before := n.raft.LastIndex()
+	_ = n.raft.Apply(raw, time.Minute)
+	for n.raft.LastIndex() == before && n.raft.State() == raft.Leader {
+		runtime.Gosched()
+	}
+	return n.raft.LastIndex()
+}
 
 // TransferTo hands the lead to a node.
 func (n *Node) TransferTo(ctx context.Context, id string) error { return n.transferTo(ctx, id) }

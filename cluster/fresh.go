@@ -55,7 +55,7 @@ func (p *proofs) age() time.Duration {
 	if p.newest.IsZero() {
 		return -time.Millisecond
 	}
-	return time.Since(p.newest)
+	return since(p.newest)
 }
 
 // latest returns the time of the latest proof that counts at an applied index.
@@ -101,7 +101,14 @@ func (n *Node) Fresh() time.Duration {
 	if at.IsZero() || n.machine.halted.Load() || n.Probation() != nil {
 		return math.MaxInt64
 	}
-	return time.Since(at)
+	return since(at)
+}
+
+// since returns how long ago a time was taken, by the clock that says longer: the monotonic clock
+// stands while the machine is suspended, the wall clock can be set back.
+func since(at time.Time) time.Duration {
+	now := time.Now()
+	return max(now.Sub(at), now.Round(0).Sub(at.Round(0)))
 }
 
 // Barrier waits until this node has applied everything that the cluster had
@@ -157,12 +164,34 @@ func (n *Node) leaderProof(ctx context.Context) (index uint64, at time.Time, err
 	}
 	at = time.Now()
 	index = n.lastCommand(n.raft.CommitIndex())
-	err = n.await(ctx, func() raft.Future { return n.raft.VerifyLeader() })
-	if err != nil || n.raft.CurrentTerm() != term {
+	err = n.await(ctx, func() raft.Future { return n.raft.VerifyLeader() }) // which sends at once
+	if err != nil || !n.followed(ctx, term, at) {
 		return 0, at, errNotAppended
 	}
 	n.proofs.lead(term, index, at)
 	return index, at, nil
+}
+
+// followed waits until a majority of the voters has answered what this node sent them
+// as leader of a term at a time or later, and reports whether it was reached.
+func (n *Node) followed(ctx context.Context, term uint64, at time.Time) bool {
+	for {
+		heard, changed := n.contacts.heard.wait(), n.leaders.wait()
+		if n.raft.State() != raft.Leader || n.raft.CurrentTerm() != term {
+			return false
+		}
+		if n.contacts.quorum(n.raft.GetConfiguration().Configuration().Servers, raft.ServerID(n.cfg.NodeID), term, at) {
+			return true
+		}
+		select {
+		case <-heard:
+		case <-changed:
+		case <-ctx.Done():
+			return false
+		case <-n.ctx.Done():
+			return false
+		}
+	}
 }
 
 // lastCommand returns the index of the last command at or before upTo. Raft has

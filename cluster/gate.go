@@ -24,11 +24,12 @@ type gate struct {
 	wait  time.Duration // for the state to catch up, before the leader must ask again
 	log   *slog.Logger
 
-	calls chan raft.RPC // to Raft
-	done  chan struct{}
-	once  sync.Once
-	busy  sync.WaitGroup
-	said  sync.Once
+	contacts *contacts
+	calls    chan raft.RPC // to Raft
+	done     chan struct{}
+	once     sync.Once
+	busy     sync.WaitGroup
+	said     sync.Once
 }
 
 // gatePreVote is gate over a transport with pre-votes.
@@ -44,8 +45,8 @@ type gated interface {
 }
 
 // newGate wraps a transport. Closing it closes the transport.
-func newGate(inner raft.Transport, st func() *state.State, logs raft.LogStore, wait time.Duration, log *slog.Logger) gated {
-	g := &gate{Transport: inner, state: st, logs: logs, wait: wait, log: log, calls: make(chan raft.RPC), done: make(chan struct{})}
+func newGate(inner raft.Transport, st func() *state.State, logs raft.LogStore, wait time.Duration, log *slog.Logger, c *contacts) gated {
+	g := &gate{Transport: inner, state: st, logs: logs, wait: wait, log: log, contacts: c, calls: make(chan raft.RPC), done: make(chan struct{})}
 	g.busy.Go(g.run)
 	if pv, ok := inner.(raft.WithPreVote); ok {
 		return gatePreVote{g, pv}

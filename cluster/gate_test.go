@@ -27,7 +27,7 @@ func (b *behindGate) send(t *testing.T, req *raft.AppendEntriesRequest) *raft.Ap
 	t.Helper()
 	b.got = nil
 	_, inner := raft.NewInmemTransport("")
-	g := newGate(inner, b.state.Load, b.logs, 50*time.Millisecond, slog.New(slog.DiscardHandler))
+	g := newGate(inner, b.state.Load, b.logs, 50*time.Millisecond, slog.New(slog.DiscardHandler), &contacts{})
 	served := make(chan struct{})
 	stop := make(chan struct{})
 	go func() {

@@ -132,7 +132,7 @@ func TestRemovedWhileOff(t *testing.T) {
 // A removed node that does not give itself up is hung up on by the others.
 func TestRemovedIsHungUpOn(t *testing.T) {
 	t.Parallel()
-	c := clustertest.New(t, clustertest.Options{Timing: cluster.Timing{Heartbeat: 500 * time.Millisecond, Lease: 400 * time.Millisecond},
+	c := clustertest.New(t, clustertest.Options{Timing: cluster.Timing{Heartbeat: time.Second, Lease: 400 * time.Millisecond},
 		World: statetest.Options{NodesPerSite: 2}, Change: func(g *state.Genesis) {
 			for i := range g.Nodes {
 				g.Nodes[i].Voter = i%2 == 0

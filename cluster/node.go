@@ -47,6 +47,7 @@ type Node struct {
 	readOnly  atomic.Bool
 	readyTerm atomic.Uint64 // the term in which this node, as leader, has applied all that was committed before it
 	proofs    proofs
+	contacts  contacts
 	counters  counters
 	told      sync.Map // peers of other epochs that the log speaks of
 	farewells farewells
@@ -120,7 +121,7 @@ func (n *Node) open(ctx context.Context, genesis *state.State) error {
 	n.openMemory()
 	n.wire.serve(n)
 	n.chooseProfile(ctx)
-	gate := newGate(newTidy(n.probation.transport(n.wire.transport()), n.logs, n.machine.halt), n.State, n.logs, n.cfg.Timing.Heartbeat/2, n.cfg.Logger)
+	gate := newGate(newTidy(n.probation.transport(n.wire.transport()), n.logs, n.machine.halt), n.State, n.logs, n.cfg.Timing.Heartbeat/2, n.cfg.Logger, &n.contacts)
 	if err := n.openRaft(ctx, genesis, snapshots, gate); err != nil {
 		_ = gate.Close()
 		return err
@@ -234,7 +235,7 @@ func (n *Node) raftConfig() *raft.Config {
 	t := n.cfg.Timing
 	c := raft.DefaultConfig()
 	c.LocalID = raft.ServerID(n.cfg.NodeID)
-	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout, c.CommitTimeout = t.Heartbeat, t.Election, t.Lease, t.Commit
+	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout, c.CommitTimeout = t.raftHeartbeat(), t.Election, t.Lease, t.Commit
 	c.SnapshotInterval, c.SnapshotThreshold, c.TrailingLogs = t.SnapshotInterval, t.SnapshotThreshold, t.TrailingLogs
 	c.Logger = raftLogger(n.cfg.Logger, *n.cfg.RaftLogLevel)
 	c.NoLegacyTelemetry = true
@@ -285,7 +286,7 @@ func (n *Node) Close() error {
 	defer limit.Stop()
 	closed := make(chan error, 1)
 	go func() {
-		n.waitFutures(2 * n.cfg.Timing.Election)
+		n.waitFutures(2 * n.cfg.Timing.Heartbeat)
 		n.wire.hangUp()
 		_ = n.stopRaft().Error() // always nil
 		n.loops.Wait()

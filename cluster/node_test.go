@@ -206,7 +206,7 @@ func TestBarrierAndFreshness(t *testing.T) {
 			t.Fatalf("after the barrier node %d is at %d, not %d", reader, got, r.Index)
 		}
 	}
-	limit := 10 * clustertest.Timing().Heartbeat
+	limit := 5 * clustertest.Timing().Heartbeat
 	for i := range c.Members {
 		c.Until("the node is fresh", func() bool { return c.Node(i).Fresh() < limit })
 	}

@@ -33,7 +33,7 @@ func TestLeaderCutOff(t *testing.T) {
 			last = c.Propose(i, c.Tick(i))
 		}
 	}
-	limit := 5 * clustertest.Timing().Heartbeat
+	limit := 3 * clustertest.Timing().Heartbeat
 	c.Until("the one cut off knows that it is stale", func() bool { return c.Node(old).Fresh() > limit })
 	if f := c.Node(leader).Fresh(); f > limit {
 		t.Errorf("the leader with a quorum is stale: %v", f)

@@ -256,7 +256,7 @@ func (n *Node) answer(ctx context.Context, peer string, req request) response {
 	case opProof:
 		var at time.Time
 		if resp.Index, at, err = n.proofs.leader(n.raft); err == nil {
-			resp.Age = int64(time.Since(at))
+			resp.Age = int64(since(at))
 		}
 	case opHash:
 		resp.Hash = n.hashes.at(req.Size)

@@ -122,6 +122,6 @@ func TestAutoProfile(t *testing.T) {
 // The lead goes to the preferred site.
 func TestPreferredSite(t *testing.T) {
 	t.Parallel()
-	c := clustertest.New(t, clustertest.Options{Timing: cluster.Timing{Heartbeat: 500 * time.Millisecond, Lease: 400 * time.Millisecond}, Config: func(_ int, cfg *cluster.Config) { cfg.PreferSites = []string{"jp", "fr"} }})
+	c := clustertest.New(t, clustertest.Options{Timing: cluster.Timing{Heartbeat: time.Second, Lease: 400 * time.Millisecond}, Config: func(_ int, cfg *cluster.Config) { cfg.PreferSites = []string{"jp", "fr"} }})
 	c.Until("the lead is at jp", func() bool { return c.Members[c.Leader()].Site == "jp" })
 }

@@ -37,7 +37,7 @@ type Options struct {
 // Timing returns timings for a cluster on loopback. They are long enough that a
 // busy machine with the race detector on does not lose its leader for no reason.
 func Timing() cluster.Timing {
-	return cluster.Timing{Heartbeat: 800 * time.Millisecond, Election: 800 * time.Millisecond, Lease: 800 * time.Millisecond,
+	return cluster.Timing{Heartbeat: 1600 * time.Millisecond, Election: 800 * time.Millisecond, Lease: 800 * time.Millisecond,
 		Commit: 10 * time.Millisecond, RPC: 3 * time.Second, Propose: Patience}
 }
 

@@ -49,15 +49,14 @@ type ClusterConfig struct {
 	Advertise string `toml:"advertise"` // host:port put into the node card; default: listen
 
 	Profile           string   `toml:"profile"`            // auto (default), lan, wan: the timing, by the round trips between the nodes
-	Heartbeat         Duration `toml:"heartbeat"`          // without a word from the leader before an election, in place of profile
+	Heartbeat         Duration `toml:"heartbeat"`          // a dead leader is replaced within three of these; in place of profile
 	PreferSites       []string `toml:"prefer_sites"`       // at which the leader should be, the best first; default: anywhere
 	SnapshotThreshold uint64   `toml:"snapshot_threshold"` // log entries between snapshots; default 8192
 }
 
-// timing is what the profile leaves open, and all of it where heartbeat is given.
+// timing is what the configuration says of it; the rest follows from heartbeat or the profile.
 func (c ClusterConfig) timing() cluster.Timing {
-	h := c.Heartbeat.Duration
-	return cluster.Timing{Heartbeat: h, Election: h, Lease: h / 2, SnapshotThreshold: c.SnapshotThreshold}
+	return cluster.Timing{Heartbeat: c.Heartbeat.Duration, SnapshotThreshold: c.SnapshotThreshold}
 }
 
 func (c ClusterConfig) profile() cluster.Profile {

@@ -41,32 +41,35 @@ func In(dir string) (Binaries, error) {
 // Find returns the programs in the directory that CONCLAVE_BIN names, or builds
 // them into a new temporary directory, which remove deletes.
 func Find(ctx context.Context) (b Binaries, remove func(), err error) {
-	if dir := os.Getenv(BinEnv); dir != "" {
-		b, err = In(dir)
-		return b, func() {}, err
-	}
-	root, err := moduleRoot()
-	if err != nil {
-		return b, nil, err
-	}
 	dir, err := os.MkdirTemp("", "conclave-bin")
 	if err != nil {
 		return b, nil, err
 	}
 	remove = func() { _ = os.RemoveAll(dir) }
+	if b, err = FindIn(ctx, dir); err != nil {
+		remove()
+		return b, nil, err
+	}
+	return b, remove, nil
+}
+
+// FindIn is Find that builds into a directory of the caller's.
+func FindIn(ctx context.Context, dir string) (b Binaries, err error) {
+	if dir := os.Getenv(BinEnv); dir != "" {
+		return In(dir)
+	}
+	root, err := moduleRoot()
+	if err != nil {
+		return b, err
+	}
 	cmd := exec.CommandContext(ctx, "go", "build", "-o", dir+string(filepath.Separator), "./cmd/...")
 	cmd.Dir = root
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Run(); err != nil {
-		remove()
-		return b, nil, fmt.Errorf("go build ./cmd/...: %w\n%s", err, out.Bytes())
+		return b, fmt.Errorf("go build ./cmd/...: %w\n%s", err, out.Bytes())
 	}
-	if b, err = In(dir); err != nil {
-		remove()
-		return b, nil, err
-	}
-	return b, remove, nil
+	return In(dir)
 }
 
 // moduleRoot is the nearest directory upwards that holds go.mod.

@@ -1,14 +1,10 @@
-//go:build fault
-
 package chaos
 
 import (
 	"context"
-	"errors"
+	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -16,60 +12,9 @@ import (
 	"github.com/conclave-kms/conclave/test/harness"
 )
 
-// Variables that `make fault` sets.
-const (
-	minutesEnv = "CONCLAVE_FAULT_MINUTES" // of TestChaos; default 2
-	seedEnv    = "CONCLAVE_FAULT_SEED"    // of the faults and the load; default: the time
-)
-
-// need skips the test, or fails it when CI=true, where this machine lacks a tool.
-func need(t *testing.T) {
-	t.Helper()
-	err := harness.MissingTools()
-	if _, lookErr := exec.LookPath("strace"); lookErr != nil {
-		err = errors.Join(err, lookErr)
-	}
-	if testing.Short() {
-		err = errors.Join(err, errors.New("fault tests are not short"))
-	}
-	switch {
-	case err == nil:
-	case os.Getenv("CI") == "true":
-		t.Fatal(err)
-	default:
-		t.Skip(err)
-	}
-}
-
-// number reads a number from the environment.
-func number(t *testing.T, name string, missing uint64) uint64 {
-	t.Helper()
-	text := os.Getenv(name)
-	if text == "" {
-		return missing
-	}
-	n, err := strconv.ParseUint(text, 10, 64)
-	if err != nil {
-		t.Fatalf("%s: %v", name, err)
-	}
-	return n
-}
-
-// binaries builds both programs, or takes those of CONCLAVE_BIN.
-func binaries(t *testing.T) harness.Binaries {
-	t.Helper()
-	need(t)
-	bin, remove, err := harness.Find(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(remove)
-	return bin
-}
-
 // TestChaos is the engine: faults under load, then the checks.
 func TestChaos(t *testing.T) {
-	bin := binaries(t)
+	bin := need(t)
 	seed := number(t, seedEnv, uint64(time.Now().UnixNano()))
 	length := time.Duration(number(t, minutesEnv, 2)) * time.Minute
 	t.Logf("seed %d (%s), %v", seed, seedEnv, length)
@@ -79,7 +24,7 @@ func TestChaos(t *testing.T) {
 		t.Fatal(err, r.c.Logs(10))
 	}
 	defer load.Close()
-	faults := r.newFaults(load.history.Now, seed)
+	faults := r.newFaults(t, load.history.Now, seed)
 
 	// What comes before the faults and after them takes part of the time.
 	ctx, cancel := context.WithTimeout(t.Context(), length-30*time.Second)
@@ -87,11 +32,14 @@ func TestChaos(t *testing.T) {
 	injecting := make(chan struct{})
 	go func() {
 		defer close(injecting)
-		faults.Run(ctx, 2*time.Second)
+		faults.Run(ctx, 1500*ms)
 	}()
 	load.Run(ctx, 6)
 	<-injecting
 	r.judge(t, load, faults)
+	if n := len(faults.done); length >= 10*time.Minute && n < 20*int(length/time.Minute) {
+		t.Errorf("%d faults in %v are too few", n, length)
+	}
 }
 
 // coalition is what TestChaos breaks.
@@ -99,30 +47,28 @@ type coalition struct {
 	c      *harness.Coalition
 	disks  map[string]*disk
 	clocks map[string]string
+	lacks  []string // faults that this machine does not allow, and why
 }
 
 // found makes five nodes at three sites. jp is 150 ms away from the others, fr and de
-// are 20 ms apart. Where this process is root, two nodes have a small disk of their own.
-func found(t *testing.T, bin harness.Binaries, seed uint64) coalition {
+// are 20 ms apart. Where this process may mount, two nodes have a small disk of their own.
+func found(t *testing.T, bin programs, seed uint64) coalition {
 	t.Helper()
 	dir := t.TempDir()
 	r := coalition{disks: map[string]*disk{}, clocks: map[string]string{}}
-	patched, err := wrongClocks.Build(t.Context(), filepath.Join(dir, "patched"))
-	if err != nil {
-		t.Fatal(err)
-	}
 	plan := harness.Plan{
 		Nodes: map[string]int{"fr": 2, "de": 2, "jp": 1}, Seed: seed,
 		Cluster: map[string]any{"heartbeat": "3s", "snapshot_threshold": 512},
-		Program: map[string]string{"de-2": patched, "jp-1": patched},
+		Program: map[string]string{"de-2": bin.changed, "jp-1": bin.changed},
 		DataDir: func(node, dir string) (string, error) {
 			data := filepath.Join(dir, "data")
-			if node != "fr-2" && node != "jp-1" || os.Geteuid() != 0 {
+			if node != "fr-2" && node != "jp-1" {
 				return data, nil
 			}
 			d, err := newDisk(filepath.Join(dir, "disk"))
 			if err != nil {
-				return "", err
+				r.lacks = append(r.lacks, fmt.Sprintf("%s of %s: %v", fullDisk, node, err))
+				return data, nil
 			}
 			t.Cleanup(func() {
 				if err := d.unmount(); err != nil {
@@ -133,7 +79,8 @@ func found(t *testing.T, bin harness.Binaries, seed uint64) coalition {
 			return filepath.Join(d.dir, "data"), nil
 		},
 	}
-	r.c, err = harness.Found(t.Context(), bin, filepath.Join(dir, "c"), plan)
+	var err error
+	r.c, err = harness.Found(t.Context(), bin.Binaries, filepath.Join(dir, "c"), plan)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -163,11 +110,16 @@ func found(t *testing.T, bin harness.Binaries, seed uint64) coalition {
 }
 
 // newFaults returns what this machine can do to the coalition.
-func (r coalition) newFaults(now func() time.Duration, seed uint64) *Faults {
+func (r coalition) newFaults(t *testing.T, now func() time.Duration, seed uint64) *Faults {
 	f := NewFaults(r.c, now, seed)
-	f.withStrace()
+	if err := f.withStrace(); err != nil {
+		r.lacks = append(r.lacks, fmt.Sprintf("%s: %v", badSync, err))
+	}
 	f.withDisks(r.disks)
 	f.withClocks(r.clocks)
+	for _, x := range r.lacks {
+		t.Logf("not tried, this machine does not allow it: %s", x)
+	}
 	return f
 }
 
@@ -189,16 +141,24 @@ func (r coalition) judge(t *testing.T, load *Load, faults *Faults) {
 	if err != nil {
 		t.Error(err, r.c.Logs(10))
 	}
+	hash, err := sameState(ctx, r.c)
+	if err != nil {
+		t.Error(err)
+	}
 	if err := r.c.Stop(); err != nil {
 		t.Error(err)
 	}
-	same, hash, err := sameReplicas(r.c, int(size))
+	same, err := sameReplicas(r.c, int(size), hash)
+	if err != nil {
+		t.Error(err)
+	}
+	entries, err := accessLogs(r.c, load.data.served)
 	if err != nil {
 		t.Error(err)
 	}
 	ops := load.history.All()
 	begin := time.Now()
-	v := Check(ops, 20*time.Second, os.Getenv("CONCLAVE_FAULT_DIR"))
+	v := Check(ops, time.Minute, os.Getenv("CONCLAVE_FAULT_DIR"))
 	checked := time.Since(begin)
 	for _, x := range v.Violations {
 		t.Error(x)
@@ -206,7 +166,9 @@ func (r coalition) judge(t *testing.T, load *Load, faults *Faults) {
 	if len(v.Undecided) > 0 {
 		t.Errorf("the checker did not finish with the keys %v", v.Undecided)
 	}
-	for _, list := range [][]string{load.data.tooOld(ops), load.errors.unexplained(), load.data.errors.unexplained(), faults.failures} {
+	gone, acknowledged := lost(ops)
+	tooOld := load.data.tooOld(ops)
+	for _, list := range [][]string{gone, tooOld, load.errors.unexplained(), load.data.errors.unexplained(), faults.failures} {
 		for _, x := range list {
 			t.Error(x)
 		}
@@ -219,8 +181,10 @@ func (r coalition) judge(t *testing.T, load *Load, faults *Faults) {
 	t.Logf("%v", f)
 	t.Logf("tries by answer: %v", &load.errors)
 	t.Logf("data operations: %v; opened again %d, at the end everywhere %d", &load.data.errors, load.data.decrypt, opened)
-	t.Logf("checked %d operations on %d keys in %v: %d violations", v.Ops, v.Keys, checked.Round(ms), len(v.Violations))
-	t.Logf("five replicas hold the same %d entries, verified (log size %d, state %x); %d times a node was started anew as it asked for", same, size, hash[:8], faults.restarted)
+	t.Logf("%d operations on %d keys, checked in %v: %d linearizability violations; %d acknowledged writes: %d lost; %d encryptions from a state older than allowed",
+		v.Ops, v.Keys, checked.Round(ms), len(v.Violations), acknowledged, len(gone), len(tooOld))
+	t.Logf("five replicas hold the same %d entries, each verified, and the same state at entry %d (%x); their access logs verify, with %d entries; %d times a node was started anew as it asked for",
+		same, hash.index, hash.hash[:min(8, len(hash.hash))], entries, faults.restarted)
 	for reason, n := range faults.endings() {
 		t.Logf("ended by itself, %d times: %s", n, strings.TrimSpace(reason))
 	}

@@ -28,7 +28,8 @@ type dataLoad struct {
 	load    *Load
 	mu      sync.Mutex
 	made    []encrypted
-	decrypt int // how many were opened again
+	decrypt int            // how many were opened again
+	served  map[served]int // what the nodes have answered, for accessLogs
 	errors  errorCounts
 }
 
@@ -60,6 +61,7 @@ func (d *dataLoad) one(ctx context.Context, r *rand.Rand) {
 		if err == nil {
 			d.mu.Lock()
 			d.decrypt++
+			d.served[served{n.ID, "decrypt", ring + "/" + old.key, old.version}]++
 			d.mu.Unlock()
 		}
 	} else {
@@ -74,6 +76,7 @@ func (d *dataLoad) one(ctx context.Context, r *rand.Rand) {
 			e.ciphertext, e.version = c.Ciphertext, c.KeyVersion
 			d.mu.Lock()
 			d.made = append(d.made, e)
+			d.served[served{n.ID, "encrypt", ring + "/" + key, e.version}]++
 			d.mu.Unlock()
 		}
 	}

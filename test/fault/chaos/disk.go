@@ -109,8 +109,10 @@ func (f *Faults) anew(ctx context.Context, n *harness.Node) error {
 // withStrace adds the fault of a disk whose fsync fails, made by strace(1) at the
 // running process. A process whose fsync has failed must not go on as if its data were
 // durable; afterwards it is started anew, as its operator would.
-func (f *Faults) withStrace() {
-	f.strace = true
+func (f *Faults) withStrace() error {
+	if err := mayTrace(); err != nil {
+		return err
+	}
 	f.kinds = append(f.kinds, fault{kind: badSync, weight: 3, min: 1000 * ms, max: 5000 * ms, nodes: 1, leader: true, strike: func(ctx context.Context, f *Faults, on []*harness.Node) (func(context.Context) error, error) {
 		n := on[0]
 		stop, err := inject(n, "fsync,fdatasync", "EIO")
@@ -121,6 +123,49 @@ func (f *Faults) withStrace() {
 			return errors.Join(stop(), f.anew(ctx, n))
 		}, nil
 	}})
+	return nil
+}
+
+// mayTrace tells why strace cannot be attached to a process that this one has started.
+func mayTrace() error {
+	if _, err := exec.LookPath("strace"); err != nil {
+		return err
+	}
+	victim := exec.Command("cat")
+	in, err := victim.StdinPipe()
+	if err != nil {
+		return err
+	}
+	if err := victim.Start(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	trace := exec.CommandContext(ctx, "strace", "-qq", "-o", "/dev/null", "-p", strconv.Itoa(victim.Process.Pid), "-e", "trace=fsync", "-e", "inject=fsync:error=EIO")
+	var said strings.Builder
+	trace.Stderr = &said
+	if err := trace.Start(); err != nil {
+		return errors.Join(err, in.Close(), victim.Wait())
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- trace.Wait() }()
+	err = harness.Within(ctx, 10*time.Second, "strace is attached", func(context.Context) error {
+		select {
+		case err := <-ended:
+			ended <- err
+			return harness.Give(fmt.Errorf("strace: %v: %s", err, strings.TrimSpace(said.String())))
+		default:
+		}
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", victim.Process.Pid))
+		if err == nil && strings.Contains(string(b), "TracerPid:\t0\n") {
+			err = errors.New("nobody traces the process")
+		}
+		return err
+	})
+	in.Close() // cat ends, and strace with it
+	_ = victim.Wait()
+	<-ended
+	return err
 }
 
 // inject makes system calls of a node fail until stop.

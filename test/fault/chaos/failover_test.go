@@ -1,5 +1,3 @@
-//go:build fault
-
 package chaos
 
 import (
@@ -14,19 +12,16 @@ import (
 	"github.com/conclave-kms/conclave/test/harness"
 )
 
-const (
-	killsEnv  = "CONCLAVE_FAULT_KILLS" // of TestFailover; default 8
-	heartbeat = time.Second            // the default of [cluster] heartbeat
-)
+const heartbeat = time.Second // the default of [cluster] heartbeat
 
 // TestFailover kills the leader of three nodes on loopback again and again, while a
 // client with retries writes. The time from the kill to the first answer to a write
 // that was asked for after it stays within three heartbeat timeouts, and the client
 // sees no errors but of kinds that say: try again.
 func TestFailover(t *testing.T) {
-	bin := binaries(t)
+	bin := need(t)
 	kills := number(t, killsEnv, 8)
-	c, err := harness.Found(t.Context(), bin, t.TempDir(), harness.Plan{
+	c, err := harness.Found(t.Context(), bin.Binaries, t.TempDir(), harness.Plan{
 		Nodes: map[string]int{"fr": 1, "de": 1, "jp": 1}, Cluster: map[string]any{"heartbeat": heartbeat.String()}, Direct: true,
 	})
 	if err != nil {

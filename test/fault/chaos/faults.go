@@ -40,7 +40,6 @@ type Faults struct {
 	kinds   []fault
 	disks   map[string]*disk
 	clocks  map[string]string // file with the offset of a node's clock
-	strace  bool
 	seed    uint64
 	maximum int // of nodes that are disturbed at a time
 
@@ -195,14 +194,18 @@ func (f *Faults) Run(ctx context.Context, period time.Duration) {
 	defer tick.Stop()
 	for ctx.Err() == nil {
 		k := f.choose()
-		if on, leads, ok := f.aim(ctx, k); ok {
+		on, leads, ok := f.aim(ctx, k)
+		next := tick.C
+		if ok {
 			striking.Go(func() {
 				defer f.release(on)
 				f.one(ctx, k, on, leads)
 			})
+		} else { // look again soon
+			next = time.After(period / 5)
 		}
 		select {
-		case <-tick.C:
+		case <-next:
 		case <-ctx.Done():
 		}
 	}

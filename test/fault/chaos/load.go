@@ -53,7 +53,7 @@ type slot struct {
 // NewLoad opens the custodians' keys and makes the keyring.
 func NewLoad(ctx context.Context, c *harness.Coalition, seed uint64) (*Load, error) {
 	l := &Load{c: c, history: NewHistory(), seed: seed}
-	l.data = &dataLoad{load: l}
+	l.data = &dataLoad{load: l, served: map[served]int{}}
 	for _, id := range custodians {
 		k, err := c.Custodian(id)
 		if err != nil {
@@ -384,7 +384,7 @@ func (l *Load) ReadAll(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(32)
 	seen := map[string]bool{}
-	w := &worker{l: l, id: -1, rand: rand.New(rand.NewPCG(l.seed, 0))}
+	w := &worker{l: l, id: last, rand: rand.New(rand.NewPCG(l.seed, 0))}
 	for _, o := range l.history.All() {
 		for _, id := range []string{o.Key, o.ID} {
 			if id == "" || seen[id] {
