@@ -11,9 +11,9 @@ import (
 	"github.com/conclave-kms/conclave/kms"
 )
 
-// explained are the kinds of error that faults explain; expired is what a node with a
-// wrong clock signs. What a state machine refuses is held against the model instead.
-var explained = []kms.Kind{kms.Unknown, kms.Unavailable, kms.Stale, kms.ReadOnly, kms.Expired}
+// explained are the kinds of error that faults explain. What a state machine refuses is
+// held against the model instead.
+var explained = []kms.Kind{kms.Unknown, kms.Unavailable, kms.Stale, kms.ReadOnly}
 
 // answers are the kinds of error that say something about a key or a proposal.
 var answers = []kms.Kind{kms.NotFound, kms.Exists, kms.Conflict}
