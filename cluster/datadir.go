@@ -84,10 +84,10 @@ func (d *dataDir) check(b []byte) error {
 		return kms.Errorf(kms.Invalid, "%s in %s is not readable", identityFile, d.path)
 	}
 	if id.Cluster != d.id.Cluster {
-		return kms.Errorf(kms.Conflict, "%s belongs to cluster %s, this configuration is for cluster %s; use another data directory", d.path, id.Cluster, d.id.Cluster)
+		return kms.Errorf(kms.Conflict, "%s belongs to cluster %s by its %s, this configuration is for cluster %s; use another data directory", d.path, id.Cluster, identityFile, d.id.Cluster)
 	}
 	if id.Node != d.id.Node {
-		return kms.Errorf(kms.Conflict, "%s belongs to node %s, this is node %s; use another data directory", d.path, id.Node, d.id.Node)
+		return kms.Errorf(kms.Conflict, "%s belongs to node %s by its %s, this is node %s; use another data directory", d.path, id.Node, identityFile, d.id.Node)
 	}
 	d.id = id
 	return nil

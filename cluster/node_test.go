@@ -2,6 +2,7 @@ package cluster_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"log/slog"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
 
 	"github.com/conclave-kms/conclave/cluster"
 	"github.com/conclave-kms/conclave/cluster/clustertest"
@@ -118,6 +120,41 @@ func TestDiskNearlyFull(t *testing.T) {
 	c.Until("the status says so", func() bool { return !c.Node(leader).Status().ReadOnly })
 }
 
+// The threshold is a tenth of the disk or 256 MiB, whichever is more.
+func TestDiskThreshold(t *testing.T) {
+	var free, total atomic.Uint64
+	free.Store(1 << 40)
+	total.Store(1 << 40)
+	c := clustertest.New(t, clustertest.Options{World: single, Timing: cluster.Timing{Stall: time.Minute},
+		Config: func(_ int, cfg *cluster.Config) {
+			cfg.FreeSpace = func(string) (uint64, uint64, error) { return free.Load(), total.Load(), nil }
+		}})
+	for _, d := range []struct {
+		free, total uint64
+		ok          bool
+	}{
+		{256 << 20, 512 << 20, true},
+		{256<<20 - 1, 512 << 20, false},
+		{300 << 20, 2900 << 20, true},
+		{280 << 20, 2900 << 20, false},
+		{100 << 30, 1000 << 30, true},
+		{100<<30 - 1, 1000 << 30, false},
+	} {
+		free.Store(d.free)
+		total.Store(d.total)
+		_, err := c.Node(0).Propose(t.Context(), c.Tick(0))
+		if d.ok && err != nil || !d.ok && !errors.Is(err, kms.ReadOnly) {
+			t.Errorf("%d of %d bytes free: %v", d.free, d.total, err)
+		}
+	}
+	if free, total, err := cluster.FreeSpace(t.TempDir()); err != nil || free == 0 || total < free {
+		t.Errorf("%d of %d bytes free, %v", free, total, err)
+	}
+	if _, _, err := cluster.FreeSpace(t.TempDir() + "/missing"); err == nil {
+		t.Error("what does not exist has free space")
+	}
+}
+
 // A leader whose disk is nearly full hands the lead to a node that has space, so
 // that the cluster goes on taking changes.
 func TestReadOnlyLeaderHandsOver(t *testing.T) {
@@ -146,6 +183,43 @@ func TestStall(t *testing.T) {
 	select {
 	case err := <-c.Node(0).Done():
 		if !errors.Is(err, kms.Unavailable) {
+			t.Errorf("got %v", err)
+		}
+	case <-time.After(clustertest.Patience):
+		t.Fatal("the node goes on")
+	}
+}
+
+// hangingLog is a log whose disk hangs when told to.
+type hangingLog struct {
+	*raft.InmemStore
+	hang, gone chan struct{}
+}
+
+func (l *hangingLog) Close() error { return nil }
+
+func (l *hangingLog) StoreLogs(logs []*raft.Log) error {
+	select {
+	case <-l.hang:
+		<-l.gone
+	default:
+	}
+	return l.InmemStore.StoreLogs(logs)
+}
+
+// What Raft does with its log is watched.
+func TestStallOfTheLog(t *testing.T) {
+	l := &hangingLog{raft.NewInmemStore(), make(chan struct{}), make(chan struct{})}
+	c := clustertest.New(t, clustertest.Options{World: single, Timing: cluster.Timing{Stall: 2 * time.Second},
+		Config: func(_ int, cfg *cluster.Config) { cfg.Log = l }})
+	t.Cleanup(func() { close(l.gone) }) // before the cluster closes
+	c.Leader()
+	close(l.hang)
+	n, cmd := c.Node(0), c.Tick(0)
+	go func() { _, _ = n.Propose(context.Background(), cmd) }() // ends with the node
+	select {
+	case err := <-n.Done():
+		if !errors.Is(err, kms.Unavailable) || !strings.Contains(err.Error(), "writing the log") {
 			t.Errorf("got %v", err)
 		}
 	case <-time.After(clustertest.Patience):

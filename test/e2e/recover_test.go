@@ -281,6 +281,10 @@ func (d disaster) survivor(old wire.EncryptResponse) {
 	if r := d.conclaved(fr, "recover", "--backup", d.file("first"), "--statement", d.file("approved")); r.Code != 0 || !strings.Contains(r.Stdout, "already") {
 		d.t.Errorf("with the statement of before: %d, %s%s", r.Code, r.Stdout, r.Stderr)
 	}
+	nation := d.statement("one-nation", last, "fr-1", "fr-1", "fr-2")
+	if r := d.conclaved(fr, "recover", "--backup", last, "--statement", nation); r.Code == 0 || !strings.Contains(r.Stderr, "needs") {
+		d.t.Errorf("the survivor's nation alone: %d, %s%s", r.Code, r.Stdout, r.Stderr)
+	}
 	approved := d.statement("alone", last, "fr-1", "fr-1", "jp-1", "jp-2")
 	d.recover(fr, last, approved)
 	if err := fr.Start(d.t.Context()); err != nil {
