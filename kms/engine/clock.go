@@ -9,14 +9,14 @@ import (
 	"github.com/conclave-kms/conclave/kms/state"
 )
 
-// clockOff explains a refusal for the times in a command that this node has just made. If its
-// clock is too far from the cluster's, the caller's request was not at fault, and another
-// node will take it.
-func (e *Engine) clockOff(err error) error {
+// clockOff explains a refusal for the times in a command that this node has made at the time
+// now. If its clock was too far from the cluster's, the caller's request was not at fault, and
+// another node will take it.
+func (e *Engine) clockOff(now time.Time, err error) error {
 	if !errors.Is(err, kms.Expired) && !errors.Is(err, kms.Invalid) {
 		return err
 	}
-	off := e.now().UnixMilli() - e.cluster.State().Clock()
+	off := now.UnixMilli() - e.cluster.State().Clock()
 	if off >= -state.Window && off <= state.Window {
 		return err
 	}

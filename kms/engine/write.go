@@ -66,9 +66,9 @@ func (a attempt) before(st *state.State) (state.Result, bool, error) {
 
 // submit signs a command with the node's device and proposes it.
 func (e *Engine) submit(ctx context.Context, a attempt, cmd state.Command) (state.Result, error) {
-	st := e.cluster.State()
-	res, err := origin{e.node, st.Lineage(), e.signingSuite(st), e.cfg.Signer, e.now()}.submit(ctx, e.cluster, a, cmd)
-	return res, e.clockOff(err)
+	st, now := e.cluster.State(), e.now()
+	res, err := origin{e.node, st.Lineage(), e.signingSuite(st), e.cfg.Signer, now}.submit(ctx, e.cluster, a, cmd)
+	return res, e.clockOff(now, err)
 }
 
 // signingSuite is that of this node's signer.
