@@ -188,10 +188,12 @@ func (r coalition) judge(t *testing.T, load *Load, faults *Faults) {
 	for reason, n := range faults.endings() {
 		t.Logf("ended by itself, %d times: %s", n, strings.TrimSpace(reason))
 	}
-	if t.Failed() {
+	if t.Failed() || testing.Verbose() {
 		for _, s := range faults.done {
 			t.Logf("%v to %v: %s of %v, leader %v", s.from.Round(ms), s.to.Round(ms), s.kind, s.nodes, s.leader)
 		}
+	}
+	if t.Failed() {
 		t.Log(r.c.Logs(100))
 	}
 	if f.total == 0 || f.outcomes[OK] == 0 || v.Keys == 0 {
