@@ -69,18 +69,24 @@ func (c valved) Write(b []byte) (int, error) {
 	return c.Conn.Write(b)
 }
 
-// A leader does not see the answers to its messages for a while, as when its process is frozen, and
-// is replaced. When the answers reach it at last, Raft takes them for the proof
-// that it still leads. They prove nothing of the time since.
-func TestAnswersOfBefore(t *testing.T) {
-	in, out, toIt := newValve(), newValve(), newValve()
-	open := func() {
-		for _, v := range []*valve{in, out, toIt} {
-			v.set(false)
-		}
+// frozen is a cluster whose first member leads, with valves on its wires.
+type frozen struct {
+	*clustertest.Cluster
+	in, out *valve // what the others answer it, and what it asks them
+	toIt    *valve // what they ask it
+}
+
+func (f *frozen) open() {
+	for _, v := range []*valve{f.in, f.out, f.toIt} {
+		v.set(false)
 	}
-	var address string // of the one that is frozen, the first member
-	c := clustertest.New(t, clustertest.Options{Config: func(i int, cfg *cluster.Config) {
+}
+
+func newFrozen(t *testing.T) *frozen {
+	t.Helper()
+	f := &frozen{in: newValve(), out: newValve(), toIt: newValve()}
+	var address string // of the first member
+	f.Cluster = clustertest.New(t, clustertest.Options{Config: func(i int, cfg *cluster.Config) {
 		dial := cfg.Dial
 		if i == 0 { // it does not give up the lead by itself meanwhile
 			address = cfg.Listen
@@ -93,31 +99,39 @@ func TestAnswersOfBefore(t *testing.T) {
 			case err != nil:
 				return nil, err
 			case i == 0:
-				return valved{conn, in, out}, nil
+				return valved{conn, f.in, f.out}, nil
 			case to == address:
-				return valved{conn, newValve(), toIt}, nil
+				return valved{conn, newValve(), f.toIt}, nil
 			}
 			return conn, nil
 		}
 	}})
-	t.Cleanup(open) // before the cluster closes
-	c.Until("the first leads", func() bool {
-		leader := c.Leader()
+	t.Cleanup(f.open) // before the cluster closes
+	f.Until("the first leads", func() bool {
+		leader := f.Leader()
 		if leader != 0 {
-			_ = c.Node(leader).TransferTo(t.Context(), c.Members[0].ID) // again, if it was not in time
+			_ = f.Node(leader).TransferTo(t.Context(), f.Members[0].ID) // again, if it was not in time
 		}
 		return leader == 0
 	})
-	old := c.Node(0)
-	c.SameState(c.Propose(0, c.Tick(0)).Index)
-	if err := old.Barrier(t.Context()); err != nil {
+	f.SameState(f.Propose(0, f.Tick(0)).Index)
+	if err := f.Node(0).Barrier(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	return f
+}
 
-	in.set(true)
-	toIt.set(true)
-	c.Until("answers lie there", func() bool { return in.waiting() >= 2 }) // of two nodes, to what an idle leader sends all the time
-	out.set(true)
+// A leader does not see the answers to its messages for a while, as when its process is frozen, and
+// is replaced. When the answers reach it at last, Raft takes them for the proof
+// that it still leads. They prove nothing of the time since.
+func TestAnswersOfBefore(t *testing.T) {
+	t.Parallel()
+	f := newFrozen(t)
+	c, old := f.Cluster, f.Node(0)
+	f.in.set(true)
+	f.toIt.set(true)
+	c.Until("answers lie there", func() bool { return f.in.waiting() >= 2 }) // of two nodes, to what an idle leader sends all the time
+	f.out.set(true)
 	c.Until("another leader", func() bool {
 		return c.Node(1).Status().State == "leader" || c.Node(2).Status().State == "leader"
 	})
@@ -131,7 +145,7 @@ func TestAnswersOfBefore(t *testing.T) {
 	for range 40 { // Raft takes its channels by lot: then it has seen to the verification, too
 		old.Append(c.Tick(0))
 	}
-	in.set(false)
+	f.in.set(false)
 	if err := fooled.Error(); err != nil {
 		t.Fatalf("the answers do not reach Raft as they should here: %v", err)
 	}
@@ -150,7 +164,7 @@ func TestAnswersOfBefore(t *testing.T) {
 	if at := old.State().Index(); at >= now.Index {
 		t.Fatalf("the old leader has applied %d", at)
 	}
-	open()
+	f.open()
 	if err := <-honest; err != nil {
 		t.Errorf("a barrier at the node when it is back: %v", err)
 	} else if at := old.State().Index(); at < now.Index {

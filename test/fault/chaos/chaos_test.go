@@ -126,6 +126,51 @@ func (r coalition) newFaults(t *testing.T, now func() time.Duration, seed uint64
 // judge checks what the load has recorded and what the nodes hold.
 func (r coalition) judge(t *testing.T, load *Load, faults *Faults) {
 	t.Helper()
+	r.compare(t, load, faults)
+	ops := load.history.All()
+	begin := time.Now()
+	v := Check(ops, time.Minute, os.Getenv("CONCLAVE_FAULT_DIR"))
+	checked := time.Since(begin)
+	if len(v.Undecided) > 0 {
+		t.Errorf("the checker did not finish with the keys %v", v.Undecided)
+	}
+	gone, acknowledged := lost(ops)
+	tooOld := load.data.tooOld(ops)
+	for _, list := range [][]string{v.Violations, gone, tooOld, load.errors.unexplained(), load.data.errors.unexplained(), faults.failures} {
+		for _, x := range list {
+			t.Error(x)
+		}
+	}
+	f := Figures{outcomes: map[Outcome]int{}, failed: load.failed, failover: failovers(ops, faults.done)}
+	f.faults, f.total = faults.counts()
+	for _, o := range ops {
+		f.outcomes[o.Outcome]++
+	}
+	t.Logf("%v", f)
+	t.Logf("tries by answer: %v", &load.errors)
+	t.Logf("data operations: %v; opened again %d", &load.data.errors, load.data.decrypt)
+	t.Logf("%d operations on %d keys, checked in %v: %d linearizability violations; %d acknowledged writes: %d lost; %d encryptions from a state older than allowed",
+		v.Ops, v.Keys, checked.Round(ms), len(v.Violations), acknowledged, len(gone), len(tooOld))
+	for reason, n := range faults.endings() {
+		t.Logf("ended by itself, %d times: %s", n, strings.TrimSpace(reason))
+	}
+	if t.Failed() || testing.Verbose() {
+		for _, s := range faults.done {
+			t.Logf("%v to %v: %s of %v, leader %v", s.from.Round(ms), s.to.Round(ms), s.kind, s.nodes, s.leader)
+		}
+	}
+	if t.Failed() {
+		t.Log(r.c.Logs(100))
+	}
+	if f.total == 0 || f.outcomes[OK] == 0 || v.Keys == 0 {
+		t.Error("nothing was tried")
+	}
+}
+
+// compare heals everything, reads all that is there, stops the nodes, and holds what they have in memory and on
+// disk against one another and against what callers were told.
+func (r coalition) compare(t *testing.T, load *Load, faults *Faults) {
+	t.Helper()
 	ctx := context.Background()
 	if err := faults.Heal(ctx); err != nil {
 		t.Fatal(err, r.c.Logs(20))
@@ -156,47 +201,8 @@ func (r coalition) judge(t *testing.T, load *Load, faults *Faults) {
 	if err != nil {
 		t.Error(err)
 	}
-	ops := load.history.All()
-	begin := time.Now()
-	v := Check(ops, time.Minute, os.Getenv("CONCLAVE_FAULT_DIR"))
-	checked := time.Since(begin)
-	for _, x := range v.Violations {
-		t.Error(x)
-	}
-	if len(v.Undecided) > 0 {
-		t.Errorf("the checker did not finish with the keys %v", v.Undecided)
-	}
-	gone, acknowledged := lost(ops)
-	tooOld := load.data.tooOld(ops)
-	for _, list := range [][]string{gone, tooOld, load.errors.unexplained(), load.data.errors.unexplained(), faults.failures} {
-		for _, x := range list {
-			t.Error(x)
-		}
-	}
-	f := Figures{outcomes: map[Outcome]int{}, failed: load.failed, failover: failovers(ops, faults.done)}
-	f.faults, f.total = faults.counts()
-	for _, o := range ops {
-		f.outcomes[o.Outcome]++
-	}
-	t.Logf("%v", f)
-	t.Logf("tries by answer: %v", &load.errors)
-	t.Logf("data operations: %v; opened again %d, at the end everywhere %d", &load.data.errors, load.data.decrypt, opened)
-	t.Logf("%d operations on %d keys, checked in %v: %d linearizability violations; %d acknowledged writes: %d lost; %d encryptions from a state older than allowed",
-		v.Ops, v.Keys, checked.Round(ms), len(v.Violations), acknowledged, len(gone), len(tooOld))
-	t.Logf("five replicas hold the same %d entries, each verified, and the same state at entry %d (%x); their access logs verify, with %d entries; %d times a node was started anew as it asked for",
-		same, hash.index, hash.hash[:min(8, len(hash.hash))], entries, faults.restarted)
-	for reason, n := range faults.endings() {
-		t.Logf("ended by itself, %d times: %s", n, strings.TrimSpace(reason))
-	}
-	if t.Failed() || testing.Verbose() {
-		for _, s := range faults.done {
-			t.Logf("%v to %v: %s of %v, leader %v", s.from.Round(ms), s.to.Round(ms), s.kind, s.nodes, s.leader)
-		}
-	}
-	if t.Failed() {
-		t.Log(r.c.Logs(100))
-	}
-	if f.total == 0 || f.outcomes[OK] == 0 || v.Keys == 0 {
-		t.Error("nothing was tried")
+	if !t.Failed() {
+		t.Logf("five replicas hold the same %d entries, each verified, and the same state at entry %d (%x); their access logs verify, with %d entries; %d ciphertexts open everywhere; %d times a node was started anew as it asked for",
+			same, hash.index, hash.hash[:8], entries, opened, faults.restarted)
 	}
 }
