@@ -286,7 +286,7 @@ func (n *Node) Close() error {
 	defer limit.Stop()
 	closed := make(chan error, 1)
 	go func() {
-		n.waitFutures(2 * n.cfg.Timing.Heartbeat)
+		n.waitFutures(2 * n.cfg.Timing.Election)
 		n.wire.hangUp()
 		_ = n.stopRaft().Error() // always nil
 		n.loops.Wait()
