@@ -3,6 +3,8 @@ package state
 import (
 	"bytes"
 	"errors"
+	"math"
+	"slices"
 
 	"github.com/conclave-kms/conclave/kms"
 )
@@ -55,9 +57,37 @@ func open(raw []byte) (o opened) {
 	return o
 }
 
-// openAhead opens statements and verifies their signatures by the keys that are likely to
-// be the right ones. The slice into is used again.
-func (s *State) openAhead(into []opened, log []statement, spread Spread) []opened {
+// signers are the keys that signed for each node, by what the snapshot says, the first one
+// first. They are not believed: a wrong one costs a verification more.
+type signers map[string][]signingKey
+
+type signingKey struct {
+	until   uint64 // index in the log from which on it is another one
+	suite   uint16
+	signing []byte
+}
+
+func (s *State) signers() signers {
+	m, r := signers{}, s.reader()
+	add := func(node string, until uint64, suite uint16, signing []byte) {
+		m[node] = append(m[node], signingKey{until, suite, signing})
+	}
+	nodes := r.nodes()
+	for _, old := range r.removals() {
+		nodes = append(nodes, old.Node)
+	}
+	for _, n := range nodes {
+		for _, f := range r.formers(n.ID) {
+			add(n.ID, f.Until, f.SigningSuite, f.Signing)
+		}
+		add(n.ID, math.MaxUint64, n.SigningSuite, n.Signing)
+	}
+	return m
+}
+
+// open opens statements and verifies their signatures by the keys that are likely to be the
+// right ones. The slice into is used again.
+func (k signers) open(into []opened, log []statement, spread Spread) []opened {
 	into = append(into[:0], make([]opened, len(log))...)
 	spread(len(log), func(i int) {
 		st := log[i]
@@ -65,28 +95,14 @@ func (s *State) openAhead(into []opened, log []statement, spread Spread) []opene
 			return
 		}
 		o := open(st.raw)
-		if o.broken == nil {
-			suite, signing := s.likelySigner(o.env, st.index)
-			if verifyBy(suite, signing, o.envelope, CommandContext, o.signature) == nil {
-				o.suite, o.signing = suite, signing
+		at := slices.IndexFunc(k[o.env.Origin], func(x signingKey) bool { return st.index < x.until })
+		if o.broken == nil && at >= 0 {
+			x := k[o.env.Origin][at]
+			if verifyBy(x.suite, x.signing, o.envelope, CommandContext, o.signature) == nil {
+				o.suite, o.signing = x.suite, x.signing
 			}
 		}
 		into[i] = o
 	})
 	return into
-}
-
-// likelySigner returns the key that signed for a node at a place in the log, by what the
-// snapshot says. It is not believed: a wrong one costs a verification more.
-func (s *State) likelySigner(e Envelope, index uint64) (suite uint16, signing []byte) {
-	for _, f := range s.FormerRoots(e.Origin) { // the first one first
-		if index < f.Until {
-			return f.SigningSuite, f.Signing
-		}
-	}
-	if n, ok := s.Node(e.Origin); ok {
-		return n.SigningSuite, n.Signing
-	}
-	old, _ := s.Removal(e.Origin)
-	return old.Node.SigningSuite, old.Node.Signing
 }

@@ -2,10 +2,14 @@ package state_test
 
 import (
 	"bytes"
+	"errors"
 	"sync"
 	"testing"
 
+	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/canon"
 	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/kms/state/statetest"
 )
 
 // TestRestoreSpread: who does the work, and in which order, changes nothing; what was not
@@ -49,4 +53,51 @@ func TestRestoreSpread(t *testing.T) {
 	if err == nil {
 		t.Error("accepted although the last statement was not opened")
 	}
+}
+
+// TestLyingSnapshot: who had to sign is never the snapshot's word. Here it says that de had
+// fr's key before its root was replaced, and a receipt of de is signed by fr.
+func TestLyingSnapshot(t *testing.T) {
+	w := statetest.New(t, statetest.Options{})
+	w.CreateKeyring("coalition", "fr", "de", "jp")
+	w.GiveReceipts()
+	w.Rekey("node-de-1")
+	records := split(t, snapshot(t, w.State()))
+	forged := 0
+	for i, r := range records {
+		switch state.VerifiedTables()[r.number] {
+		case "former":
+			f := decode[state.FormerRoot](t, r.body)
+			f.Signing = w.Node("node-fr-1").Record.Signing
+			records[i].body = canon.Marshal(f)
+			forged++
+		case "kek":
+			k := decode[state.KEK](t, r.body)
+			for j, x := range k.Receipts {
+				if x.Node == "node-de-1" {
+					envelope, _, err := state.Split(x.Statement)
+					if err != nil {
+						t.Fatal(err)
+					}
+					k.Receipts[j].Statement = w.Node("node-fr-1").SignCommand(t, envelope)
+					forged++
+				}
+			}
+			records[i].body = canon.Marshal(k)
+		}
+	}
+	if forged != 2 {
+		t.Fatalf("%d records were forged", forged)
+	}
+	if _, err := state.Restore(bytes.NewReader(join(records)), no); !errors.Is(err, kms.BadSignature) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func decode[T any](t *testing.T, b []byte) (v T) {
+	t.Helper()
+	if err := canon.Unmarshal(b, &v); err != nil {
+		t.Fatal(err)
+	}
+	return v
 }

@@ -30,7 +30,13 @@ func (s *State) Rewraps(keyring string, kek uint32) int {
 }
 
 // VerifyStatements is what Restore does without trust.
-func (s *State) VerifyStatements() error { return s.verifyStatements(inOrder) }
+func (s *State) VerifyStatements() error {
+	v, err := s.toVerify()
+	if err == nil {
+		_, err = v.run(inOrder)
+	}
+	return err
+}
 
 // Nonces and Outcomes count what is remembered.
 func (s *State) Nonces() int { return len(list[nonce](s.db.Txn(false), tableNonce, byID, []byte{})) }

@@ -1,10 +1,7 @@
 package state
 
 import (
-	"bytes"
 	"cmp"
-	"crypto/sha256"
-	"io"
 	"slices"
 	"strings"
 
@@ -21,43 +18,6 @@ type statement struct {
 	op    operation
 	env   *Envelope // of op, what is known of it
 	hash  []byte    // of op, the claimed hash of the command
-}
-
-// verifyStatements plays every stored statement again, from the genesis, and
-// compares the records that result with those at hand.
-func (s *State) verifyStatements(spread Spread) error {
-	if err := s.verifyTicks(); err != nil {
-		return err
-	}
-	log, err := s.statements()
-	if err != nil {
-		return err
-	}
-	replay := founded(s.signed, s.genesis)
-	fewest := len(replay.reader().latest())
-	var ahead []opened
-	for i, st := range log {
-		if i%aheadOf == 0 {
-			ahead = s.openAhead(ahead, log[i:min(i+aheadOf, len(log))], spread)
-		}
-		if i > 0 && log[i-1].index >= st.index || st.index == 0 || st.index > s.index {
-			return kms.Errorf(kms.Invalid, "snapshot: two statements claim log index %d, or it is out of range", st.index)
-		}
-		if st.clock < replay.clock || st.clock > s.clock {
-			return kms.Errorf(kms.Invalid, "snapshot: the time at log index %d is out of order", st.index)
-		}
-		if replay, err = replay.replay(st, &ahead[i%aheadOf]); err != nil {
-			return kms.Wrap(kms.KindOf(err), err, "snapshot: the statement at log index "+decimal(st.index)+" does not hold: "+message(err), "restore from a trusted node")
-		}
-		fewest = min(fewest, len(replay.reader().latest()))
-	}
-	if err := s.verifyClock(fewest); err != nil {
-		return err
-	}
-	if err := s.sameRecords(replay); err != nil {
-		return err
-	}
-	return s.wholeWraps()
 }
 
 // replay applies a statement as Apply would at its time, without the bookkeeping
@@ -194,30 +154,6 @@ func (s *State) verifyClock(fewest int) error {
 	}
 	if s.clock < max(r.median(), s.genesis.Created, began.Time) || s.clock > max(s.genesis.Created, began.Time) && signed < fewest/2+1 {
 		return kms.Errorf(kms.Invalid, "snapshot: the clock is not the median of the nodes' times")
-	}
-	return nil
-}
-
-// sameRecords compares all records that follow from statements.
-func (s *State) sameRecords(replay *State) error {
-	// Status and its clock are verified by themselves; take them over.
-	x := replay.db.Txn(true)
-	for _, st := range list[NodeStatus](s.db.Txn(false), tableStatus, byID, []byte{}) {
-		insert(x, tableStatus, st)
-	}
-	x.Commit()
-	have, want := sha256.New(), sha256.New()
-	for _, t := range verifiedTables() {
-		have.Reset()
-		want.Reset()
-		write := func(w io.Writer) func([]byte) error {
-			return func(b []byte) error { return writeRecord(w, t.number, b) }
-		}
-		_ = t.write(s.db.Txn(false), write(have))      // a hash never fails
-		_ = t.write(replay.db.Txn(false), write(want)) // a hash never fails
-		if !bytes.Equal(have.Sum(nil), want.Sum(nil)) {
-			return kms.Errorf(kms.Invalid, "snapshot: the records of table %s are not what the signed statements give", t.name)
-		}
 	}
 	return nil
 }

@@ -33,7 +33,12 @@ func RestoreSpread(r io.Reader, trusted func(hash [32]byte) bool, spread Spread)
 	}
 	sum := [32]byte(in.hash.Sum(nil))
 	if trusted == nil || !trusted(sum) {
-		if err := s.verifyStatements(spread); err != nil {
+		v, err := s.toVerify()
+		if err != nil {
+			return nil, err
+		}
+		s = nil // v holds what is needed of it
+		if s, err = v.run(spread); err != nil {
 			return nil, err
 		}
 	}
