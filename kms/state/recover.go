@@ -162,25 +162,34 @@ func (s *State) Superseded(approved []byte) (uint64, error) {
 // state, made under its governance policy, and names nodes of it. Errors: kms.Invalid,
 // kms.Conflict naming what differs.
 func (s *State) CheckStatement(p approval.Proposal) error {
-	params, err := p.RecoverParams()
+	params, err := s.checkPlace(p)
 	if err != nil {
 		return err
 	}
-	sum := s.Hash()
-	differs := func(what string) error {
-		return kms.Errorf(kms.Conflict, "the recover statement is about another backup: %s is not the one of this state", what)
+	if sum := s.Hash(); !bytes.Equal(params.State, sum[:]) {
+		return otherBackup("the hash of the state")
+	}
+	return s.reader().checkBeginning(p, params, s.clock)
+}
+
+func otherBackup(what string) error {
+	return kms.Errorf(kms.Conflict, "the recover statement is about another backup: %s is not the one of this state", what)
+}
+
+// checkPlace checks that a recover statement names this cluster and this place in its log.
+func (s *State) checkPlace(p approval.Proposal) (params approval.RecoverParams, err error) {
+	if params, err = p.RecoverParams(); err != nil {
+		return params, err
 	}
 	switch {
 	case params.Cluster != s.cluster:
-		return differs("the cluster")
+		err = otherBackup("the cluster")
 	case p.Cluster != s.Lineage() || p.Revision != s.epoch:
-		return differs("the epoch")
+		err = otherBackup("the epoch")
 	case params.Index != s.index || params.LogSize != s.log.size || !bytes.Equal(params.LogRoot, s.log.root()):
-		return differs("the place in the log")
-	case !bytes.Equal(params.State, sum[:]):
-		return differs("the hash of the state")
+		err = otherBackup("the place in the log")
 	}
-	return s.reader().checkBeginning(p, params, s.clock)
+	return params, err
 }
 
 // checkBeginning checks what does not take the hash of the state.
@@ -221,6 +230,12 @@ func (s *State) Recover(approved []byte) (*State, error) {
 	}
 	if p.Action != kms.ActionRecover {
 		return nil, kms.Errorf(kms.Invalid, "the statement is to %s, not to recover", p.Action)
+	}
+	if _, err := s.checkPlace(p); err != nil {
+		return nil, err
+	}
+	if _, err := s.CheckRecovery(approved); err != nil { // before all of the state is hashed
+		return nil, err
 	}
 	if err := s.CheckStatement(p); err != nil {
 		return nil, err

@@ -88,6 +88,7 @@ func token(t *testing.T, c ecdh.Curve) (*hsmtest.Token, hsm.Config) {
 }
 
 func TestSoftHSMInAChild(t *testing.T) {
+	t.Parallel()
 	eachCurve(t, func(t *testing.T, c ecdh.Curve) {
 		_, cfg := token(t, c)
 		contract.Run(t, func(t *testing.T) contract.Device { return openChild(t, cfg) })
@@ -95,6 +96,7 @@ func TestSoftHSMInAChild(t *testing.T) {
 }
 
 func TestSoftHSMInAChildHardware(t *testing.T) {
+	t.Parallel()
 	eachCurve(t, func(t *testing.T, c ecdh.Curve) {
 		_, cfg := token(t, c)
 		contract.RunHardware(t, contract.Hardware{
@@ -150,6 +152,7 @@ func group(t *testing.T, cfgs ...hsm.Config) *hsm.Group {
 }
 
 func TestGroup(t *testing.T) {
+	t.Parallel()
 	eachCurve(t, func(t *testing.T, c ecdh.Curve) {
 		tok, cfg := token(t, c)
 		second := clone(t, tok, cfg)
@@ -158,6 +161,7 @@ func TestGroup(t *testing.T) {
 }
 
 func TestGroupHardware(t *testing.T) {
+	t.Parallel()
 	eachCurve(t, func(t *testing.T, c ecdh.Curve) {
 		tok, cfg := token(t, c)
 		second := clone(t, tok, cfg)
@@ -176,6 +180,7 @@ func TestGroupHardware(t *testing.T) {
 // TestGroupOfChildren runs the suite on a token and its clone, each with its library
 // in a process of its own, of which one is killed.
 func TestGroupOfChildren(t *testing.T) {
+	t.Parallel()
 	c := ecdh.P256()
 	open := func(t *testing.T, members ...hsm.Config) (*hsm.Group, []*child.Device) {
 		devices := make([]*child.Device, len(members))

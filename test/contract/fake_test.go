@@ -11,6 +11,7 @@ import (
 )
 
 func TestFake(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name  string
 		curve ecdh.Curve
@@ -28,6 +29,7 @@ func TestFake(t *testing.T) {
 // TestFakeHardware runs package hsm's wrapping against the fake, with the KDF
 // that SoftHSM has and with the one that it has not.
 func TestFakeHardware(t *testing.T) {
+	t.Parallel()
 	for _, sha := range []bool{false, true} {
 		for _, c := range []ecdh.Curve{ecdh.P384(), ecdh.P256()} {
 			t.Run(fmt.Sprint(c, sha), func(t *testing.T) {

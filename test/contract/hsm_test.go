@@ -12,6 +12,7 @@ import (
 )
 
 func TestSoftHSM(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name  string
 		curve ecdh.Curve
@@ -27,6 +28,7 @@ func TestSoftHSM(t *testing.T) {
 }
 
 func TestSoftHSMHardware(t *testing.T) {
+	t.Parallel()
 	for _, c := range []ecdh.Curve{ecdh.P384(), ecdh.P256()} {
 		t.Run(fmt.Sprint(c), func(t *testing.T) {
 			token := func(t *testing.T) (*hsmtest.Token, hsm.Config) {

@@ -11,6 +11,7 @@ import (
 )
 
 func TestSoftTPM(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name  string
 		curve ecdh.Curve
@@ -25,6 +26,7 @@ func TestSoftTPM(t *testing.T) {
 }
 
 func TestSoftTPMHardware(t *testing.T) {
+	t.Parallel()
 	for _, c := range []ecdh.Curve{ecdh.P384(), ecdh.P256()} {
 		t.Run(fmt.Sprint(c), func(t *testing.T) {
 			token := func(t *testing.T) (*tpmtest.TPM, tpm.Config) {
