@@ -41,6 +41,22 @@ func (n *Node) Append(raw []byte) uint64 {
 	return n.raft.LastIndex()
 }
 
+// AppendEntries sends another node a message of Raft, as a hostile member could.
+func (n *Node) AppendEntries(to string, req *raft.AppendEntriesRequest) error {
+	return n.wire.transport().AppendEntries(raft.ServerID(to), raft.ServerAddress(to), req, new(raft.AppendEntriesResponse))
+}
+
+// RequestVote asks another node for its vote, as a hostile member could.
+func (n *Node) RequestVote(to string, req *raft.RequestVoteRequest) error {
+	return n.wire.transport().RequestVote(raft.ServerID(to), raft.ServerAddress(to), req, new(raft.RequestVoteResponse))
+}
+
+// Position returns the term, and the index and term of the last log entry.
+func (n *Node) Position() (term, index, logTerm uint64) {
+	p := n.position()
+	return p.Term, p.Index, p.LogTerm
+}
+
 // TransferTo hands the lead to a node.
 func (n *Node) TransferTo(ctx context.Context, id string) error { return n.transferTo(ctx, id) }
 
