@@ -70,6 +70,10 @@ type Config struct {
 	// them durable here. An error cancels the snapshot.
 	OnSnapshot func() error
 
+	// Applied, optional, is the index of the last command that this node has applied in
+	// former runs, as far as its caller has kept that: no leader takes what is committed back.
+	Applied uint64
+
 	// Counter, optional, is a counter in the node's device: with it the node notices that its
 	// disk was put back to an older state also where the other nodes' were, too.
 	Counter Counter

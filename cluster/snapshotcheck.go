@@ -90,7 +90,7 @@ func (n *Node) startRaft(conf *raft.Config, stable raft.StableStore, snapshots r
 					n.dir.file(snapshotDir), n.dir.file(logFile), r)}
 		}
 	}()
-	n.raft, err = raft.NewRaft(conf, n.machine, n.logs, stable, snapshots, transport)
+	n.raft, err = raft.NewRaft(conf, n.machine, &committedStore{LogStore: n.logs, committed: n.committed, log: n.cfg.Logger}, stable, snapshots, transport)
 	if err != nil {
 		return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("cannot start from the log and the snapshots in %s: %v", n.dir.path, err), "")
 	}

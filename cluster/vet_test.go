@@ -47,6 +47,13 @@ func TestHostileMessages(t *testing.T) {
 			t.Fatalf("after %s the node counts %d servers", name, n)
 		}
 	}
+	// The entries that the cluster has acknowledged stay, whatever a leader of a later term sends.
+	term, index, logTerm := c.Node(victim).Position()
+	_ = hostile.AppendEntries(to, &raft.AppendEntriesRequest{RPCHeader: header, Term: term + 1, PrevLogEntry: 1, PrevLogTerm: 1,
+		Entries: []*raft.Log{{Index: 2, Term: term + 1, Type: raft.LogNoop}}}) // refused by the answer, not by an error
+	if _, i, lt := c.Node(victim).Position(); i != index || lt != logTerm {
+		t.Errorf("the log ended with entry %d of term %d, and now ends with entry %d of term %d", index, logTerm, i, lt)
+	}
 	if err := hostile.RequestVote(to, &raft.RequestVoteRequest{RPCHeader: header, Term: math.MaxUint64, LastLogIndex: math.MaxUint64, LastLogTerm: math.MaxUint64}); err == nil {
 		t.Error("the last term there is is taken")
 	}

@@ -1,0 +1,45 @@
+package cluster
+
+import (
+	"log/slog"
+	"sync"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/conclave-kms/conclave/kms"
+)
+
+// committedStore is the log as Raft sees it. Raft deletes the end of the log where a leader has
+// other entries, and does not look whether they were committed, which with an honest leader they
+// never are. A member that claims to lead could so have every node forget what the cluster had
+// acknowledged: nothing of it would be missed in a log that ends with a later term. The
+// store deletes no end that begins with an entry known to be committed.
+type committedStore struct {
+	raft.LogStore
+	committed func() uint64 // index of the last entry known to be committed
+	log       *slog.Logger
+	said      sync.Once
+}
+
+// DeleteRange implements raft.LogStore.
+func (s *committedStore) DeleteRange(min, max uint64) error {
+	last, err := s.LastIndex()
+	if err != nil {
+		return err
+	}
+	if known := s.committed(); max >= last && min <= known {
+		s.said.Do(func() {
+			s.log.Error("refused to take committed entries back out of the log for the leader; find out which member led", "from", min, "committed", known)
+		})
+		return kms.Errorf(kms.Conflict, "entries from %d on are not given up for the leader: up to %d they were committed", min, known)
+	}
+	return s.LogStore.DeleteRange(min, max)
+}
+
+// committed returns the index of the last entry that this node knows to be committed.
+func (n *Node) committed() uint64 {
+	if !n.running() {
+		return n.cfg.Applied
+	}
+	return max(n.cfg.Applied, n.raft.CommitIndex(), n.raft.AppliedIndex())
+}
