@@ -12,7 +12,6 @@ import (
 // A member that sends messages of Raft of its own making neither ends another node, nor
 // ruins its log, nor changes its list of servers, nor leaves it without terms to elect in.
 func TestHostileMessages(t *testing.T) {
-	t.Parallel()
 	c := clustertest.New(t, clustertest.Options{})
 	leader := c.Leader()
 	c.SameState(c.Propose(leader, c.Tick(leader)).Index)
