@@ -57,7 +57,7 @@ func openDataDir(path, cluster, node string) (*dataDir, error) {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		if _, err := os.Lstat(d.file(logFile)); err == nil {
-			return nil, kms.Errorf(kms.Conflict, "%s holds a log but no %s: it is not known whose it is", path, identityFile)
+			return nil, kms.Errorf(kms.Conflict, "%s holds a log but no %s, so it is not known whose it is; %s", path, identityFile, storeFix)
 		}
 		if err := d.save(); err != nil {
 			return nil, err
@@ -81,7 +81,7 @@ func openDataDir(path, cluster, node string) (*dataDir, error) {
 func (d *dataDir) check(b []byte) error {
 	var id identity
 	if err := json.Unmarshal(b, &id); err != nil || id.Format != 1 {
-		return kms.Errorf(kms.Invalid, "%s in %s is not readable", identityFile, d.path)
+		return kms.Errorf(kms.Invalid, "%s in %s is damaged; %s", identityFile, d.path, storeFix)
 	}
 	if id.Cluster != d.id.Cluster {
 		return kms.Errorf(kms.Conflict, "%s belongs to cluster %s by its %s, this configuration is for cluster %s; use another data directory", d.path, id.Cluster, identityFile, d.id.Cluster)

@@ -104,6 +104,10 @@ func (n *Node) foreign(peer string, g greeting) {
 
 func (n *Node) otherEpoch(peer string, epoch uint64, err error) {
 	if _, told := n.told.LoadOrStore(fmt.Sprintf("%s %d", peer, epoch), true); !told {
-		n.cfg.Logger.Warn("a node is in another epoch of the cluster, no messages are exchanged with it", "peer", peer, "epoch", epoch, "own", n.dir.id.Epoch, "error", err)
+		log := n.cfg.Logger.With("peer", peer, "epoch", epoch, "own", n.dir.id.Epoch)
+		if err != nil {
+			log = log.With("error", err)
+		}
+		log.Warn("a node is in another epoch of the cluster, no messages are exchanged with it")
 	}
 }

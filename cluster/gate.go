@@ -30,6 +30,7 @@ type gate struct {
 	once     sync.Once
 	busy     sync.WaitGroup
 	said     sync.Once
+	waits    sync.Once
 }
 
 // gatePreVote is gate over a transport with pre-votes.
@@ -188,6 +189,12 @@ func (g *gate) acceptable(e *raft.Log) error {
 		select {
 		case <-tick.C:
 		case <-limit.C:
+			if g.behind(e) { // then it is no accusation yet: the leader asks again
+				g.waits.Do(func() {
+					g.log.Info("a list of servers from the leader waits for the commands before it", "index", e.Index, "term", e.Term)
+				})
+				return err
+			}
 			g.said.Do(func() {
 				g.log.Error("refused a list of servers from the leader", "index", e.Index, "term", e.Term, "error", err)
 			})
@@ -196,4 +203,23 @@ func (g *gate) acceptable(e *raft.Log) error {
 			return err
 		}
 	}
+}
+
+// behind reports whether commands before an entry are still to be applied here, as at a
+// node that has just joined and catches up.
+func (g *gate) behind(e *raft.Log) bool {
+	first, err := g.logs.FirstIndex()
+	if err != nil || first == 0 {
+		return false
+	}
+	var l raft.Log
+	for i := e.Index - 1; i >= first; i-- {
+		if g.logs.GetLog(i, &l) != nil {
+			return false
+		}
+		if l.Type == raft.LogCommand {
+			return g.state().Index() < i
+		}
+	}
+	return false
 }

@@ -16,8 +16,8 @@ import (
 )
 
 // storeFix is the next step when the log's file cannot be used.
-const storeFix = "restore the node's directory from a backup of this moment, or set the node up anew: " +
-	"a node that forgot its votes must not take part again under the same name"
+const storeFix = "put back a copy of the node's data directory (with an older one the node catches up before it serves), " +
+	"or remove the node (conclave node remove) and let the machine join under a new name: a node that forgot its votes does not take part again under the same one"
 
 // lockWait is how long to wait for the lock of another process on the log.
 const lockWait = time.Second

@@ -53,7 +53,7 @@ func (p *pages) meta() (root uint64, err error) {
 			return 0, errors.New("the first page is damaged")
 		}
 		if _, err := p.file.ReadAt(b, int64(i*p.size)); err != nil {
-			return 0, fmt.Errorf("page %d: %w", i, err)
+			return 0, fmt.Errorf("it ends before page %d: %w", i, err)
 		}
 		m := b[pageHeader:]
 		sum := fnv.New64a()

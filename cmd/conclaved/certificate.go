@@ -14,7 +14,7 @@ func (c TLSConfig) load() (tls.Certificate, error) {
 	}
 	cert, err := tls.LoadX509KeyPair(c.Certificate, c.Key)
 	if err != nil {
-		return cert, fmt.Errorf("tls: the node's certificate and key: %w", err)
+		return cert, fmt.Errorf("tls: the node's certificate %s and key %s: %w", c.Certificate, c.Key, err)
 	}
 	return cert, nil
 }

@@ -214,7 +214,7 @@ func readSignedGenesis(path string) (state.SignedGenesis, error) {
 	}
 	s, err := state.ParseSignedGenesis(b)
 	if err != nil {
-		return s, fmt.Errorf("%s: %w", path, err)
+		return s, fmt.Errorf("%s is no signed genesis document, or damaged: %w; copy it from another node of the cluster", path, err)
 	}
 	return s, nil
 }

@@ -97,8 +97,11 @@ func readRoot(path string) (rootFile, error) {
 	if err != nil {
 		return f, err
 	}
+	if st, err := os.Stat(path); err != nil || st.Mode().Perm()&0o077 != 0 {
+		return f, errors.Join(fmt.Errorf("%s: others can read or change it: chmod 600 it", path), err)
+	}
 	if err := strictJSON(b, &f); err != nil {
-		return f, fmt.Errorf("%s is damaged: %w; restore it from a backup: without it the node's sealed copies cannot be opened", path, err)
+		return f, fmt.Errorf("%s is damaged: %w; restore the file from your copy, or give the node another hardware root (conclaved rekey --help): without it the node's sealed copies cannot be opened", path, err)
 	}
 	if f.Format != 1 || f.Root < firstRoot || f.Signing == "" {
 		return f, fmt.Errorf("%s: format %d, root %d, signing key %q: this is not a root file of format 1", path, f.Format, f.Root, f.Signing)
@@ -110,7 +113,7 @@ func readRoot(path string) (rootFile, error) {
 func readPresentRoot(cfg Config) (rootFile, error) {
 	f, err := readRoot(rootPath(cfg.DataDir))
 	if errors.Is(err, fs.ErrNotExist) {
-		return f, fmt.Errorf("%s is missing: this node has not been initialised; run: conclaved init", rootPath(cfg.DataDir))
+		return f, fmt.Errorf("%s is missing; for a new node run conclaved init, or conclaved join if the cluster runs already; a node whose data is lost comes back with conclaved recover, or is removed and joins under a new name", rootPath(cfg.DataDir))
 	}
 	return f, err
 }

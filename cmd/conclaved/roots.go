@@ -108,6 +108,9 @@ func openRoots(ctx context.Context, cfg Config, log *slog.Logger) (*heldRoots, e
 	}
 	// A refused PIN is not a dead device: who corrects it has the node back at once.
 	if err := errors.Join(why...); held.next == nil || pinRefused(err) {
+		if err != nil && !pinRefused(err) {
+			err = fmt.Errorf("%w; if the device is gone for good, another takes its place: conclaved rekey --help", err)
+		}
 		return nil, errors.Join(err, held.close())
 	}
 	if len(why) == 0 {

@@ -254,9 +254,12 @@ func (n *node) checkGenesis(g state.Genesis) error {
 			return nil
 		}
 	}
-	c, err := readCard(cardPath(n.cfg.DataDir))
-	_, ran := os.Stat(filepath.Join(n.cfg.DataDir, "raft"))
-	if err == nil && c.Node == n.cfg.Node && (len(c.Possession) > 0 || ran == nil) {
+	// A later member: its card shows that it is to join, or its data that it has. Whose
+	// the data is, cluster.Open looks at; a restored directory holds no card.
+	if _, err := os.Stat(filepath.Join(n.cfg.DataDir, "raft", "identity.json")); err == nil {
+		return nil
+	}
+	if c, err := readCard(cardPath(n.cfg.DataDir)); err == nil && c.Node == n.cfg.Node && len(c.Possession) > 0 {
 		return nil
 	}
 	return fmt.Errorf("the genesis document %s does not name node %s; to join a running cluster, see: conclaved join --help", n.cfg.Genesis, n.cfg.Node)
@@ -285,7 +288,7 @@ func sameHistory(log *audit.ClusterLog, index uint64, root func() []byte) error 
 		return nil
 	}
 	return fmt.Errorf("what raft/raft.db yields is not what this node had applied according to cluster-log (entry %d): "+
-		"one of the two is damaged; restore the data directory from a backup of this moment, or set the node up anew", index)
+		"one of the two is damaged; put back a copy of the data directory, or remove the node (conclave node remove) and let the machine join under a new name", index)
 }
 
 func (n *node) restored(st *state.State) {
