@@ -164,6 +164,22 @@ func (p contextPairs) Set(s string) error {
 	return nil
 }
 
+// ask shows a table and the question on standard error and reads the answer; without
+// a yes nothing is done.
+func (a *app) ask(cmd *cobra.Command, table func(io.Writer), question, undone string) error {
+	t := tabwriter.NewWriter(cmd.ErrOrStderr(), 0, 0, 2, ' ', 0)
+	table(t)
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	fmt.Fprintf(cmd.ErrOrStderr(), "\n%s Type yes: ", question)
+	var answer string
+	if _, err := fmt.Fscanln(cmd.InOrStdin(), &answer); err != nil || answer != "yes" {
+		return usagef("%s; answer yes, or give --yes", undone)
+	}
+	return nil
+}
+
 // keyPath splits the argument KEYRING/KEY, which has been checked.
 func keyPath(arg string) (keyring, key string) {
 	keyring, key, _ = kms.SplitKeyPath(arg)

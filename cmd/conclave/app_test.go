@@ -38,11 +38,33 @@ func TestShowProgressEscapesTheNodesText(t *testing.T) {
 
 func TestDestroyOfTheWholeKeyIsSaid(t *testing.T) {
 	p := approval.Proposal{Action: kms.ActionDestroy, Parameters: canon.Marshal(approval.VersionParams{})}
-	if s := parameters(p); !strings.Contains(s, "WHOLE KEY") {
+	if s := strings.Join(parameters(p), "|"); s != "version = 0|which means that it is about THE WHOLE KEY, every version" {
 		t.Errorf("a custodian sees %q", s)
 	}
 	p.Parameters = canon.Marshal(approval.VersionParams{Version: 3})
-	if s := parameters(p); s != `{"version":3}` {
+	if s := strings.Join(parameters(p), "|"); s != "version = 3" {
 		t.Errorf("a custodian sees %q", s)
+	}
+}
+
+func TestParametersOneToALine(t *testing.T) {
+	p := approval.Proposal{Action: kms.ActionPolicy, Parameters: canon.Marshal(approval.PolicyParams{Rules: []approval.Rule{
+		{Action: kms.ActionKeyring, Approvals: 2, Sites: 2}, {Action: kms.ActionRotate, Approvals: 1, Sites: 1}}})}
+	got := parameters(p)
+	if len(got) != 4 || !strings.HasPrefix(got[0], `rules = {`) || !strings.HasPrefix(got[1], `rules = {`) || got[2] != "attested = false" || !strings.HasPrefix(got[3], "which means that attested") {
+		t.Errorf("a custodian sees %q", got)
+	}
+	if got := parameters(approval.Proposal{Action: kms.ActionRotate}); len(got) != 1 || got[0] != "-" {
+		t.Errorf("of a rotation a custodian sees %q", got)
+	}
+	if got := parameters(approval.Proposal{Action: kms.ActionNode, Parameters: []byte("x")}); !strings.HasPrefix(got[0], "NOT READABLE") {
+		t.Errorf("of what cannot be read a custodian sees %q", got)
+	}
+	p = approval.Proposal{Action: kms.ActionNode, Parameters: canon.Marshal(approval.NodeParams{Change: approval.NodeRemove})}
+	if got := doing(wire.Proposal{Content: wire.ProposalContent{Action: "node"}}); got != "node" {
+		t.Errorf("an action that cannot be decoded: %q", got)
+	}
+	if got := parameters(p); got[0] != `change = "remove"` {
+		t.Errorf("of a removal a custodian sees %q", got)
 	}
 }

@@ -60,7 +60,7 @@ func (i backupInfo) table(w io.Writer) {
 	row(w, "backup", i.File)
 	row(w, "cluster", i.Header.Cluster)
 	row(w, "epoch", i.Header.Epoch)
-	row(w, "at log index", fmt.Sprintf("%d, %d leaves, root %x", i.Header.Index, i.Header.LogSize, i.Header.LogRoot))
+	row(w, "at log index", fmt.Sprintf("%d, %d leaves, root %s", i.Header.Index, i.Header.LogSize, b64(i.Header.LogRoot)))
 	row(w, "cluster time", when(time.UnixMilli(i.Header.Clock)))
 	row(w, "made by", fmt.Sprintf("%s, key %s, at %s", i.Header.Node, i.Signer, when(time.UnixMilli(i.Header.Created))))
 	row(w, "state", i.State)
@@ -84,6 +84,9 @@ it, and check that the file is whole. Verify it where you keep it: conclave back
 			}
 			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
 				info, err := fetchBackup(ctx, c, out)
+				if kms.KindOf(err) == kms.Unavailable {
+					return kms.Wrap(kms.Unavailable, err, err.Error(), "if the cluster has lost its majority for good, stop a node and run there: conclaved backup --out FILE")
+				}
 				if err != nil {
 					return err
 				}
@@ -191,7 +194,7 @@ func verifyBackup(path string, o backup.Options) (backupInfo, backup.Result, err
 	start := time.Now()
 	f, err := os.Open(path)
 	if err != nil {
-		return backupInfo{}, backup.Result{}, kms.Wrap(kms.Invalid, err, fmt.Sprintf("backup: %v", err), "")
+		return backupInfo{}, backup.Result{}, usageError{err}
 	}
 	defer f.Close()
 	stat, err := f.Stat()
@@ -199,6 +202,9 @@ func verifyBackup(path string, o backup.Options) (backupInfo, backup.Result, err
 		return backupInfo{}, backup.Result{}, err
 	}
 	res, err := backup.Verify(bufio.NewReaderSize(f, 1<<20), o)
+	if kms.KindOf(err) == kms.Invalid {
+		return backupInfo{}, res, kms.Wrap(kms.BadSignature, err, fmt.Sprintf("%s does not verify: %v", path, err), "")
+	}
 	if err != nil {
 		return backupInfo{}, res, err
 	}

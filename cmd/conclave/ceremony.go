@@ -83,7 +83,8 @@ ceremony show prints, to the custodians: whoever else sends them a document want
 				if err := create(filepath.Join(dir, ceremonyFile), co.Document(), 0o644); err != nil {
 					return err
 				}
-				fmt.Fprintf(cmd.ErrOrStderr(), "ceremony written to %s; waiting for contributions (%d shares from %d sites)\n", filepath.Join(dir, ceremonyFile), k.Threshold, k.Sites)
+				fmt.Fprintf(cmd.ErrOrStderr(), "ceremony written to %s; waiting for contributions: %d shares from at least %d sites\n"+
+					"each custodian, with that file: conclave ceremony contribute ceremony --custodian ID --custodian-key FILE --out ID%s\n", filepath.Join(dir, ceremonyFile), k.Threshold, k.Sites, contributionSuffix)
 				return a.coordinate(cmd, c, co, dir, k, o.Created.Add(lifetime))
 			})
 		},
@@ -134,7 +135,7 @@ func (a *app) coordinate(cmd *cobra.Command, c *client.Client, co *recovery.Coor
 	defer tick.Stop()
 	for co.Missing() != "" {
 		if time.Now().After(until) {
-			return kms.Errorf(kms.Expired, "the ceremony has expired with %s", co.Missing())
+			return kms.Errorf(kms.Expired, "the ceremony has expired with %s; begin another one", co.Missing())
 		}
 		paths, err := filepath.Glob(filepath.Join(dir, "*"+contributionSuffix))
 		if err != nil {
@@ -146,9 +147,9 @@ func (a *app) coordinate(cmd *cobra.Command, c *client.Client, co *recovery.Coor
 			}
 			seen[path] = true
 			if who, err := addContribution(cmd.Context(), c, co, path); err != nil { // another one may be good
-				fmt.Fprintf(cmd.ErrOrStderr(), "%s is not taken: %s\n", path, visible(err.Error()))
+				fmt.Fprintf(cmd.ErrOrStderr(), "not taken: %s: %s\n", path, visible(err.Error()))
 			} else {
-				fmt.Fprintf(cmd.ErrOrStderr(), "custodian %s has contributed; missing: %s\n", who, or(co.Missing(), "nothing"))
+				fmt.Fprintf(cmd.ErrOrStderr(), "custodian %s has contributed: %s\n", who, or(co.Missing(), "that is enough"))
 			}
 		}
 		if co.Missing() == "" {
@@ -164,7 +165,7 @@ func (a *app) coordinate(cmd *cobra.Command, c *client.Client, co *recovery.Coor
 }
 
 func addContribution(ctx context.Context, c *client.Client, co *recovery.Coordinator, path string) (string, error) {
-	x, err := readJSON[approval.Contribution](path)
+	x, err := readJSON[approval.Contribution](path, "contribution that conclave ceremony contribute writes")
 	if err != nil {
 		return "", err
 	}
@@ -236,6 +237,9 @@ func readCeremony(path string) ([]byte, approval.Ceremony, error) {
 		return nil, approval.Ceremony{}, usageError{err}
 	}
 	doc, err := approval.ParseCeremony(b)
+	if err != nil {
+		err = usageError{fmt.Errorf("%s is damaged, or no ceremony that conclave ceremony run writes: %w", path, err)}
+	}
 	return b, doc, err
 }
 
@@ -304,7 +308,8 @@ the coordinator reads to you, by another way than the one on which FILE came.`,
 					return err
 				}
 				if !yes {
-					if err := confirmShare(cmd, b, doc); err != nil {
+					question := "Does the coordinator read the same ceremony to you, and do you give your share to it?"
+					if err := a.ask(cmd, func(w io.Writer) { showCeremony(w, b, doc) }, question, "no share was given"); err != nil {
 						return err
 					}
 				}
@@ -319,7 +324,15 @@ the coordinator reads to you, by another way than the one on which FILE came.`,
 				if err := createWhole(out, append(j, '\n')); err != nil {
 					return err
 				}
-				return a.show(cmd, doc, func(w io.Writer) { showCeremony(w, b, doc) })
+				v := struct {
+					File      string `json:"file"`
+					Ceremony  string `json:"ceremony"`
+					Custodian string `json:"custodian"`
+				}{out, doc.ID(), by.custodian}
+				return a.show(cmd, v, func(w io.Writer) {
+					row(w, "contribution", out+", of custodian "+by.custodian+" to ceremony "+doc.ID())
+					row(w, "next", "put it beside the coordinator's ceremony file; the share in it is sealed")
+				})
 			})
 		},
 	}
@@ -328,24 +341,6 @@ the coordinator reads to you, by another way than the one on which FILE came.`,
 	trustNode(cmd.Flags(), &trust)
 	by.flags(cmd)
 	return cmd
-}
-
-// confirmShare shows the document and asks.
-func confirmShare(cmd *cobra.Command, b []byte, doc approval.Ceremony) error {
-	quiet := app{output: "table"}
-	out := cmd.OutOrStdout()
-	cmd.SetOut(cmd.ErrOrStderr())
-	err := quiet.show(cmd, nil, func(w io.Writer) { showCeremony(w, b, doc) })
-	cmd.SetOut(out)
-	if err != nil {
-		return err
-	}
-	fmt.Fprint(cmd.ErrOrStderr(), "\nDoes the coordinator read the same ceremony to you, and do you give your share to it? Type yes: ")
-	var answer string
-	if _, err := fmt.Fscanln(cmd.InOrStdin(), &answer); err != nil || answer != "yes" {
-		return usagef("no share was given; answer yes, or give --yes")
-	}
-	return nil
 }
 
 // createWhole writes a file that must not exist yet so that nobody sees half of it.

@@ -27,7 +27,7 @@ from a backup, verified from the genesis on, and nothing is asked of anybody: us
 that was made after the ceremony, before any of its custodians was replaced.`,
 		Args: arguments("TRANSCRIPT"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			t, err := readJSON[recovery.Transcript](args[0])
+			t, err := readJSON[recovery.Transcript](args[0], "transcript that conclave ceremony run writes")
 			if err != nil {
 				return usageError{err}
 			}

@@ -137,7 +137,7 @@ func TestWrongUsage(t *testing.T) {
 func TestExitCodes(t *testing.T) {
 	want := map[kms.Kind]int{
 		kms.Unauthenticated: 3, kms.Denied: 3, kms.NeedsApproval: 3, kms.NotFound: 4, kms.Exists: 5, kms.Conflict: 5, kms.Expired: 5, kms.Replayed: 5,
-		kms.OpenFailed: 6, kms.BadSignature: 6, kms.Unavailable: 7, kms.Stale: 7, kms.Unknown: 7, kms.ReadOnly: 7, kms.NotResident: 7,
+		kms.OpenFailed: 6, kms.BadSignature: 6, kms.Unavailable: 7, kms.Stale: 7, kms.Unknown: 8, kms.ReadOnly: 7, kms.NotResident: 7,
 		kms.Internal: 1, kms.Invalid: 1, kms.TooLarge: 1,
 	}
 	for k := kms.Internal; !strings.HasPrefix(k.String(), "kind-"); k++ {

@@ -35,8 +35,18 @@ func run(ctx context.Context) int {
 	if err == nil {
 		return 0
 	}
-	fmt.Fprintln(os.Stderr, "conclave:", visible(err.Error()))
+	fmt.Fprintln(os.Stderr, "conclave:", visible(tell(err)))
 	return exitCode(err)
+}
+
+// tell is an error in words. After an unknown outcome this program has forgotten the
+// idempotency key when it ends: the person looks what became of it.
+func tell(err error) string {
+	var e *kms.Error
+	if errors.As(err, &e) && e.Kind == kms.Unknown {
+		return e.Msg + "; look whether it was (list, show) before you do it again"
+	}
+	return err.Error()
 }
 
 // usageError marks a mistake on the command line.
@@ -61,8 +71,10 @@ func exitCode(err error) int {
 		return 5
 	case kms.OpenFailed, kms.BadSignature:
 		return 6
-	case kms.Unavailable, kms.Stale, kms.Unknown, kms.ReadOnly, kms.NotResident:
+	case kms.Unavailable, kms.Stale, kms.ReadOnly, kms.NotResident:
 		return 7
+	case kms.Unknown:
+		return 8
 	}
 	return 1
 }
@@ -85,7 +97,8 @@ It connects with a client certificate; the environment says where and as whom:
   CONCLAVE_MEMORY        directory of what this person has seen of clusters
 
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 not permitted; 4 not found;
-5 conflict or expired; 6 does not open or verify; 7 unavailable, try again.`,
+5 conflict or expired; 6 does not open or verify; 7 unavailable, try again;
+8 outcome unknown: it may have been done, look before you repeat it.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Version:       version,

@@ -242,15 +242,15 @@ func siteParameters(p approval.Proposal) (any, error) {
 func nodeWarning(n approval.NodeParams) string {
 	switch {
 	case n.Change == approval.NodeRemove && n.Leave:
-		return ", which means that the node goes for good, and that keys MAY BE LOST that it alone can open"
+		return "the node goes for good, and that keys MAY BE LOST that it alone can open"
 	case n.Change == approval.NodeRemove:
-		return ", which means that the node goes for good"
+		return "the node goes for good"
 	case n.Change == approval.NodeJoin && n.Leave:
-		return fmt.Sprintf(", which means that its device will open the keys of SITE %s; the node may go without some keys of protection hardware", n.Site)
+		return fmt.Sprintf("its device will open the keys of SITE %s; the node may go without some keys of protection hardware", n.Site)
 	case n.Change == approval.NodeJoin:
-		return fmt.Sprintf(", which means that its device will open the keys of SITE %s", n.Site)
+		return fmt.Sprintf("its device will open the keys of SITE %s", n.Site)
 	case n.Leave:
-		return ", which means that the node MAY LOSE KEYS of protection hardware"
+		return "the node MAY LOSE KEYS of protection hardware"
 	}
 	return ""
 }

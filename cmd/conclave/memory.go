@@ -207,7 +207,7 @@ func (m memory) compare(s wire.Status) error {
 			Fix: askAround + "If all nodes were set back to an old copy, take the newest copy or backup there is and begin a new epoch with it: conclave recover --help"}
 	case s.LogSize == m.LogSize && !bytes.Equal(s.LogRoot, m.LogRoot):
 		return &kms.Error{Kind: kms.Conflict,
-			Msg: fmt.Sprintf("node %s shows another log of %d entries (root %x) than node %s on %s (root %x)", s.Node, s.LogSize, s.LogRoot, m.Node, when(m.Time), m.LogRoot),
+			Msg: fmt.Sprintf("node %s shows another log of %d entries (root %s) than node %s on %s (root %s)", s.Node, s.LogSize, b64(s.LogRoot), m.Node, when(m.Time), b64(m.LogRoot)),
 			Fix: askAround + "Keep the data directories for examination"}
 	}
 	return nil
@@ -344,7 +344,7 @@ func (r remembered) table(w io.Writer) {
 	row(w, "epoch", r.Known.Epoch, r.Shown.Epoch)
 	row(w, "history", or(r.Known.Lineage, "-"), r.Shown.Lineage)
 	row(w, "log entries", r.Known.LogSize, r.Shown.LogSize)
-	row(w, "log root", fmt.Sprintf("%x", r.Known.LogRoot), fmt.Sprintf("%x", r.Shown.LogRoot))
+	row(w, "log root", or(b64(r.Known.LogRoot), "-"), b64(r.Shown.LogRoot))
 	row(w, "time", when(r.Known.Time), when(r.Shown.Time))
 	row(w, "votes", len(r.Known.Votes))
 	for _, x := range r.Recoveries {
@@ -384,18 +384,8 @@ func (a *app) memoryAcceptCommand() *cobra.Command {
 					return err
 				}
 				if !yes {
-					quiet := app{output: "table"}
-					out := cmd.OutOrStdout()
-					cmd.SetOut(cmd.ErrOrStderr())
-					err := quiet.show(cmd, nil, r.table)
-					cmd.SetOut(out)
-					if err != nil {
+					if err := a.ask(cmd, r.table, "Forget what is remembered, and remember what is shown?", "nothing was changed"); err != nil {
 						return err
-					}
-					fmt.Fprint(cmd.ErrOrStderr(), "\nForget what is remembered, and remember what is shown? Type yes: ")
-					var answer string
-					if _, err := fmt.Fscanln(cmd.InOrStdin(), &answer); err != nil || answer != "yes" {
-						return usagef("nothing was changed; answer yes, or give --yes")
 					}
 				}
 				m := memory{Format: memoryFormat, Cluster: r.Shown.Cluster, Votes: r.Known.Votes}.seen(r.Shown)

@@ -46,7 +46,7 @@ func findNode(ctx context.Context, c *client.Client, id string) (wire.Node, erro
 }
 
 func nodeTable(w io.Writer, nodes []wire.Node) {
-	row(w, "NODE", "SITE", "API", "SUITE", "ROOT", "ATTESTED", "LAST HEARD", "DEVICE (as claimed)")
+	row(w, "NODE", "SITE", "VOTES", "ROOT", "ATTESTED", "LAST HEARD", "API", "DEVICE (as claimed)")
 	for _, n := range nodes {
 		root := fmt.Sprint(n.Root)
 		if n.Root == 0 {
@@ -55,7 +55,7 @@ func nodeTable(w io.Writer, nodes []wire.Node) {
 		if n.Replacing != nil {
 			root += fmt.Sprintf(", next %d", n.Replacing.Root)
 		}
-		row(w, n.ID, n.Site, n.API, n.Suite, root, yesNo(n.Attested), when(n.LastHeard), shortDevice(n.Device))
+		row(w, n.ID, n.Site, yesNo(n.Voter), root, yesNo(n.Attested), when(n.LastHeard), n.API, shortDevice(n.Device))
 	}
 }
 

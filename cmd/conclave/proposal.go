@@ -1,12 +1,14 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -108,8 +110,28 @@ func (a *app) proposalListCommand() *cobra.Command {
 func proposalTable(w io.Writer, list []wire.Proposal) {
 	row(w, "PROPOSAL", "ACTION", "TARGET", "PROGRESS", "APPROVALS", "SITES", "EXPIRES", "MISSING")
 	for _, p := range list {
-		row(w, p.ID, p.Content.Action, p.Content.Target, p.Progress, p.Approvals, p.Sites, when(p.Content.Expires), or(strings.Join(p.Missing, ", "), "-"))
+		row(w, p.ID, doing(p), p.Content.Target, p.Progress, p.Approvals, p.Sites, when(p.Content.Expires), or(strings.Join(p.Missing, ", "), "-"))
 	}
+}
+
+// doing is a proposal's action, with what it does where the action alone does not say.
+func doing(p wire.Proposal) string {
+	action := p.Content.Action
+	content, err := approval.ParseProposal(p.Bytes)
+	if err != nil {
+		return action
+	}
+	switch content.Action {
+	case kms.ActionNode:
+		if n, err := content.NodeParams(); err == nil {
+			return action + " " + string(n.Change)
+		}
+	case kms.ActionSite:
+		if s, err := content.SiteParams(); err == nil {
+			return action + " " + string(s.Change)
+		}
+	}
+	return action
 }
 
 func (a *app) proposalShowCommand() *cobra.Command {
@@ -171,7 +193,9 @@ func showSigned(w io.Writer, b []byte, p approval.Proposal) {
 	row(w, "not before", ms(p.NotBefore))
 	row(w, "expires", ms(p.Expires))
 	row(w, "reason", fmt.Sprintf("%q", p.Reason))
-	row(w, "parameters", parameters(p))
+	for i, line := range parameters(p) {
+		row(w, map[bool]string{true: "parameters"}[i == 0], line)
+	}
 	if len(b) > maxShown { // no person reads these; the fields above are decoded from them
 		row(w, "signed bytes", fmt.Sprintf("%d bytes, SHA-256 %x; -o json has them", len(b), sha256.Sum256(b)))
 		return
@@ -179,44 +203,95 @@ func showSigned(w io.Writer, b []byte, p approval.Proposal) {
 	row(w, "signed bytes", fmt.Sprintf("%d bytes, %s", len(b), hex.EncodeToString(b)))
 }
 
-func parameters(p approval.Proposal) string {
-	var v any
-	var err error
-	switch p.Action {
-	case kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
-		v, err = p.VersionParams()
-	case kms.ActionPolicy:
-		v, err = p.PolicyParams()
-	case kms.ActionCustodian:
-		v, err = p.CustodianParams()
-	case kms.ActionNode:
-		v, err = nodeParameters(p)
-	case kms.ActionSite:
-		v, err = siteParameters(p)
-	case kms.ActionRecoveryKey:
-		v, err = recoveryParameters(p)
-	case kms.ActionRecover:
-		v, err = p.RecoverParams()
-	default:
-		return "-"
-	}
+// parameters are those of a proposal, one to a line, and what a person must not
+// overlook in them.
+func parameters(p approval.Proposal) []string {
+	v, err := decoded(p)
 	if err != nil {
-		return "NOT READABLE: " + err.Error()
+		return []string{"NOT READABLE: " + err.Error()}
+	}
+	if v == nil {
+		return []string{"-"}
 	}
 	b, err := json.Marshal(v)
 	if err != nil {
-		return "NOT READABLE: " + err.Error()
+		return []string{"NOT READABLE: " + err.Error()}
 	}
-	if pp, ok := v.(approval.PolicyParams); ok {
-		return string(b) + map[bool]string{true: "; every node of its keyrings needs ATTESTED hardware", false: "; attested hardware is not asked for"}[pp.Attested]
+	lines, err := fields(b)
+	if err != nil {
+		return []string{string(b)}
 	}
-	if np, err := p.NodeParams(); p.Action == kms.ActionNode && err == nil {
-		return string(b) + nodeWarning(np)
+	if note := warning(p); note != "" {
+		lines = append(lines, "which means that "+note)
 	}
-	if vp, ok := v.(approval.VersionParams); ok && vp.Version == 0 {
-		return string(b) + ", which means THE WHOLE KEY, every version"
+	return lines
+}
+
+// decoded returns the parameters of a proposal's action, nil where it has none.
+func decoded(p approval.Proposal) (any, error) {
+	switch p.Action {
+	case kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
+		return p.VersionParams()
+	case kms.ActionPolicy:
+		return p.PolicyParams()
+	case kms.ActionCustodian:
+		return p.CustodianParams()
+	case kms.ActionNode:
+		return nodeParameters(p)
+	case kms.ActionSite:
+		return siteParameters(p)
+	case kms.ActionRecoveryKey:
+		return recoveryParameters(p)
+	case kms.ActionRecover:
+		return p.RecoverParams()
 	}
-	return string(b)
+	return nil, nil
+}
+
+// fields writes a JSON object as lines, NAME = VALUE; a list of objects has a line for each.
+func fields(object []byte) ([]string, error) {
+	dec := json.NewDecoder(bytes.NewReader(object))
+	if _, err := dec.Token(); err != nil {
+		return nil, err
+	}
+	var lines []string
+	for dec.More() {
+		name, err := dec.Token()
+		if err != nil {
+			return nil, err
+		}
+		var value json.RawMessage
+		if err := dec.Decode(&value); err != nil {
+			return nil, err
+		}
+		list := []json.RawMessage{value}
+		if bytes.HasPrefix(value, []byte("[{")) {
+			if err := json.Unmarshal(value, &list); err != nil {
+				return nil, err
+			}
+		}
+		for _, x := range list {
+			lines = append(lines, fmt.Sprintf("%s = %s", name, x))
+		}
+	}
+	return lines, nil
+}
+
+// warning says in words what a person must not overlook in a proposal.
+func warning(p approval.Proposal) string {
+	if pp, err := p.PolicyParams(); p.Action == kms.ActionPolicy && err == nil {
+		if pp.Attested {
+			return "every node of its keyrings needs ATTESTED hardware"
+		}
+		return "attested hardware is not asked for"
+	}
+	if n, err := p.NodeParams(); p.Action == kms.ActionNode && err == nil {
+		return nodeWarning(n)
+	}
+	if v, err := p.VersionParams(); err == nil && v.Version == 0 && slices.Contains([]kms.Action{kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy}, p.Action) {
+		return "it is about THE WHOLE KEY, every version"
+	}
+	return ""
 }
 
 // nodeParameters are those of a change of a node, keys as fingerprints, as conclaved
@@ -325,20 +400,8 @@ before signing. The key never leaves this program; the node gets the signature.`
 }
 
 func (a *app) confirm(cmd *cobra.Command, verdict approval.Verdict, b []byte, content approval.Proposal) error {
-	quiet := app{output: "table"}
-	out := cmd.OutOrStdout()
-	cmd.SetOut(cmd.ErrOrStderr())
-	err := quiet.show(cmd, nil, func(w io.Writer) { showSigned(w, b, content) })
-	cmd.SetOut(out)
-	if err != nil {
-		return err
-	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "\n%s this? Type yes: ", strings.ToUpper(string(verdict[:1]))+string(verdict[1:]))
-	var answer string
-	if _, err := fmt.Fscanln(cmd.InOrStdin(), &answer); err != nil || answer != "yes" {
-		return usagef("nothing was signed; answer yes, or give --yes")
-	}
-	return nil
+	question := strings.ToUpper(string(verdict[:1])) + string(verdict[1:]) + " this?"
+	return a.ask(cmd, func(w io.Writer) { showSigned(w, b, content) }, question, "nothing was signed")
 }
 
 // signVote finds the custodian that the key file belongs to and signs.

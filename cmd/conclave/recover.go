@@ -223,7 +223,7 @@ func describeRecovery(file approval.Approved, p approval.Proposal, st *state.Sta
 		i.Approvals = append(i.Approvals, s.Custodian)
 	}
 	if st == nil {
-		i.Missing = "the backup, to verify the approvals"
+		i.Missing = "not verified; give the --backup and --cluster that it is about"
 		return i, nil
 	}
 	_, err = st.CheckRecovery(b)
@@ -231,7 +231,7 @@ func describeRecovery(file approval.Approved, p approval.Proposal, st *state.Sta
 	case err == nil:
 		i.Approved = true
 	case kms.KindOf(err) == kms.NeedsApproval:
-		i.Missing = err.Error()
+		i.Missing = "no: " + err.Error()
 	default:
 		return i, err
 	}
@@ -280,7 +280,7 @@ func (a *app) showRecovery(cmd *cobra.Command, file approval.Approved, p approva
 func (i recoveryInfo) table(w io.Writer, signed []byte) {
 	row(w, "to recover", "cluster "+i.Params.Cluster)
 	row(w, "from state", hex.EncodeToString(i.Params.State))
-	row(w, "at log index", fmt.Sprintf("%d, %d leaves, root %x", i.Params.Index, i.Params.LogSize, i.Params.LogRoot))
+	row(w, "at log index", fmt.Sprintf("%d, %d leaves, root %s", i.Params.Index, i.Params.LogSize, b64(i.Params.LogRoot)))
 	row(w, "epoch", fmt.Sprintf("%d begins, after epoch %d", i.Params.Epoch, i.Content.Revision))
 	row(w, "voters", strings.Join(i.Params.Voters, ", "))
 	showSigned(w, signed, i.Content)
@@ -289,8 +289,9 @@ func (i recoveryInfo) table(w io.Writer, signed []byte) {
 	switch {
 	case i.Approved:
 		row(w, "approved", "yes, by the backup's own policy; statement "+i.ID)
+		row(w, "next", "at each of "+strings.Join(i.Params.Voters, ", ")+", stopped: conclaved recover --backup FILE --statement FILE; then conclaved run")
 	default:
-		row(w, "approved", "no: "+i.Missing)
+		row(w, "approved", i.Missing)
 	}
 	for _, t := range i.Warnings {
 		row(w, "note", t)
@@ -375,20 +376,7 @@ func (a *app) confirmRecovery(cmd *cobra.Command, file approval.Approved, p appr
 	if note := a.remembersMore(st); note != "" {
 		i.Warnings = append(i.Warnings, note)
 	}
-	quiet := app{output: "table"}
-	out := cmd.OutOrStdout()
-	cmd.SetOut(cmd.ErrOrStderr())
-	err = quiet.show(cmd, nil, func(w io.Writer) { i.table(w, file.Proposal) })
-	cmd.SetOut(out)
-	if err != nil {
-		return err
-	}
-	fmt.Fprint(cmd.ErrOrStderr(), "\nApprove this? Type yes: ")
-	var answer string
-	if _, err := fmt.Fscanln(cmd.InOrStdin(), &answer); err != nil || answer != "yes" {
-		return usagef("nothing was signed; answer yes, or give --yes")
-	}
-	return nil
+	return a.ask(cmd, func(w io.Writer) { i.table(w, file.Proposal) }, "Approve this?", "nothing was signed")
 }
 
 // signRecovery adds the approval of the custodian of the backup whom the key file

@@ -82,7 +82,17 @@ secret.`,
 				if err != nil {
 					return err
 				}
-				return create(out, append(b, '\n'), 0o644)
+				if err := create(out, append(b, '\n'), 0o644); err != nil {
+					return err
+				}
+				v := struct {
+					File      string `json:"file"`
+					Custodian string `json:"custodian"`
+				}{out, who.ID}
+				return a.show(cmd, v, func(w io.Writer) {
+					row(w, "card", out+", of custodian "+who.ID)
+					row(w, "next", "give it to whoever runs conclave recovery create; nothing in it is secret")
+				})
 			})
 		},
 	}
@@ -143,13 +153,21 @@ Each custodian should see that their share opens: conclave recovery check.`,
 			}
 			var holders []approval.RecoveryHolder
 			for _, path := range cards {
-				h, err := readJSON[approval.RecoveryHolder](path)
+				h, err := readJSON[approval.RecoveryHolder](path, "card that conclave recovery card writes")
 				if err != nil {
 					return usageError{err}
+				}
+				for _, other := range holders {
+					if other.Custodian == h.Custodian {
+						return usagef("%s is a second card of custodian %s", path, h.Custodian)
+					}
 				}
 				holders = append(holders, h)
 			}
 			p, err := recovery.Deal(residency, pqc.CustodianKEM, threshold, sites, holders)
+			if kms.KindOf(err) == kms.Invalid {
+				return usageError{err}
+			}
 			if err != nil {
 				return err
 			}
@@ -165,7 +183,8 @@ Each custodian should see that their share opens: conclave recovery check.`,
 	return cmd
 }
 
-func readJSON[T any](path string) (v T, err error) {
+// readJSON reads a file; what says what it must be.
+func readJSON[T any](path, what string) (v T, err error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return v, err
@@ -174,7 +193,7 @@ func readJSON[T any](path string) (v T, err error) {
 	d := json.NewDecoder(io.LimitReader(f, 4<<20))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&v); err != nil {
-		return v, fmt.Errorf("%s: %w", path, err)
+		return v, fmt.Errorf("%s is damaged, or no %s: %w", path, what, err)
 	}
 	return v, nil
 }
@@ -193,7 +212,7 @@ func recoveryKey(ctx context.Context, c *client.Client, name string, number uint
 		}
 	}
 	if found == nil {
-		return wire.RecoveryKey{}, approval.RecoveryParams{}, kms.Errorf(kms.NotFound, "there is no such recovery key %q", name)
+		return wire.RecoveryKey{}, approval.RecoveryParams{}, &kms.Error{Kind: kms.NotFound, Msg: fmt.Sprintf("there is no such recovery key %q", name), Fix: "see: conclave recovery list"}
 	}
 	p, err := approval.ParseRecoveryParams(found.Params)
 	return *found, p, err

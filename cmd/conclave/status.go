@@ -45,6 +45,9 @@ func statusTable(w io.Writer, s wire.Status, heard map[string]time.Time) {
 	if s.Raft != nil && s.Raft.Probation != "" {
 		row(w, "probation", s.Raft.Probation)
 	}
+	if s.Raft != nil && s.Raft.ReadOnly {
+		row(w, "disk", "nearly full: this node takes no changes and cannot lead; free or add space, it goes on by itself")
+	}
 	for _, line := range s.Waiting {
 		row(w, "waiting", line)
 	}
@@ -57,7 +60,7 @@ func statusTable(w io.Writer, s wire.Status, heard map[string]time.Time) {
 	row(w, "receipts owed", s.Pending)
 	if s.Raft != nil {
 		row(w)
-		row(w, "PEER", "SITE", "ADDRESS", "SUFFRAGE", "ROUND TRIP", "BEHIND", "ANSWERED", "LAST HEARD")
+		row(w, "PEER", "SITE", "ADDRESS", "SUFFRAGE", "ROUND TRIP", "LAG", "ANSWERED", "LAST HEARD")
 		for _, p := range s.Raft.Peers {
 			trip, behind, answered := reach(p, s.Node)
 			row(w, p.ID, p.Site, p.Address, p.Suffrage, trip, behind, answered, lastHeard(heard[p.ID], s.Clock))
@@ -65,9 +68,9 @@ func statusTable(w io.Writer, s wire.Status, heard map[string]time.Time) {
 	}
 	if len(s.Staleness) > 0 {
 		row(w)
-		row(w, "KEYRING", "SERVES NOW", "UP TO DATE", "MAY BE", "BEYOND THAT")
+		row(w, "KEYRING", "SERVES NOW", "STALENESS", "MAX STALENESS", "BEYOND IT")
 		for _, k := range s.Staleness {
-			row(w, k.Keyring, serves(k), freshness(s.FreshMS), milliseconds(k.MaxStalenessMS), map[bool]string{true: "decrypt, verify", false: "nothing"}[k.Survive])
+			row(w, k.Keyring, serves(k), age(s.FreshMS), milliseconds(k.MaxStalenessMS), map[bool]string{true: "decrypt, verify", false: "nothing"}[k.Survive])
 		}
 	}
 }
@@ -79,7 +82,13 @@ func lease(r *wire.Raft) string {
 	if r.QuorumMS < 0 {
 		return "no leader confirmed by a majority since this node started"
 	}
-	return fmt.Sprintf("a majority confirmed the leader %s ago; it steps down after %s without one", milliseconds(r.QuorumMS), milliseconds(r.LeaseMS))
+	if r.Leader == "" {
+		return "none; a majority last confirmed a leader " + milliseconds(r.QuorumMS) + " ago"
+	}
+	if r.State == "leader" {
+		return fmt.Sprintf("confirmed by a majority %s ago; this node steps down %s after the last confirmation", milliseconds(r.QuorumMS), milliseconds(r.LeaseMS))
+	}
+	return fmt.Sprintf("%s; by the latest news here a majority confirmed the leader %s ago", milliseconds(r.LeaseMS), milliseconds(r.QuorumMS))
 }
 
 // timing says after what time the others replace a leader.
@@ -113,11 +122,18 @@ func serves(k wire.Staleness) string {
 	return k.Serves
 }
 
-// freshness says how old the last proof is that a node is up to date; a node that
-// never had one gives the longest time there is.
+// age is how old the last proof is that a node is up to date; a node that never had
+// one gives the longest time there is.
+func age(ms int64) string {
+	if ms < (365 * 24 * time.Hour).Milliseconds() {
+		return milliseconds(ms)
+	}
+	return "unknown"
+}
+
 func freshness(ms int64) string {
-	if age := time.Duration(ms) * time.Millisecond; age < 365*24*time.Hour {
-		return "proved " + age.String() + " ago"
+	if a := age(ms); a != "unknown" {
+		return "proved " + a + " ago"
 	}
 	return "not proved since it started"
 }

@@ -334,7 +334,7 @@ func importers() map[string]keyring.Importer {
 func (n *node) raft() wire.Raft {
 	s := n.cluster.Status()
 	r := wire.Raft{State: s.State, Leader: s.Leader, Term: s.Term, Applied: s.Applied, Committed: s.Committed, LastContactMS: s.LastContact.Milliseconds(),
-		QuorumMS: s.Quorum.Milliseconds(), LeaseMS: s.Lease.Milliseconds(), HeartbeatMS: s.Heartbeat.Milliseconds(), Profile: string(s.Profile), Probation: s.Probation}
+		QuorumMS: s.Quorum.Milliseconds(), LeaseMS: s.Lease.Milliseconds(), HeartbeatMS: s.Heartbeat.Milliseconds(), Profile: string(s.Profile), Probation: s.Probation, ReadOnly: s.ReadOnly}
 	for _, p := range s.Peers {
 		v := wire.Peer{ID: p.ID, Site: p.Site, Address: p.Address, Suffrage: p.Suffrage, HeardMS: p.Heard.Milliseconds(), Lag: p.Lag}
 		if p.RTT > 0 {

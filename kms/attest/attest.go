@@ -51,7 +51,7 @@ type Report struct {
 }
 
 // possession holds for every node: the callers of Verify check it before.
-const possession = "it holds its signing key: it signed the genesis document, or the approved replacement of its hardware root, with it"
+const possession = "it holds its signing key: it signed the genesis document, or what custodians approved of it later, with it"
 
 // Verify checks a document about a subject. Without a document the report says
 // that nothing about the hardware is known. What a document asserts must hold;

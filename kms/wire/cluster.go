@@ -70,6 +70,7 @@ type Raft struct {
 	HeartbeatMS   int64  `json:"heartbeat_ms"`        // without a word from the leader before an election
 	Profile       string `json:"profile,omitempty"`   // of the timing: lan or wan; absent if it is configured
 	Probation     string `json:"probation,omitempty"` // why the node serves nothing
+	ReadOnly      bool   `json:"read_only"`           // its disk is nearly full: it takes no changes itself
 	Peers         []Peer `json:"peers,omitempty"`
 }
 
@@ -83,7 +84,7 @@ type Peer struct {
 	// Of another node that has answered this one.
 	RTTUS   int64  `json:"rtt_us,omitempty"`   // median round trip in microseconds
 	HeardMS int64  `json:"heard_ms,omitempty"` // since it last answered; negative for never
-	Lag     uint64 `json:"lag,omitempty"`      // log entries that it was behind then
+	Lag     uint64 `json:"lag"`                // log entries that it was behind then
 	FreshMS int64  `json:"fresh_ms,omitempty"` // age of its own last proof that it was up to date
 }
 

@@ -195,7 +195,7 @@ func (c *ceremony) misses(what string) {
 	err := harness.Within(c.r.t.Context(), time.Minute, "the coordinator misses "+what, func(context.Context) error {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		if !strings.Contains(c.said.String(), "missing: "+what) {
+		if !strings.Contains(c.said.String(), "has contributed: "+what) {
 			return fmt.Errorf("it says %q", c.said.String())
 		}
 		return nil
