@@ -263,20 +263,3 @@ func madeIn(v wire.KeyVersion) string {
 	}
 	return or(v.Generated, "-")
 }
-
-func (a *app) policyCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "policy", Short: "Look at the approval policies"}
-	cmd.AddCommand(look(a, &cobra.Command{Use: "list", Short: "List the approval policies, rule by rule"},
-		func(ctx context.Context, c *client.Client, _ []string) (wire.Policies, error) { return c.Policies(ctx) },
-		policyTable))
-	return cmd
-}
-
-func policyTable(w io.Writer, p wire.Policies) {
-	row(w, "POLICY", "REVISION", "RULE")
-	for _, pol := range p.Policies {
-		for _, s := range pol.Summary {
-			row(w, pol.Name, pol.Revision, s)
-		}
-	}
-}

@@ -19,8 +19,8 @@ import (
 )
 
 func (a *app) custodianCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "custodian", Short: "Make a custodian's key; list the custodians"}
-	cmd.AddCommand(a.custodianKeygenCommand(), a.custodianListCommand())
+	cmd := &cobra.Command{Use: "custodian", Short: "Make a custodian's key; list the custodians; propose to enrol or revoke one"}
+	cmd.AddCommand(a.custodianKeygenCommand(), a.custodianListCommand(), a.custodianAddCommand(), a.custodianRevokeCommand())
 	return cmd
 }
 

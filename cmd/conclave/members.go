@@ -161,7 +161,7 @@ func (a *app) siteCommand() *cobra.Command {
 			siteTable),
 		a.siteChangeCommand(approval.SiteAdd, "add SITE --trust-domain NAME --ca FILE --reason TEXT", "Propose a new site",
 			`Propose a new site: a trust domain with the CAs that speak for it. Its first custodians
-come by proposals of their own (action custodian), and then its nodes (conclave node join).`),
+come by proposals of their own (conclave custodian add), and then its nodes (conclave node join).`),
 		a.siteChangeCommand(approval.SiteCAs, "cas SITE --ca FILE --reason TEXT", "Propose another CA bundle for a site",
 			`Propose another CA bundle for a site. FILE replaces the whole bundle: keep the old CA in
 it until every certificate of the site, those of its nodes among them, is issued by a

@@ -220,6 +220,12 @@ func KeyringTarget(keyring string) string { return TargetKeyring + "/" + keyring
 // NodeTarget returns the target of a proposal about a node.
 func NodeTarget(node string) string { return TargetNode + "/" + node }
 
+// PolicyTarget names a policy as a target.
+func PolicyTarget(policy string) string { return TargetPolicy + "/" + policy }
+
+// CustodianTarget names a custodian as a target.
+func CustodianTarget(custodian string) string { return TargetCustodian + "/" + custodian }
+
 // ParseTarget splits a target "key/KEYRING/KEY", "keyring/NAME", "policy/NAME",
 // "custodian/ID", "node/ID", "site/ID", "recovery/NAME" or "cluster/LINEAGE" into its kind and the name ("KEYRING/KEY" for a key), and
 // checks the names. Errors: kms.Invalid.
