@@ -110,7 +110,11 @@ func (a *app) proposalListCommand() *cobra.Command {
 func proposalTable(w io.Writer, list []wire.Proposal) {
 	row(w, "PROPOSAL", "ACTION", "TARGET", "PROGRESS", "APPROVALS", "SITES", "EXPIRES", "MISSING")
 	for _, p := range list {
-		row(w, p.ID, doing(p), p.Content.Target, p.Progress, p.Approvals, p.Sites, when(p.Content.Expires), or(strings.Join(p.Missing, ", "), "-"))
+		missing := or(strings.Join(p.Missing, ", "), "-")
+		if p.Progress == "executed" { // whatever has changed since
+			missing = "-"
+		}
+		row(w, p.ID, doing(p), p.Content.Target, p.Progress, p.Approvals, p.Sites, when(p.Content.Expires), missing)
 	}
 }
 
