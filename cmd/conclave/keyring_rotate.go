@@ -1,23 +1,19 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/approval"
-	"github.com/conclave-kms/conclave/kms/client"
 	"github.com/conclave-kms/conclave/kms/wire"
 )
 
 func (a *app) keyringRotateCommand() *cobra.Command {
-	var reason string
-	var expires time.Duration
+	var by proposing
 	cmd := &cobra.Command{
 		Use:   "rotate KEYRING --reason TEXT",
 		Short: "Propose a new version of the keyring's key-encryption key",
@@ -30,24 +26,13 @@ the time. See how far it is with: conclave keyring show KEYRING
 A keyring of protection hardware has no KEK: rotate its keys.`,
 		Args: arguments("KEYRING"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if reason == "" {
-				return usagef("--reason is missing: custodians sign it with the proposal")
+			if err := by.check(); err != nil {
+				return err
 			}
-			req := wire.OpenProposalRequest{
-				Action: string(kms.ActionRotate), Target: approval.KeyringTarget(args[0]), Reason: reason, ExpiresInMS: expires.Milliseconds(),
-			}
-			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
-				p, err := c.OpenProposal(ctx, req)
-				if err != nil {
-					return err
-				}
-				return a.show(cmd, p, func(w io.Writer) { opened(w, p) })
-			})
+			return a.propose(cmd, kms.ActionRotate, approval.KeyringTarget(args[0]), wire.ProposalParameters{}, by)
 		},
 	}
-	f := cmd.Flags()
-	f.StringVar(&reason, "reason", "", "`TEXT`: why; part of what custodians sign")
-	f.DurationVar(&expires, "expires", 0, "give up after this time (default and most: the policy's lifetime)")
+	by.flags(cmd)
 	return cmd
 }
 

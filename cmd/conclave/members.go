@@ -49,9 +49,13 @@ func (p *proposing) check() error {
 	return nil
 }
 
+func (p *proposing) request(action kms.Action, target string, params wire.ProposalParameters) wire.OpenProposalRequest {
+	return wire.OpenProposalRequest{Action: string(action), Target: target, Reason: p.reason, Parameters: params, ExpiresInMS: p.expires.Milliseconds()}
+}
+
 // propose opens a proposal and shows it.
 func (a *app) propose(cmd *cobra.Command, action kms.Action, target string, params wire.ProposalParameters, by proposing) error {
-	req := wire.OpenProposalRequest{Action: string(action), Target: target, Reason: by.reason, Parameters: params, ExpiresInMS: by.expires.Milliseconds()}
+	req := by.request(action, target, params)
 	return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
 		p, err := c.OpenProposal(ctx, req)
 		if err != nil {
@@ -97,8 +101,7 @@ then: conclave node promote.`,
 			if !wait {
 				return a.propose(cmd, kms.ActionNode, approval.NodeTarget(c.Node), params, by)
 			}
-			req := wire.OpenProposalRequest{Action: string(kms.ActionNode), Target: approval.NodeTarget(c.Node), Reason: by.reason, Parameters: params, ExpiresInMS: by.expires.Milliseconds()}
-			return a.proposeRoot(cmd, req, c)
+			return a.proposeRoot(cmd, params, by, c)
 		},
 	}
 	f := cmd.Flags()

@@ -170,9 +170,9 @@ func (c nextCard) params(leave bool) (wire.ProposalParameters, error) {
 }
 
 func (a *app) nodeRekeyCommand() *cobra.Command {
-	var card, reason string
+	var card string
 	var leave, wait bool
-	var expires time.Duration
+	var by proposing
 	cmd := &cobra.Command{
 		Use:   "rekey NODE --card FILE --reason TEXT",
 		Short: "Propose that a node gets another HSM or TPM as its hardware root",
@@ -187,8 +187,8 @@ adopts it. With --wait the command shows the progress until that has happened.`,
 			if card == "" {
 				return usagef("--card is missing: next-node.json, which conclaved rekey prepare has written at the node")
 			}
-			if reason == "" {
-				return usagef("--reason is missing: custodians sign it with the proposal")
+			if err := by.check(); err != nil {
+				return err
 			}
 			c, err := readNextCard(card)
 			if err != nil {
@@ -201,30 +201,23 @@ adopts it. With --wait the command shows the progress until that has happened.`,
 			if err != nil {
 				return usageError{err}
 			}
-			req := wire.OpenProposalRequest{Action: string(kms.ActionNode), Target: approval.NodeTarget(c.Node), Reason: reason, Parameters: params, ExpiresInMS: expires.Milliseconds()}
-			if wait {
-				return a.proposeRoot(cmd, req, c)
+			if !wait {
+				return a.propose(cmd, kms.ActionNode, approval.NodeTarget(c.Node), params, by)
 			}
-			return a.asOperator(cmd, func(ctx context.Context, cl *client.Client) error {
-				p, err := cl.OpenProposal(ctx, req)
-				if err != nil {
-					return err
-				}
-				return a.show(cmd, p, func(w io.Writer) { opened(w, p) })
-			})
+			return a.proposeRoot(cmd, params, by, c)
 		},
 	}
+	by.flags(cmd)
 	f := cmd.Flags()
 	f.StringVar(&card, "card", "", "the next root's card, next-node.json, from this `FILE`")
-	f.StringVar(&reason, "reason", "", "`TEXT`: why; part of what custodians sign")
 	f.BoolVar(&leave, "leave", false, "adopt the root although key versions of protection hardware cannot be moved to it; the node cannot use those any more")
 	f.BoolVar(&wait, "wait", false, "show the progress until the node has adopted the root")
-	f.DurationVar(&expires, "expires", 0, "give up after this time (default and most: the policy's lifetime)")
 	return cmd
 }
 
 // proposeRoot opens a proposal for a root and waits until the node has adopted it.
-func (a *app) proposeRoot(cmd *cobra.Command, req wire.OpenProposalRequest, c nextCard) error {
+func (a *app) proposeRoot(cmd *cobra.Command, params wire.ProposalParameters, by proposing, c nextCard) error {
+	req := by.request(kms.ActionNode, approval.NodeTarget(c.Node), params)
 	return a.asOperator(cmd, func(ctx context.Context, cl *client.Client) error {
 		p, err := cl.OpenProposal(ctx, req)
 		if err != nil {

@@ -23,8 +23,7 @@ import (
 
 // proposeOnKey is `conclave key ACTION`: it opens a proposal.
 func (a *app) proposeOnKey(action, short string, version bool) *cobra.Command {
-	var reason string
-	var expires time.Duration
+	var by proposing
 	var n uint32
 	var all bool
 	use := action + " KEYRING/KEY --reason TEXT"
@@ -41,8 +40,8 @@ func (a *app) proposeOnKey(action, short string, version bool) *cobra.Command {
 		Args:  arguments("KEYRING/KEY"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			keyring, key := keyPath(args[0])
-			if reason == "" {
-				return usagef("--reason is missing: custodians sign it with the proposal")
+			if err := by.check(); err != nil {
+				return err
 			}
 			if version && (n == 0) == !all {
 				if action == "destroy" {
@@ -50,22 +49,11 @@ func (a *app) proposeOnKey(action, short string, version bool) *cobra.Command {
 				}
 				return usagef("--version is missing: the key version")
 			}
-			req := wire.OpenProposalRequest{
-				Action: action, Target: approval.KeyTarget(keyring, key), Reason: reason,
-				Parameters: wire.ProposalParameters{Version: n}, ExpiresInMS: expires.Milliseconds(),
-			}
-			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
-				p, err := c.OpenProposal(ctx, req)
-				if err != nil {
-					return err
-				}
-				return a.show(cmd, p, func(w io.Writer) { opened(w, p) })
-			})
+			return a.propose(cmd, kms.Action(action), approval.KeyTarget(keyring, key), wire.ProposalParameters{Version: n}, by)
 		},
 	}
+	by.flags(cmd)
 	f := cmd.Flags()
-	f.StringVar(&reason, "reason", "", "`TEXT`: why; part of what custodians sign")
-	f.DurationVar(&expires, "expires", 0, "give up after this time (default and most: the policy's lifetime)")
 	if version {
 		f.Uint32Var(&n, "version", 0, "key version `N`")
 	}

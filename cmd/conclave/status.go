@@ -52,7 +52,7 @@ func statusTable(w io.Writer, s wire.Status, heard map[string]time.Time) {
 		row(w, "waiting", line)
 	}
 	row(w, "up to date", freshness(s.FreshMS))
-	row(w, "cluster clock", when(s.Clock))
+	row(w, "cluster clock", when(s.Clock)+astray(s.Time, s.Clock))
 	row(w, "cluster log", fmt.Sprintf("%d leaves, root %s", s.LogSize, b64(s.LogRoot)))
 	row(w, "keyrings", fmt.Sprintf("%d, of which this node opens %d", s.Keys.Keyrings, s.Keys.Resident))
 	row(w, "keys", fmt.Sprintf("%d, of which %d overdue for rotation", s.Keys.Keys, s.Keys.Overdue))
@@ -73,6 +73,19 @@ func statusTable(w io.Writer, s wire.Status, heard map[string]time.Time) {
 			row(w, k.Keyring, serves(k), age(s.FreshMS), milliseconds(k.MaxStalenessMS), map[bool]string{true: "decrypt, verify", false: "nothing"}[k.Survive])
 		}
 	}
+}
+
+// astray says that a node's clock is far from the cluster's, the median of the sites,
+// which stands still between two ticks.
+func astray(own, cluster time.Time) string {
+	d := own.Sub(cluster).Round(time.Second)
+	switch {
+	case own.IsZero() || cluster.IsZero() || d.Abs() < time.Minute:
+		return ""
+	case d > 0:
+		return fmt.Sprintf("; THIS NODE'S CLOCK IS %s AHEAD: see to its time service", d)
+	}
+	return fmt.Sprintf("; THIS NODE'S CLOCK IS %s BEHIND: see to its time service", -d)
 }
 
 func milliseconds(ms int64) string { return (time.Duration(ms) * time.Millisecond).String() }

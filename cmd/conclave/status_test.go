@@ -46,3 +46,12 @@ func TestStatusTellsOfTheDisk(t *testing.T) {
 		t.Errorf("full: %s\nempty: %s", full.String(), empty.String())
 	}
 }
+
+func TestAstrayClock(t *testing.T) {
+	at := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	for own, want := range map[time.Time]string{at: "", at.Add(50 * time.Second): "", {}: "", at.Add(3 * time.Hour): "3h0m0s AHEAD", at.Add(-time.Hour): "1h0m0s BEHIND"} {
+		if got := astray(own, at); want == "" && got != "" || !strings.Contains(got, want) {
+			t.Errorf("%v: %q, want %q", own, got, want)
+		}
+	}
+}
