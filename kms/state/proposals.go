@@ -82,7 +82,7 @@ func (c OpenProposal) apply(t *tx) error {
 		return err
 	}
 	if d := r.decide(p, rule, r.possible(p)); !d.Met {
-		return kms.Errorf(kms.Conflict, "the custodians there are can never approve this: %s", strings.Join(d.Missing, ", "))
+		return kms.Errorf(kms.Conflict, "with the custodians that there are this can never be approved; it would take: %s", strings.Join(d.Missing, ", "))
 	}
 	// Refuse now what could not be carried out: try it on a copy.
 	scratch := t.before.begin(t.index, t.env, nil)
