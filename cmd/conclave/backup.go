@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -123,7 +124,11 @@ func fetchBackup(ctx context.Context, c *client.Client, out string) (info backup
 		scanned <- err
 	}()
 	counted := &countWriter{w: io.MultiWriter(f, w)}
+	stop := tellSlowly(os.Stderr, tellEvery, func() string {
+		return fmt.Sprintf("%d MiB of the backup written, %s", counted.n.Load()>>20, time.Since(start).Round(time.Second))
+	})
 	err = c.Backup(ctx, counted)
+	stop()
 	_ = w.CloseWithError(err)
 	if serr := <-scanned; err == nil || errors.Is(err, serr) {
 		err = serr
@@ -137,20 +142,56 @@ func fetchBackup(ctx context.Context, c *client.Client, out string) (info backup
 	if err := os.Remove(f.Name()); err != nil {
 		return info, err
 	}
-	return backupInfo{File: out, Header: summary.Header, State: hex.EncodeToString(summary.Hash), Bytes: counted.n,
+	return backupInfo{File: out, Header: summary.Header, State: hex.EncodeToString(summary.Hash), Bytes: counted.n.Load(),
 		Signer: pqc.Fingerprint(summary.Header.Signing), Seconds: time.Since(start).Seconds()}, nil
 }
 
+// countWriter counts what is written; n may be looked at meanwhile.
 type countWriter struct {
 	w io.Writer
-	n int64
+	n atomic.Int64
 }
 
 // Write implements io.Writer.
 func (c *countWriter) Write(b []byte) (int, error) {
 	n, err := c.w.Write(b)
-	c.n += int64(n)
+	c.n.Add(int64(n))
 	return n, err
+}
+
+// countReader counts what is read; n may be looked at meanwhile.
+type countReader struct {
+	r io.Reader
+	n atomic.Int64
+}
+
+// Read implements io.Reader.
+func (c *countReader) Read(b []byte) (int, error) {
+	n, err := c.r.Read(b)
+	c.n.Add(int64(n))
+	return n, err
+}
+
+// tellEvery is the time between two lines about work that takes long.
+const tellEvery = 10 * time.Second
+
+// tellSlowly writes a line every so often until it is stopped.
+func tellSlowly(w io.Writer, every time.Duration, line func() string) (stop func()) {
+	end, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		tick := time.NewTicker(every)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				fmt.Fprintln(w, visible(line()))
+			case <-end:
+				return
+			}
+		}
+	}()
+	return func() { close(end); <-ended }
 }
 
 func (a *app) backupVerifyCommand() *cobra.Command {
@@ -201,7 +242,12 @@ func verifyBackup(path string, o backup.Options) (backupInfo, backup.Result, err
 	if err != nil {
 		return backupInfo{}, backup.Result{}, err
 	}
-	res, err := backup.Verify(bufio.NewReaderSize(f, 1<<20), o)
+	read := &countReader{r: f}
+	stop := tellSlowly(os.Stderr, tellEvery, func() string {
+		return fmt.Sprintf("verifying %s: %d of %d MiB read, %s", path, read.n.Load()>>20, stat.Size()>>20, time.Since(start).Round(time.Second))
+	})
+	defer stop()
+	res, err := backup.Verify(bufio.NewReaderSize(read, 1<<20), o)
 	if kms.KindOf(err) == kms.Invalid {
 		return backupInfo{}, res, kms.Wrap(kms.BadSignature, err, fmt.Sprintf("%s does not verify: %v", path, err), "")
 	}

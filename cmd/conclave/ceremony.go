@@ -83,8 +83,9 @@ ceremony show prints, to the custodians: whoever else sends them a document want
 				if err := create(filepath.Join(dir, ceremonyFile), co.Document(), 0o644); err != nil {
 					return err
 				}
-				fmt.Fprintf(cmd.ErrOrStderr(), "ceremony written to %s; waiting for contributions: %d shares from at least %d sites\n"+
-					"each custodian, with that file: conclave ceremony contribute ceremony --custodian ID --custodian-key FILE --out ID%s\n", filepath.Join(dir, ceremonyFile), k.Threshold, k.Sites, contributionSuffix)
+				fmt.Fprintf(cmd.ErrOrStderr(), "ceremony %s written to %s; waiting for contributions: %d shares from at least %d sites\n"+
+					"each custodian, with that file, when you have read the identifier to them: conclave ceremony contribute ceremony --custodian ID --custodian-key FILE --out ID%s\n",
+					approval.ProposalID(co.Document()), filepath.Join(dir, ceremonyFile), k.Threshold, k.Sites, contributionSuffix)
 				return a.coordinate(cmd, c, co, dir, k, o.Created.Add(lifetime))
 			})
 		},

@@ -75,6 +75,7 @@ func (r recovering) run(ctx context.Context, now time.Time) (err error) {
 	if r.cluster, err = r.clusterID(); err != nil {
 		return err
 	}
+	fmt.Fprintf(r.out, "verifying %s; that takes minutes when it is large\n", r.backup)
 	before, err := r.verify()
 	if err != nil {
 		return err
