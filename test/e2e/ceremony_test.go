@@ -118,7 +118,7 @@ func (r *rekeyed) setRecovery(dir string) {
 	if err := json.Unmarshal([]byte(r.cli(args...).Stdout), &p); err != nil {
 		r.t.Fatal(err)
 	}
-	if out := r.cli("proposal", "show", p.ID).Stdout; !strings.Contains(out, `"opens_all_keyrings_resident_at":["de"]`) || !strings.Contains(out, `"shares_needed":3,"sites_needed":2`) {
+	if out := r.cli("proposal", "show", p.ID).Stdout; !strings.Contains(out, `opens_all_keyrings_resident_at = ["de"]`) || !strings.Contains(out, "shares_needed = 3\n") || !strings.Contains(out, "sites_needed = 2\n") {
 		r.t.Errorf("custodians are shown %s", out)
 	}
 	for _, id := range []string{"fr-1", "de-1", "jp-1"} {
