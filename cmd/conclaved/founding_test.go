@@ -162,6 +162,14 @@ name = "governance"
   lifetime = "72h"
 `
 
+const recoveryTable = `[[recovery]]
+name = "paris"
+residency = ["fr"]
+custodians = ["fr-a", "de-a"]
+threshold = 2
+sites = 2
+`
+
 // TestFounding goes the way of two sites' operators, from tokens to a signed
 // genesis document, and leaves it at every step where they could.
 func TestFounding(t *testing.T) {
@@ -175,7 +183,7 @@ func TestFounding(t *testing.T) {
 	f.refusePlans()
 	f.write(plan, "genesis.toml")
 	out := accepted(t, "genesis", "create", "--plan", f.path("genesis.toml"), "--out", document)
-	if !strings.Contains(out, "to be signed by 2 nodes") {
+	if !strings.Contains(out, "to be signed by 2 nodes") || !strings.Contains(out, "no recovery key is planned") {
 		t.Errorf("%s", out)
 	}
 	refused(t, []string{"genesis", "create", "--plan", f.path("genesis.toml"), "--out", document}, "exists already")
@@ -192,6 +200,22 @@ func TestFounding(t *testing.T) {
 	f.refuseForeignRoots(document)
 	f.refuseStarts()
 	f.refuseTamperedDocument(document)
+}
+
+// TestPlannedRecoveryKey: what is to be done first when the cluster runs is checked with the
+// plan and said.
+func TestPlannedRecoveryKey(t *testing.T) {
+	g := genesisPlan{Recovery: []recoveryPlan{{Name: "paris", Residency: []string{"fr"}, Custodians: []string{"fr-a", "de-a"}, Threshold: 2, Sites: 2}}}
+	var b strings.Builder
+	g.firstActs(&b)
+	for _, line := range []string{
+		"conclave recovery card --custodian de-a --custodian-key FILE --out de-a.card\n",
+		"conclave recovery create paris --residency fr --threshold 2 --sites 2 --card fr-a.card --card de-a.card --reason ",
+	} {
+		if !strings.Contains(b.String(), line) {
+			t.Errorf("%q is missing in\n%s", line, b.String())
+		}
+	}
 }
 
 // initialise makes both nodes' roots, one of them twice.
@@ -249,6 +273,13 @@ func (f *founding) refusePlans() {
 		{`id = "fr-a"`, `id = "de-a"`, "de-a"},
 		{`name = "governance"`, `name = "other"`, "policy other"},
 		{"fr.example", "de.example", "trust domain"},
+		{"card = \"de/data/node.json\"\nvoter = true", "card = \"de/data/node.json\"", "site fr has 1 of 1 voters, a majority"},
+		{`name = "two sites"`, "name = \"two sites\"\nmajority_site = \"fr\"", "has not (1 of 2)"},
+		{`name = "two sites"`, "name = \"two sites\"\nmajority_site = \"jp\"", "does not exist"},
+		{`, "recover"]`, `]`, "could never be brought back"},
+		{"[[policy]]", strings.Replace(recoveryTable, "threshold = 2", "threshold = 3", 1) + "[[policy]]", "3 shares from 2 sites cannot be had of 2 custodians of 2 sites"},
+		{"[[policy]]", strings.Replace(recoveryTable, "sites = 2", "sites = 1", 1) + "[[policy]]", "2 shares from 1 sites"},
+		{"[[policy]]", recoveryTable + "[[policy]]", `has no rule for "recovery-key"`},
 	} {
 		if !strings.Contains(plan, x.old) {
 			f.t.Fatalf("the plan has no %q", x.old)

@@ -28,12 +28,14 @@ import (
 // genesis document. Paths are relative to it.
 type genesisPlan struct {
 	Name       string          `toml:"name"`
-	Access     string          `toml:"access"`  // Cedar policy set; default: the built-in one
-	Vendors    []string        `toml:"vendors"` // PEM files: the TPM vendors that the founders trust
+	Access     string          `toml:"access"`                  // Cedar policy set; default: the built-in one
+	Vendors    []string        `toml:"vendors"`                 // PEM files: the TPM vendors that the founders trust
+	Majority   string          `toml:"majority_site,omitempty"` // the site that may have a majority of the voters; default: none may
 	Sites      []sitePlan      `toml:"site"`
 	Nodes      []nodePlan      `toml:"node"`
 	Custodians []custodianPlan `toml:"custodian"`
 	Policies   []policyPlan    `toml:"policy"`
+	Recovery   []recoveryPlan  `toml:"recovery,omitempty"`
 }
 
 type sitePlan struct {
@@ -74,7 +76,7 @@ type rulePlan struct {
 
 // build reads everything that the plan names.
 func (p genesisPlan) build(dir string, now time.Time) (state.Genesis, error) {
-	g := state.Genesis{Format: 1, Name: p.Name, Nonce: make([]byte, state.GenesisNonce), Created: now.UnixMilli(), Access: []byte(engine.DefaultAccess())}
+	g := state.Genesis{Format: 1, Name: p.Name, Nonce: make([]byte, state.GenesisNonce), Created: now.UnixMilli(), Access: []byte(engine.DefaultAccess()), MajoritySite: p.Majority}
 	if _, err := rand.Read(g.Nonce); err != nil {
 		return g, err
 	}
@@ -126,7 +128,13 @@ func (p genesisPlan) build(dir string, now time.Time) (state.Genesis, error) {
 	slices.SortFunc(g.Nodes, func(a, b state.Node) int { return strings.Compare(a.ID, b.ID) })
 	slices.SortFunc(g.Custodians, func(a, b approval.Custodian) int { return strings.Compare(a.ID, b.ID) })
 	slices.SortFunc(g.Policies, func(a, b approval.Policy) int { return strings.Compare(a.Name, b.Name) })
-	return g, g.Validate()
+	if err := g.Validate(); err != nil {
+		return g, err
+	}
+	if err := g.CheckFounding(); err != nil {
+		return g, err
+	}
+	return g, p.checkRecovery(g)
 }
 
 func (n nodePlan) build(at func(string) string) (state.Node, error) {
@@ -234,7 +242,13 @@ that all nodes have signed.
   2. at one site:    conclaved genesis create --plan genesis.toml --out genesis.cbor
   3. at every site:  conclaved genesis show genesis.cbor   and, if it is what was agreed,
                      conclaved genesis sign --config conclaved.toml --cluster ID genesis.cbor
-  4. give the fully signed file to every node and start it: conclaved run`,
+  4. give the fully signed file to every node and start it: conclaved run
+  5. propose the recovery keys: genesis create says how
+
+No site may have a majority of the voters: it could decide alone, and without it nobody
+could. Where that is meant, as with one site or for a trial, the plan says so by
+majority_site = "SITE"; the document and genesis show say it, too. The governance policy
+needs a rule for recover that custodians of two sites can meet.`,
 	}
 	cmd.AddCommand(genesisCreateCommand(), genesisSignCommand(), genesisShowCommand())
 	return cmd
@@ -264,6 +278,7 @@ func genesisCreateCommand() *cobra.Command {
 				return err
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "cluster %s: %s, to be signed by %d nodes\n", kms.ClusterID(s.Genesis), out, len(g.Nodes))
+			p.firstActs(cmd.OutOrStdout())
 			return nil
 		},
 	}
@@ -309,6 +324,9 @@ func genesisSignCommand() *cobra.Command {
 // of this node what its device holds.
 func signGenesis(ctx context.Context, cfg Config, s state.SignedGenesis) (state.SignedGenesis, error) {
 	g, err := state.ParseGenesis(s.Genesis)
+	if err == nil {
+		err = g.CheckFounding()
+	}
 	if err != nil {
 		return s, err
 	}

@@ -54,6 +54,9 @@ func showGenesis(w io.Writer, s state.SignedGenesis, g state.Genesis) {
 			fmt.Fprintf(w, "ca        %s  SHA-256 %x  %s\n", site.ID, sha256.Sum256(der), subject(der))
 		}
 	}
+	if g.MajoritySite != "" {
+		fmt.Fprintf(w, "majority  site %s has a majority of the voters: it can decide alone, and without it nobody can\n", g.MajoritySite)
+	}
 	for _, n := range g.Nodes {
 		voter := "no vote"
 		if n.Voter {
@@ -79,6 +82,9 @@ func showGenesis(w io.Writer, s state.SignedGenesis, g state.Genesis) {
 			b, _ := json.Marshal(r) // plain data
 			fmt.Fprintf(w, "policy    %s  %s\n", p.Name, b)
 		}
+	}
+	if err := g.CheckFounding(); err != nil {
+		fmt.Fprintf(w, "founding  NOT as a new cluster must be: %v\n", err)
 	}
 	if _, err := s.Verify(); err != nil {
 		fmt.Fprintf(w, "signed    NOT complete: %v\n", err)

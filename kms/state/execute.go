@@ -273,6 +273,9 @@ func (t *tx) changePolicy(name string, p approval.Proposal) error {
 	if err := t.checkAttested(next); err != nil {
 		return err
 	}
+	if err := t.keepsRecoverable(next); err != nil {
+		return err
+	}
 	insert(t.Txn, tablePolicy, next)
 	t.voidTarget(p.Target)
 	for _, o := range r.live() {
@@ -285,6 +288,16 @@ func (t *tx) changePolicy(name string, p approval.Proposal) error {
 	}
 	t.event(Event{Type: EventPolicyChanged})
 	return nil
+}
+
+// keepsRecoverable refuses a governance policy by which nobody could recover the cluster, once
+// all nodes run a release that does; programs of before would set it.
+func (t *tx) keepsRecoverable(p approval.Policy) error {
+	r := t.reader()
+	if p.Name != kms.Governance || t.replay || len(r.sites()) == 1 || t.before.knownToAll("recovery", "") != nil {
+		return nil
+	}
+	return checkRecoverable(p, r.custodians())
 }
 
 // changeCustodian adds, replaces or revokes a custodian and settles every live

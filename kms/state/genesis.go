@@ -31,6 +31,9 @@ type Genesis struct {
 	Policies   []approval.Policy    `cbor:"policies"`
 	Access     []byte               `cbor:"access"`  // Cedar policy set, text
 	Vendors    [][]byte             `cbor:"vendors"` // DER certificates to which those of attested devices must lead
+
+	// MajoritySite is the site that has a majority of the voters, where the founders want that; see CheckFounding.
+	MajoritySite string `cbor:"majority-site,omitempty"`
 }
 
 // NodeSignature is a node's signature over the genesis bytes.
@@ -185,6 +188,9 @@ func (g Genesis) validateNodes() error {
 	}
 	if voters == 0 {
 		return kms.Errorf(kms.Invalid, "genesis: no node is a voter")
+	}
+	if g.MajoritySite != "" && !populated[g.MajoritySite] {
+		return kms.Errorf(kms.Invalid, "genesis: the site with the majority, %q, does not exist", g.MajoritySite)
 	}
 	return nil
 }

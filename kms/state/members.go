@@ -237,8 +237,7 @@ func (r reader) noMajority(promoted string) error {
 	for _, s := range r.sites() {
 		if v := voters[s.ID]; 2*v > total && (only == "" || only == s.ID) {
 			return &kms.Error{Kind: kms.Conflict,
-				Msg: "site " + s.ID + " would have " + decimal(uint64(v)) + " of " + decimal(uint64(total)) + " voters, a majority (more than " + decimal(uint64(total/2)) +
-					"): it could decide alone, and without it nobody could",
+				Msg: majority(s.ID, "would have", v, total),
 				Fix: "promote a node of another site first, or remove a voter of site " + s.ID + " first"}
 		}
 	}
