@@ -29,7 +29,7 @@ func (a *app) nodeCommand() *cobra.Command {
 				return findNode(ctx, c, args[0])
 			},
 			nodeDetail),
-		a.nodeJoinCommand(), a.nodePromoteCommand(), a.nodeRemoveCommand(), a.nodeRekeyCommand())
+		a.nodeJoinCommand(), a.nodePromoteCommand(), a.nodeRemoveCommand(), a.nodeRekeyCommand(), a.nodeIntroduceCommand())
 	return cmd
 }
 

@@ -19,7 +19,7 @@ import (
 )
 
 func joinCommand() *cobra.Command {
-	var config, witness string
+	var config, witness, introduction string
 	var number uint32
 	cmd := &cobra.Command{
 		Use:   "join",
@@ -37,26 +37,38 @@ func joinCommand() *cobra.Command {
 What exists already is kept, so that it can be repeated. The card holds a signature by
 which the new signing key agrees to be this node's, in this cluster alone. For attested
 hardware, have a node of another site witness the TPM with conclaved attest --help and
-node.json, and run this again with --witness.`,
+node.json, and run this again with --witness.
+
+The genesis document names the founders. Where most of them are gone or have moved,
+an operator writes down who the members are now (conclave node introduce --out FILE), and
+this takes it with --introduction. It tells the node whom to let connect; what they send
+it checks from the genesis on.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := loadConfig(config)
 			if err != nil {
 				return err
 			}
-			return prepareJoin(cmd.Context(), cfg, number, witness, cmd.OutOrStdout())
+			return prepareJoin(cmd.Context(), cfg, joining{number, witness, introduction}, cmd.OutOrStdout())
 		},
 	}
 	cmd.Flags().StringVarP(&config, "config", "c", "conclaved.toml", "configuration file")
 	cmd.Flags().StringVar(&witness, "witness", "", "`FILE` of a witness, from conclaved attest witness")
+	cmd.Flags().StringVar(&introduction, "introduction", "", "`FILE` that names the members, from conclave node introduce")
 	cmd.Flags().Uint32Var(&number, "number", firstRoot, "`N` that the root is to have (more than 1 only where a join that was approved with another card is to be replaced)")
 	return cmd
 }
 
+// joining is what the flags of conclaved join say; empty files for none.
+type joining struct {
+	number                uint32
+	witness, introduction string
+}
+
 // prepareJoin makes the root of a node that is not in the genesis, and its card.
-func prepareJoin(ctx context.Context, cfg Config, number uint32, witness string, out io.Writer) error {
-	if number < firstRoot {
-		return fmt.Errorf("--number %d: roots are numbered from %d", number, firstRoot)
+func prepareJoin(ctx context.Context, cfg Config, j joining, out io.Writer) error {
+	if j.number < firstRoot {
+		return fmt.Errorf("--number %d: roots are numbered from %d", j.number, firstRoot)
 	}
 	signed, err := readSignedGenesis(cfg.Genesis)
 	if err != nil {
@@ -72,7 +84,12 @@ func prepareJoin(ctx context.Context, cfg Config, number uint32, witness string,
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return err
 	}
-	p := preparation{cfg: cfg, number: number, cluster: kms.ClusterID(signed.Genesis), witness: witness}
+	if j.introduction != "" {
+		if err := keepIntroduction(cfg, j.introduction, kms.ClusterID(signed.Genesis)); err != nil {
+			return err
+		}
+	}
+	p := preparation{cfg: cfg, number: j.number, cluster: kms.ClusterID(signed.Genesis), witness: j.witness}
 	c, err := p.makeFirst(ctx)
 	if errors.Is(err, hsm.ErrNotProvisioned) || errors.Is(err, tpm.ErrNotProvisioned) { // no keys yet, or not all of them
 		if err := provisionDevice(ctx, cfg.Device); err != nil {

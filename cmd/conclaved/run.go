@@ -24,6 +24,7 @@ import (
 
 	"github.com/conclave-kms/conclave/cluster"
 	"github.com/conclave-kms/conclave/hsm"
+	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/api/native"
 	"github.com/conclave-kms/conclave/kms/audit"
 	"github.com/conclave-kms/conclave/kms/engine"
@@ -212,6 +213,10 @@ func (n *node) openCluster(ctx context.Context) error {
 	if err := n.checkGenesis(genesis); err != nil {
 		return err
 	}
+	known, err := introduced(n.cfg.DataDir, kms.ClusterID(signed.Genesis))
+	if err != nil {
+		return err
+	}
 	cert, err := n.cfg.TLS.load()
 	if err != nil {
 		return err
@@ -222,7 +227,7 @@ func (n *node) openCluster(ctx context.Context) error {
 	}
 	n.cluster, err = cluster.Open(ctx, cluster.Config{
 		NodeID: n.cfg.Node, DataDir: filepath.Join(n.cfg.DataDir, "raft"), Listener: listener, Genesis: signed, Certificate: cert,
-		Sign: n.device.Sign, SigningSuite: uint16(n.signingSuite()), Signing: n.roots.own().public, Site: n.cfg.Site, Logger: n.log, Counter: n.counter(ctx), Applied: n.clusterLog.Last(),
+		Sign: n.device.Sign, SigningSuite: uint16(n.signingSuite()), Signing: n.roots.own().public, Site: n.cfg.Site, Introduced: known, Logger: n.log, Counter: n.counter(ctx), Applied: n.clusterLog.Last(),
 		Timing: n.cfg.Cluster.timing(), Profile: n.cfg.Cluster.profile(), PreferSites: n.cfg.Cluster.PreferSites, OnApply: n.applied, OnRestore: n.restored, OnSnapshot: n.clusterLog.Sync,
 	})
 	if err != nil {
