@@ -177,15 +177,23 @@ const leaveAfter = 10 * 60 * 1000
 
 // leaves reports whether a node adopts its next root without this version: the
 // custodians let it, and nobody can move it or nobody has in time. A KEK that a node
-// holds which has not had its turn is always waited for.
+// holds which has not had its turn, or that a recovery ceremony can bring back, is always waited
+// for: the state machine wants it.
 func leaves(st *state.State, r state.Replacement, p state.Pending) bool {
 	switch nobody := len(resealers(st, r, p)) == 0; {
+	case recoverable(st, p):
+		return false
 	case !r.Leave || nobody:
 		return r.Leave
 	case p.Key == "" && slices.ContainsFunc(st.ResidentNodes(p.Keyring), func(n state.Node) bool { return n.ID != r.Node }):
 		return false
 	}
 	return st.Clock() >= r.Time+leaveAfter
+}
+
+// recoverable reports whether a recovery key opens the version: a KEK.
+func recoverable(st *state.State, p state.Pending) bool {
+	return p.Key == "" && len(st.RecoveryCopies(p.Keyring, p.Version)) > 0
 }
 
 // adopt signs that the node has checked these copies, and lives with what it leaves.

@@ -65,7 +65,13 @@ func hindrance(st *state.State, r state.Replacement) string {
 	stuck := 0
 	refused := st.Refused(r.Node)
 	for _, p := range st.Unsealed(r.Node) {
-		if leaves(st, r, p) || len(resealers(st, r, p)) > 0 {
+		by := resealers(st, r, p)
+		others := slices.ContainsFunc(by, func(n state.Node) bool { return n.ID != r.Node })
+		if key, ok := st.RecoveryFor(p.Keyring); ok && recoverable(st, p) && !others {
+			notes = append(notes, fmt.Sprintf("the KEK of keyring %s version %d: no other node can seal it; if the node's former device is gone, a ceremony brings it back: conclave ceremony run %s", p.Keyring, p.Version, key.Name))
+			continue
+		}
+		if leaves(st, r, p) || len(by) > 0 {
 			continue
 		}
 		if by := refusedBy(refused, p); len(by) > 0 {
