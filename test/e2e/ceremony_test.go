@@ -227,6 +227,7 @@ func (c *ceremony) broughtNothing(de *harness.Node) {
 // a new token with the shares of three custodians of two nations. Three of one nation do
 // not suffice, and neither do two of two.
 func TestRecoveryCeremony(t *testing.T) {
+	t.Parallel()
 	r := newBerlin(t)
 	dir := t.TempDir()
 	old := r.encrypt("de", "berlin", "data", beforeRekey)

@@ -136,6 +136,7 @@ func (j joined) ends(n *harness.Node, says string) {
 
 // TestMembers lets a fourth node join a running cluster, vote, be set up anew, and go.
 func TestMembers(t *testing.T) {
+	t.Parallel()
 	dir, err := os.MkdirTemp("", "conclave-m")
 	if err != nil {
 		t.Fatal(err)

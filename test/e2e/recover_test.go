@@ -139,6 +139,7 @@ func (d disaster) recover(n *harness.Node, backup, statement string) {
 // TestDisaster loses the data of all nodes and goes on from a backup with their devices;
 // then it loses two nodes of three for good and goes on with the third.
 func TestDisaster(t *testing.T) {
+	t.Parallel()
 	bin := binaries(t)
 	c, err := harness.Start(t.Context(), bin, filepath.Join(suite.dir, unique("disaster")), false)
 	if err != nil {

@@ -290,6 +290,7 @@ func (r *rekeyed) save(n *harness.Node, names ...string) (putBack func()) {
 // between approval and adoption, as if it had crashed between adoption and the
 // rename of its files, and with the old token removed.
 func TestRekeyToAnotherToken(t *testing.T) {
+	t.Parallel()
 	r := newRekeyed(t)
 	de := r.c.Nodes["de"]
 	table := r.newToken(de)
@@ -375,6 +376,7 @@ func (r *rekeyed) provenReplacement(n *harness.Node) {
 // TestRekeyFromDeadTPM gives jp an HSM in the place of a TPM that is dead before
 // anybody approves: the node waits on the new device.
 func TestRekeyFromDeadTPM(t *testing.T) {
+	t.Parallel()
 	r := newRekeyed(t)
 	jp := r.c.Nodes["jp"]
 	table := r.newToken(jp)

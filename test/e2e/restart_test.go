@@ -14,6 +14,7 @@ import (
 // TestKeysSurvive kills every node in turn, then all at once, and at last restarts
 // the whole development cluster with --keep: all keys stay usable everywhere.
 func TestKeysSurvive(t *testing.T) {
+	t.Parallel()
 	bin := binaries(t)
 	ctx := t.Context()
 	c, err := harness.Start(ctx, bin, filepath.Join(suite.dir, unique("keep")), false)
