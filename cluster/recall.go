@@ -300,7 +300,10 @@ func (n *Node) voters() (ids []string) {
 		}
 	}
 	if _, member := n.State().Node(n.cfg.NodeID); !member && len(n.cfg.Introduced.Nodes) > 0 {
-		return n.others()
+		for _, node := range n.cfg.Introduced.Nodes {
+			ids = append(ids, node.ID)
+		}
+		return ids
 	}
 	for _, node := range n.State().Nodes() {
 		if node.Voter {
