@@ -82,7 +82,7 @@ func (a *app) keyringCreateCommand() *cobra.Command {
 	_ = cmd.RegisterFlagCompletionFunc("protection", cobra.FixedCompletions([]string{"software", "hardware"}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("receipts", cobra.FixedCompletions([]string{"every-node", "every-site"}, cobra.ShellCompDirectiveNoFileComp))
 	f.DurationVar(&stale, "max-staleness", 30*time.Second, "how long a cut-off node goes on serving it")
-	f.BoolVar(&req.Survive, "survive", false, "a node cut off for longer still decrypts and verifies")
+	f.BoolVar(&req.Survive, "survive", false, "a node cut off for longer still decrypts and verifies, until it restarts")
 	return cmd
 }
 
