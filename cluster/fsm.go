@@ -112,7 +112,7 @@ func (m *machine) Snapshot() (raft.FSMSnapshot, error) {
 	if m.halted.Load() {
 		return nil, errHalted
 	}
-	return &snapshot{state: m.current(), trust: m.trust, log: m.log, before: m.onSnapshot}, nil
+	return &snapshot{state: m.current(), trust: m.trust, log: m.log, before: m.onSnapshot, made: m.snapshots.made}, nil
 }
 
 // Restore implements raft.FSM. It replaces a state only by one that contains all
@@ -135,6 +135,7 @@ func (m *machine) Restore(r io.ReadCloser) error {
 	}
 	m.publish(st)
 	m.servers.Store(list)
+	m.snapshots.taken()
 	if m.onRestore != nil {
 		m.onRestore(st)
 	}
@@ -176,6 +177,7 @@ type snapshot struct {
 	log   *slog.Logger
 
 	before func() error
+	made   func(id string)
 }
 
 // Persist implements raft.FSMSnapshot. Without the device's signature the
@@ -192,7 +194,11 @@ func (s *snapshot) Persist(sink raft.SnapshotSink) error {
 	if err := s.trust.sign(s.state.Hash()); err != nil {
 		s.log.Warn("cannot sign the hash of a snapshot; restoring it verifies every statement", "error", err)
 	}
-	return sink.Close()
+	if err := sink.Close(); err != nil {
+		return err
+	}
+	s.made(sink.ID())
+	return nil
 }
 
 // Release implements raft.FSMSnapshot.

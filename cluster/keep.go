@@ -2,6 +2,8 @@ package cluster
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"os"
 	"sync"
 	"time"
@@ -69,8 +71,8 @@ func (n *Node) endProbation(ctx context.Context) {
 			return
 		}
 	}
-	if n.memory.count.device == nil && n.accepted() {
-		_ = os.Remove(n.dir.file(acceptedFile)) // it stays in force for this run; the next looks again
+	if n.memory.count.device == nil && n.memory.accepted {
+		_ = n.useAccepted() // tried again; it stays in force for this run, and the next looks again
 	}
 	if !n.memory.count.due(at, time.Now()) {
 		return
@@ -101,10 +103,20 @@ func (n *Node) advance(ctx context.Context, at position) error {
 	}
 	n.memory.count.counted(v, at, time.Now())
 	n.cfg.Logger.Info("the device has counted: a disk from before is known from now on", "count", v)
-	if n.accepted() {
-		return os.Remove(n.dir.file(acceptedFile))
+	if n.memory.accepted {
+		return n.useAccepted()
 	}
 	return nil
+}
+
+// useAccepted removes the approval: it is for one start.
+func (n *Node) useAccepted() error {
+	err := os.Remove(n.dir.file(acceptedFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	n.memory.accepted = err != nil
+	return err
 }
 
 // keepOwn keeps a mark of this node on its own disk.

@@ -21,7 +21,7 @@ type Node struct {
 	self    state.Node
 	dir     *dataDir
 	store   LogStore
-	logs    raft.LogStore
+	logs    *trimmedLog
 	wire    wire
 	machine *machine
 	hashes  *hashes
@@ -113,6 +113,7 @@ func (n *Node) open(ctx context.Context, genesis *state.State) error {
 	if err != nil {
 		return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("cannot open the snapshots: %v", err), "")
 	}
+	snapshots.stands = n.logs.snapshotAt
 	n.buildMachine(genesis, snapshots)
 
 	if n.wire, err = n.newWire(ctx, genesis); err != nil {
@@ -156,7 +157,12 @@ func (n *Node) openStore() (err error) {
 	} else if n.store, err = n.openFile(n.dir.file(logFile)); err != nil {
 		return err
 	}
-	if n.logs, err = raft.NewLogCache(512, &watchedStore{store: n.store, watch: n.watch}); err != nil {
+	watched := &watchedStore{store: n.store, watch: n.watch}
+	cache, err := raft.NewLogCache(512, watched)
+	if err != nil {
+		return err
+	}
+	if n.logs, err = openTrimmed(cache, watched); err != nil {
 		return err
 	}
 	return checkModes(n.dir.path)

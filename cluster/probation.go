@@ -3,7 +3,6 @@ package cluster
 import (
 	"errors"
 	"log/slog"
-	"strconv"
 	"sync"
 	"sync/atomic"
 
@@ -170,20 +169,12 @@ func promiseTerm(stable raft.StableStore, own, promised uint64) error {
 	return nil
 }
 
-// position is the node's position now.
+// position is the node's position now. What it says of the log is on the disk.
 func (n *Node) position() position {
-	s := n.raft.Stats()
-	p := position{Term: number(s, "term"), LogTerm: number(s, "last_log_term"), Index: number(s, "last_log_index")}
-	if i := number(s, "last_snapshot_index"); i > p.Index {
-		p.Index, p.LogTerm = i, number(s, "last_snapshot_term")
+	p := position{Term: n.raft.CurrentTerm()}
+	last := n.raft.LastIndex()
+	if term, ok := n.logs.term(last); ok { // else its end was removed just now, which is noted
+		p.Index, p.LogTerm = last, term
 	}
-	return p
-}
-
-func number(stats map[string]string, key string) uint64 {
-	v, err := strconv.ParseUint(stats[key], 10, 64)
-	if err != nil {
-		panic("cluster: Raft's statistics have no number " + key) // of the version in go.mod
-	}
-	return v
+	return n.logs.reached(p)
 }

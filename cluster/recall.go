@@ -18,12 +18,13 @@ import (
 // memory is how a node finds out what it had promised, and lets the others know what
 // it promises.
 type memory struct {
-	others *promises
-	seen   recalled
-	count  counter
-	marker atomic.Pointer[marker] // nil until the device has signed its key
-	start  position               // by the disk, before Raft started
-	judged position               // up to here the marks of this node were looked at
+	others   *promises
+	seen     recalled
+	count    counter
+	accepted bool                   // see acceptedFile; at the start
+	marker   atomic.Pointer[marker] // nil until the device has signed its key
+	start    position               // by the disk, before Raft started
+	judged   position               // up to here the marks of this node were looked at
 }
 
 // openMemory reads what the disk keeps. With a log of its own the caller has the disk:
@@ -45,6 +46,7 @@ func (n *Node) recall(ctx context.Context, stable raft.StableStore, snapshots ra
 	if err != nil {
 		return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("cannot read the end of the log: %v", err), storeFix)
 	}
+	own = n.logs.reached(own)
 	n.memory.judged, n.memory.start = own, own
 	self, err := n.ownMark()
 	if err != nil {
@@ -54,7 +56,7 @@ func (n *Node) recall(ctx context.Context, stable raft.StableStore, snapshots ra
 		return err
 	}
 	n.askAll(ctx)
-	if n.accepted() {
+	if n.memory.accepted = n.accepted(); n.memory.accepted {
 		n.cfg.Logger.Warn("the custodians have approved that this node begins with an older state")
 		n.judgeEpoch(own)
 	} else if err := n.judge(own); err != nil {

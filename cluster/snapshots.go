@@ -22,10 +22,12 @@ type snapshotStore struct {
 	dir string
 	log hclog.Logger
 
+	stands func(index, term uint64) // optional: told of each that the machine has made or taken
+
 	mu      sync.Mutex
-	opened  string              // last snapshot opened
-	list    *raft.Configuration // its list of servers
-	created map[string]bool
+	opened  string             // last snapshot opened
+	meta    *raft.SnapshotMeta // of that, nil if it could not be opened
+	created map[string]position
 }
 
 func newSnapshotStore(dataDir string, logger hclog.Logger) (*snapshotStore, error) {
@@ -33,7 +35,7 @@ func newSnapshotStore(dataDir string, logger hclog.Logger) (*snapshotStore, erro
 	if err != nil {
 		return nil, err
 	}
-	return &snapshotStore{log: logger, FileSnapshotStore: files, dir: filepath.Join(dataDir, snapshotDir), created: map[string]bool{}}, nil
+	return &snapshotStore{log: logger, FileSnapshotStore: files, dir: filepath.Join(dataDir, snapshotDir), created: map[string]position{}}, nil
 }
 
 // Create implements raft.SnapshotStore.
@@ -45,7 +47,7 @@ func (s *snapshotStore) Create(version raft.SnapshotVersion, index, term uint64,
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.created[sink.ID()] = true
+	s.created[sink.ID()] = position{Index: index, LogTerm: term}
 	return &checkedSink{sink, filepath.Join(s.dir, sink.ID())}, nil
 }
 
@@ -54,9 +56,9 @@ func (s *snapshotStore) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, erro
 	meta, r, err := s.FileSnapshotStore.Open(id)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.opened, s.list = id, nil
+	s.opened, s.meta = id, nil
 	if err == nil {
-		s.list = &meta.Configuration
+		s.meta = meta
 	}
 	return meta, r, err
 }
@@ -65,7 +67,30 @@ func (s *snapshotStore) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, erro
 func (s *snapshotStore) servers() *raft.Configuration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.list
+	if s.meta == nil {
+		return nil
+	}
+	return &s.meta.Configuration
+}
+
+// made tells that the machine has written a snapshot to the end.
+func (s *snapshotStore) made(id string) {
+	s.mu.Lock()
+	at, ok := s.created[id]
+	s.mu.Unlock()
+	if ok && s.stands != nil {
+		s.stands(at.Index, at.LogTerm)
+	}
+}
+
+// taken tells that the machine has taken the snapshot opened last for its state.
+func (s *snapshotStore) taken() {
+	s.mu.Lock()
+	meta := s.meta
+	s.mu.Unlock()
+	if meta != nil && s.stands != nil {
+		s.stands(meta.Index, meta.Term)
+	}
 }
 
 // refused removes the snapshot opened last, if it came into being in this run.
@@ -73,7 +98,7 @@ func (s *snapshotStore) servers() *raft.Configuration {
 func (s *snapshotStore) refused() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.created[s.opened] || strings.ContainsRune(s.opened, filepath.Separator) {
+	if _, ok := s.created[s.opened]; !ok || strings.ContainsRune(s.opened, filepath.Separator) {
 		return
 	}
 	delete(s.created, s.opened)
