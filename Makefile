@@ -64,9 +64,7 @@ check: install-deps ## formatting, vet, staticcheck, import direction, tidy modu
 SCHEDULES ?= 10000
 .PHONY: sim
 sim: ## simulated clusters under random faults: SCHEDULES (10000) from SEED on; a violation names its seed
-	@mkdir -p $(BIN)
-	@go test -c -o $(BIN)/sim.test ./cluster/clustertest/sim
-	@cd $(BIN) && SIM_SEED=$(SEED) SIM_SCHEDULES=$(SCHEDULES) ./sim.test -test.run '^TestSchedules$$' -test.v -test.timeout 0
+	@SIM_SEED=$(SEED) SIM_SCHEDULES=$(SCHEDULES) go test -count=1 -v -timeout 0 -run '^TestSchedules$$' ./cluster/clustertest/sim
 
 .PHONY: bench
 bench: build ## speed as ratios measured in one run, and the devices' raw rates

@@ -142,11 +142,13 @@ func (d *disk) flush(n int) {
 	d.unsafe = slices.Clone(d.unsafe[n:])
 }
 
-// crash returns what is on the disk after a crash now. roll decides whether the write
-// under way is there, and how much of what a lying disk owes.
+// crash ends the life and returns what is then on the disk: no write falls between the two, which
+// the life would tell others of. roll decides whether the write under way is there, and how much of
+// what a lying disk owes.
 func (d *disk) crash(roll dice) *image {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	close(d.life.died)
 	if d.lying {
 		d.flush(int(uint64(roll) % uint64(len(d.unsafe)+1)))
 		return d.safe.clone()

@@ -134,17 +134,32 @@ func (h *host) start() error {
 	h.mu.Lock()
 	l.node, h.life = n, l
 	h.mu.Unlock()
+	if err := n.Probation(); err != nil {
+		h.rolledBack(err)
+	}
 	go func() {
 		err, ok := <-n.Done()
 		switch {
 		case !ok || l.isDead():
-		case errors.Is(err, cluster.ErrRolledBack), errors.Is(err, cluster.ErrStaleLog):
+		case errors.Is(err, cluster.ErrRolledBack):
+			h.rolledBack(err)
 			l.ended.Store(true) // it asks to be started again
+		case errors.Is(err, cluster.ErrStaleLog):
+			l.ended.Store(true)
 		default:
 			h.s.watch.fail("node %s halted: %v", h.id, err)
 		}
 	}()
 	return nil
+}
+
+// rolledBack is called when the node takes its disk for one that was put back. Only a disk
+// that lies gives it reason to.
+func (h *host) rolledBack(err error) {
+	h.s.count("taken for rolled back")
+	if !h.s.o.LyingDisks {
+		h.s.watch.fail("node %s has forgotten nothing: %v", h.id, err)
+	}
 }
 
 // leave makes the directory of the next life, as it is now: a process that has crashed
@@ -232,13 +247,11 @@ func (h *host) stop() {
 	m := l.disk.crash(0)
 	h.set(func(h *host) { h.image = m })
 	h.leave()
-	close(l.died)
 }
 
 // end has the rest of a dead life close in the background.
 func (h *host) end(l *life) {
 	h.s.net.join(h.id, nil)
-	close(l.died)
 	h.s.dying.Go(func() { _ = l.node.Close() })
 }
 

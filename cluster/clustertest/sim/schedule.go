@@ -66,6 +66,8 @@ type event struct {
 func (w *Worlds) Play(t *testing.T, seed uint64, o Options) Report {
 	var r Report
 	synctest.Test(t, func(t *testing.T) {
+		seedRuntime(seed, true)
+		defer seedRuntime(0, false)
 		time.Sleep(time.Until(time.UnixMilli(statetest.Start).Add(time.Second)))
 		r = w.play(t, seed, o)
 	})
@@ -100,9 +102,9 @@ func (s *schedule) run(w *Worlds) error {
 	s.suspect = s.world.Node(pick(s.rand, s.ids)).Record.Site
 	s.patience = between(s.rand, time.Second, 4*time.Second)
 	s.timing = cluster.Timing{
-		Heartbeat: time.Second, Election: time.Second, Lease: 500 * time.Millisecond, Commit: 200 * time.Millisecond,
+		Heartbeat: 2 * time.Second, Election: time.Second, Lease: 500 * time.Millisecond, Commit: 200 * time.Millisecond,
 		RPC: 2 * time.Second, Propose: 8 * time.Second, Stall: time.Minute,
-		SnapshotInterval: between(s.rand, time.Second, 4*time.Second), SnapshotThreshold: 4 + s.rand.Uint64N(24), TrailingLogs: 20 + s.rand.Uint64N(10), HashEvery: 16,
+		SnapshotInterval: between(s.rand, time.Second, 4*time.Second), SnapshotThreshold: 4 + s.rand.Uint64N(24), TrailingLogs: 1 + s.rand.Uint64N(10), HashEvery: 16,
 	}
 	s.net = newNetwork(s.dice, s.ids)
 	s.net.jitter = between(s.rand, 0, 40*time.Millisecond)

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"testing/cryptotest"
 	"time"
 )
 
@@ -20,20 +21,24 @@ const (
 	envSchedules = "SIM_SCHEDULES" // how many; 1: told fault by fault
 )
 
+// again is how many schedules make sim plays twice.
+const again = 40
+
 // portion is how long schedules are played where nobody asks for a number.
 const portion = 15 * time.Second
 
 // TestSchedules plays schedules: those of make sim, or as many of fixed seeds as fit into the portion.
 func TestSchedules(t *testing.T) {
-	seed, n := number(t, envSeed), number(t, envSchedules)
-	job := job{Seed: seed, Schedules: n}
-	switch {
-	case n == 1:
-		playAloud(t, seed)
-		return
-	case n == 0:
+	job := job{Seed: number(t, envSeed), Schedules: number(t, envSchedules)}
+	if job.Schedules == 0 { // with Go's runtime as it is
 		job.Seed, job.Schedules, job.Limit = 1, 1<<20, portion
-	case seed == 0:
+	} else {
+		job.Aloud = job.Schedules == 1
+		o := newOverlay(t)
+		o.exact()
+		job.Binary = o.build()
+	}
+	if job.Seed == 0 {
 		job.Seed = uint64(time.Now().UnixMilli())
 	}
 	began := time.Now()
@@ -44,6 +49,12 @@ func TestSchedules(t *testing.T) {
 	}
 	for _, r := range sum.failed {
 		t.Errorf("schedule %d: %s\nplay it again: make sim SCHEDULES=1 SEED=%d", r.Seed, strings.Join(r.Failures, "; "), r.Seed)
+	}
+	if job.Binary != "" && !job.Aloud {
+		job.Schedules = min(job.Schedules, again)
+		if same := replays(sum, job.run(t)); same != int(job.Schedules) {
+			t.Errorf("%d of %d schedules took the same way when they were played again", same, job.Schedules)
+		}
 	}
 }
 
@@ -60,32 +71,37 @@ func number(t *testing.T, name string) uint64 {
 	return n
 }
 
-func playAloud(t *testing.T, seed uint64) {
-	w := New(t)
-	r := play(t, w, seed, Options{Log: t.Logf})
-	t.Logf("seed %d, %v simulated, trace %x: %s", seed, r.Elapsed, r.Trace, counts(r.Counts))
-	for _, f := range r.Failures {
-		t.Error(f)
-	}
+// found seeds the keys of all nodes and custodians, and makes the clusters.
+func found(t *testing.T) *Worlds {
+	cryptotest.SetGlobalRandom(t, 0)
+	return New(t)
 }
 
-// play seeds what Raft takes its random time-outs from, and plays.
+// play seeds what Raft takes its random time-outs from, and what signatures take, and plays.
 func play(t *testing.T, w *Worlds, seed uint64, o Options) Report {
 	//lint:ignore SA1019 Raft takes its time-outs from this source
 	rand.Seed(int64(seed))
+	cryptotest.SetGlobalRandom(t, seed)
 	return w.Play(t, seed, o)
 }
 
-// TestReplay plays schedules twice and holds the logs that came about against each other.
-func TestReplay(t *testing.T) {
-	job := job{Seed: 1, Schedules: 6}
-	first, second := job.run(t), job.run(t)
+// replays counts the schedules of a second run from which the same log came about as in the first.
+func replays(first, second *summary) int {
 	same := 0
-	for seed, trace := range first.traces {
-		if second.traces[seed] == trace {
+	for seed, trace := range second.traces {
+		if was, ok := first.traces[seed]; ok && was == trace {
 			same++
 		}
 	}
+	return same
+}
+
+// TestReplay plays schedules twice, with Go's runtime as it is, and holds the logs that came about
+// against each other. make sim demands that all be equal.
+func TestReplay(t *testing.T) {
+	job := job{Seed: 1, Schedules: 6}
+	first, second := job.run(t), job.run(t)
+	same := replays(first, second)
 	t.Logf("%d of %d replays took the same way to the last entry", same, len(first.traces))
 	if len(first.traces) != int(job.Schedules) || len(second.traces) != int(job.Schedules) {
 		t.Errorf("%d and %d of %d schedules were played: %v %v", len(first.traces), len(second.traces), job.Schedules, first.failed, second.failed)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"syscall"
 	"testing"
@@ -23,6 +24,7 @@ type job struct {
 	Limit     time.Duration // 0: none; no schedule begins after it
 	Lying     bool
 	First     bool   // end with the first failure
+	Aloud     bool   // tell of every fault
 	Binary    string // "": this one
 	Planted   string // a bug to switch on in Binary
 
@@ -48,6 +50,8 @@ const (
 	envJob = "SIM_JOB" // in a worker: its job
 	// hang is how long a worker may be silent.
 	hang = 2 * time.Minute
+	// collect is after how many schedules a worker collects its garbage, some 15 MB each.
+	collect = 4
 )
 
 // line is what a worker says: that it begins a schedule, and what became of it.
@@ -112,9 +116,12 @@ func (j job) child(stop <-chan struct{}, take func(Report)) *Report {
 	}
 	defer r.Close()
 	var out bytes.Buffer
-	cmd := exec.Command(j.Binary, "-test.run=^TestWorker$", "-test.timeout=0")
-	cmd.Env = append(os.Environ(), envJob+"="+string(b), "CONCLAVE_PLANTED="+j.Planted, "GOMAXPROCS=1", "GOGC=400", "GOTRACEBACK=all")
+	cmd := exec.Command(j.Binary, "-test.run=^TestWorker$", "-test.timeout=0", fmt.Sprintf("-test.v=%t", j.Aloud))
+	cmd.Env = append(os.Environ(), envJob+"="+string(b), "CONCLAVE_PLANTED="+j.Planted, "GOMAXPROCS=1", "GOTRACEBACK=all")
 	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = &out, &out, []*os.File{w}
+	if j.Aloud {
+		cmd.Stdout = os.Stdout
+	}
 	err = cmd.Start()
 	_ = w.Close()
 	if err != nil {
@@ -181,14 +188,22 @@ func TestWorker(t *testing.T) {
 			t.Fatal(err) // the parent is gone
 		}
 	}
-	w := New(t)
+	w := found(t)
+	o := Options{LyingDisks: j.Lying}
+	if j.Aloud {
+		o.Log = t.Logf
+	}
+	debug.SetGCPercent(-1) // a collection takes turns with the schedule's goroutines
 	began := time.Now()
 	for i := j.Worker; i < j.Schedules; i += j.Workers {
 		if j.Limit > 0 && time.Since(began) > j.Limit {
 			return
 		}
 		say(line{Begins: j.Seed + i})
-		r := play(t, w, j.Seed+i, Options{LyingDisks: j.Lying})
+		r := play(t, w, j.Seed+i, o)
+		if i%collect == 0 {
+			runtime.GC()
+		}
 		say(line{Report: &r})
 	}
 }
