@@ -174,7 +174,9 @@ func (w *wire) SetHeartbeatHandler(f func(raft.RPC)) {
 
 // AppendEntries carries a copy: Raft changes and shares its requests.
 func (w *wire) AppendEntries(_ raft.ServerID, to raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
-	w.life.host.s.watch.leads(args.Term, string(args.Addr))
+	if !w.life.isDead() { // what is left of a crashed process may still win an election, and tell nobody
+		w.life.host.s.watch.leads(args.Term, string(args.Addr))
+	}
 	fresh := func() any {
 		c := *args
 		c.Entries = make([]*raft.Log, len(args.Entries))
