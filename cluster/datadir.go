@@ -93,6 +93,19 @@ func (d *dataDir) check(b []byte) error {
 	return nil
 }
 
+// introduce has a node that joins begin with the history that it was told of. Once its
+// log has begun, that says what it is of.
+func (d *dataDir) introduce(told Introduction) error {
+	if d.id.Initialised || d.id.Epoch == told.Epoch && d.id.Lineage == told.Lineage {
+		return nil
+	}
+	if (told.Epoch == 0) != (told.Lineage == "") {
+		return kms.Errorf(kms.Invalid, "the introduction names epoch %d with lineage %q; a lineage goes with every epoch after 0", told.Epoch, told.Lineage)
+	}
+	d.id.Epoch, d.id.Lineage = told.Epoch, told.Lineage
+	return d.save()
+}
+
 // initialised records that the log has begun.
 func (d *dataDir) initialised() error {
 	d.id.Initialised = true

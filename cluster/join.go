@@ -8,10 +8,14 @@ import (
 )
 
 // Introduction names members of a cluster to a node that has yet to learn of them
-// from the log.
+// from the log, and the history that they have: in a later epoch than 0 nobody speaks
+// of Raft with a node that does not name it. That what they send is this history is
+// checked from the genesis on, with what custodians have approved.
 type Introduction struct {
-	Nodes []state.Node // ID, Site and Address count
-	Sites []state.Site // ID, TrustDomain and CAs count
+	Nodes   []state.Node // ID, Site and Address count
+	Sites   []state.Site // ID, TrustDomain and CAs count
+	Epoch   uint64
+	Lineage string // state.State.Lineage, empty in epoch 0
 }
 
 // self returns this node's record: that of the genesis, or what the configuration

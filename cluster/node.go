@@ -90,6 +90,11 @@ func Open(ctx context.Context, cfg Config) (n *Node, err error) {
 	if err != nil {
 		return nil, err
 	}
+	if _, founder := genesis.Node(cfg.NodeID); !founder {
+		if err := dir.introduce(cfg.Introduced); err != nil {
+			return nil, err
+		}
+	}
 	if err := checkNotRemoved(dir); err != nil {
 		return nil, err
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/conclave-kms/conclave/cluster"
 	"github.com/conclave-kms/conclave/cluster/clustertest"
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/state/statetest"
 )
@@ -139,6 +140,47 @@ func TestRecoverWithSurvivor(t *testing.T) {
 	c.Restart(survivor)
 	c.Restart(old)
 	c.SameState(c.Propose(old, tick(c, old)).Index)
+}
+
+// A node joins a cluster that was recovered: it was introduced to that history. Without an
+// introduction it is of epoch 0, and nobody speaks of Raft with it.
+func TestJoinAfterRecovery(t *testing.T) {
+	c := clustertest.New(t, clustertest.Options{World: statetest.Options{CustodiansPerSite: 1}})
+	leader := c.Leader()
+	c.SameState(c.Propose(leader, c.Tick(leader)).Index)
+	var all []int
+	var voters []string
+	for i, m := range c.Members {
+		c.Kill(i)
+		all, voters = append(all, i), append(voters, m.ID)
+	}
+	begin(t, c, recovered(t, c, load(t, c, leader).State, voters...), all...)
+	for _, i := range all {
+		c.Restart(i)
+	}
+	c.Attach()
+
+	i, p := c.Newcomer("node-fr-2", "fr")
+	c.World.Announce()
+	c.World.Carry(kms.ActionNode, approval.NodeTarget("node-fr-2"), p)
+	st := c.World.State()
+	for says, in := range map[string]cluster.Introduction{
+		"epoch 1":  {Epoch: 1},
+		"lineage ": {Lineage: st.Lineage()},
+	} {
+		cfg := c.Config(i)
+		cfg.Listener, cfg.Introduced = nil, in
+		if _, err := cluster.Open(t.Context(), cfg); !errors.Is(err, kms.Invalid) || !strings.Contains(err.Error(), says) {
+			t.Errorf("%+v: %v", in, err)
+		}
+	}
+	c.Restart(i)
+	c.Confirmed()
+	c.Adopt(i)
+	c.SameState(c.Propose(i, tick(c, i)).Index)
+	c.Kill(i)
+	c.Restart(i)
+	c.SameState(c.Propose(i, tick(c, i)).Index)
 }
 
 // TestRecoverInterrupted: a node does not start on half a recovery.

@@ -167,6 +167,9 @@ func (c *Cluster) introduce(m *Member, cfg *cluster.Config) {
 	cfg.Site, cfg.SigningSuite, cfg.Signing = m.Site, r.SigningSuite, r.Signing
 	st := c.World.State()
 	cfg.Introduced = cluster.Introduction{Nodes: st.Nodes(), Sites: st.Sites()}
+	if st.Epoch() > 0 {
+		cfg.Introduced.Epoch, cfg.Introduced.Lineage = st.Epoch(), st.Lineage()
+	}
 }
 
 // timing fills the periods that Options leaves open.

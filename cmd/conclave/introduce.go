@@ -17,8 +17,9 @@ func (a *app) nodeIntroduceCommand() *cobra.Command {
 		Short: "Write down who the members are, for a node that joins and knows only the founders",
 		Long: `Write down the members with their addresses, and the sites with their CAs, for a machine
 that is to join. It needs that where most nodes of the genesis document are gone or have
-another address: conclaved join --introduction FILE. Nothing in it is secret. It tells the
-node whom to let connect; take it from a node that you trust as you do your own.`,
+another address, and where custodians have recovered the cluster from a backup: conclaved
+join --introduction FILE. Nothing in it is secret. It tells the node whom to let connect;
+take it from a node that you trust as you do your own.`,
 		Args: arguments(""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if out == "" {
@@ -48,6 +49,9 @@ func introduction(ctx context.Context, c *client.Client) (wire.Introduction, err
 		return in, err
 	}
 	in.Cluster = st.Cluster
+	if st.Epoch > 0 {
+		in.Epoch, in.Lineage = st.Epoch, st.Lineage
+	}
 	nodes, err := c.Nodes(ctx)
 	if err != nil {
 		return in, err

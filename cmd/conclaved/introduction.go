@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 
 	"github.com/conclave-kms/conclave/cluster"
@@ -35,12 +36,16 @@ func readIntroduction(path, id string) (wire.Introduction, error) {
 	return in, nil
 }
 
+var lineage = regexp.MustCompile(`^[0-9a-f]{32}$`)
+
 func checkIntroduction(in wire.Introduction, id string) error {
 	switch {
 	case in.Format != 1:
 		return fmt.Errorf("format %d is not known", in.Format)
 	case in.Cluster != id:
 		return fmt.Errorf("it is of cluster %q, the genesis document of %s", in.Cluster, id)
+	case in.Epoch > approval.MaxEpoch || (in.Epoch > 0) != lineage.MatchString(in.Lineage) || in.Epoch == 0 && in.Lineage != "":
+		return fmt.Errorf("epoch %d with lineage %q; a lineage of 32 hexadecimal digits goes with every epoch after 0, and with no other", in.Epoch, in.Lineage)
 	case len(in.Nodes) == 0 || len(in.Nodes) > state.MaxNodes || len(in.Sites) > state.MaxSites:
 		return fmt.Errorf("it names %d nodes of %d sites; at least one node, and no more than %d of %d", len(in.Nodes), len(in.Sites), state.MaxNodes, state.MaxSites)
 	}
@@ -85,6 +90,7 @@ func introduced(dataDir, id string) (cluster.Introduction, error) {
 	if err != nil {
 		return out, err
 	}
+	out.Epoch, out.Lineage = in.Epoch, in.Lineage
 	for _, n := range in.Nodes {
 		out.Nodes = append(out.Nodes, state.Node{ID: n.ID, Site: n.Site, Address: n.Address})
 	}

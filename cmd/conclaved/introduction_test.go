@@ -37,6 +37,8 @@ func TestIntroduction(t *testing.T) {
 	for says, change := range map[string]func(*wire.Introduction){
 		"format 2 is not known":    func(in *wire.Introduction) { in.Format = 2 },
 		`it is of cluster "other"`: func(in *wire.Introduction) { in.Cluster = "other" },
+		"epoch 1 with lineage":     func(in *wire.Introduction) { in.Epoch = 1 },
+		"epoch 0 with lineage":     func(in *wire.Introduction) { in.Lineage = strings.Repeat("0", 32) },
 		"at least one node":        func(in *wire.Introduction) { in.Nodes = nil },
 		"is not host:port":         func(in *wire.Introduction) { in.Nodes[0].Address = "fr.example" },
 		"which it does not":        func(in *wire.Introduction) { in.Nodes[0].Site = "de" },

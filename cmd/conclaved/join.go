@@ -39,8 +39,8 @@ which the new signing key agrees to be this node's, in this cluster alone. For a
 hardware, have a node of another site witness the TPM with conclaved attest --help and
 node.json, and run this again with --witness.
 
-The genesis document names the founders. Where most of them are gone or have moved,
-an operator writes down who the members are now (conclave node introduce --out FILE), and
+The genesis document names the founders. Where most of them are gone or have moved, or
+custodians have recovered the cluster from a backup, an operator writes down who the members are now (conclave node introduce --out FILE), and
 this takes it with --introduction. It tells the node whom to let connect; what they send
 it checks from the genesis on.`,
 		Args: cobra.NoArgs,

@@ -6,6 +6,8 @@ package wire
 type Introduction struct {
 	Format  uint8            `json:"format"` // 1
 	Cluster string           `json:"cluster"`
+	Epoch   uint64           `json:"epoch,omitempty"`   // of the history; 0 until the cluster was recovered
+	Lineage string           `json:"lineage,omitempty"` // of that history, 32 hexadecimal digits; empty in epoch 0
 	Nodes   []IntroducedNode `json:"nodes"`
 	Sites   []IntroducedSite `json:"sites"`
 }
