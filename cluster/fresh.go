@@ -164,12 +164,22 @@ func (n *Node) leaderProof(ctx context.Context) (index uint64, at time.Time, err
 	}
 	at = time.Now()
 	index = n.lastCommand(n.raft.CommitIndex())
-	err = n.await(ctx, func() raft.Future { return n.raft.VerifyLeader() }) // which sends at once
-	if err != nil || !n.followed(ctx, term, at) {
+	if !n.nudge() || !n.followed(ctx, term, at) {
 		return 0, at, errNotAppended
 	}
 	n.proofs.lead(term, index, at)
 	return index, at, nil
+}
+
+// nudge has Raft ask everybody at once whether they follow. Raft's own count of the answers
+// is not waited for: contacts has a stricter one, and a Raft that stops answers nobody.
+func (n *Node) nudge() bool {
+	n.futures.Lock()
+	defer n.futures.Unlock()
+	if !n.futures.closed {
+		n.futures.Go(func() { n.raft.VerifyLeader() })
+	}
+	return !n.futures.closed
 }
 
 // followed waits until a majority of the voters has answered what this node sent them

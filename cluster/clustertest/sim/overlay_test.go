@@ -102,10 +102,6 @@ func (o *overlay) exact() {
 	o.put("pqc/memo.go", memo)
 }
 
-// TestEdits holds the edits of make sim against the sources as they are, but builds nothing: with
-// another runtime all of Go's library is compiled anew.
-func TestEdits(t *testing.T) { newOverlay(t).exact() }
-
 // repeatable has the Go runtime decide by a seeded generator, within a bubble of
 // testing/synctest, what it otherwise decides by chance or by how long something takes on
 // this machine: which ready case a select takes, in which order a map is walked, which of two timers comes first that

@@ -96,18 +96,17 @@ func replays(first, second *summary) int {
 	return same
 }
 
-// TestReplay plays schedules twice, with Go's runtime as it is, and holds the logs that came about
-// against each other. make sim demands that all be equal.
+// TestReplay plays schedules twice, as make sim does, and demands that the same logs come about.
 func TestReplay(t *testing.T) {
-	job := job{Seed: 1, Schedules: 6}
+	o := newOverlay(t)
+	o.exact()
+	job := job{Seed: 1, Schedules: 6, Binary: o.build()}
 	first, second := job.run(t), job.run(t)
-	same := replays(first, second)
-	t.Logf("%d of %d replays took the same way to the last entry", same, len(first.traces))
-	if len(first.traces) != int(job.Schedules) || len(second.traces) != int(job.Schedules) {
-		t.Errorf("%d and %d of %d schedules were played: %v %v", len(first.traces), len(second.traces), job.Schedules, first.failed, second.failed)
+	if len(first.failed) > 0 || len(first.traces) != int(job.Schedules) || len(second.traces) != int(job.Schedules) {
+		t.Errorf("%d and %d of %d schedules were played: %+v %+v", len(first.traces), len(second.traces), job.Schedules, first.failed, second.failed)
 	}
-	if same == 0 {
-		t.Error("no schedule replays")
+	if same := replays(first, second); same != int(job.Schedules) {
+		t.Errorf("%d of %d schedules took the same way when they were played again", same, job.Schedules)
 	}
 }
 
