@@ -5,7 +5,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -22,6 +21,7 @@ type edit struct {
 type overlay struct {
 	t        *testing.T
 	module   string
+	goroot   string
 	dir      string
 	texts    map[string]string // by path
 	replaced map[string]string
@@ -33,12 +33,16 @@ func newOverlay(t *testing.T) *overlay {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &overlay{t: t, module: module, dir: t.TempDir(), texts: map[string]string{}, replaced: map[string]string{}}
+	root, err := exec.Command("go", "env", "GOROOT").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &overlay{t: t, module: module, goroot: strings.TrimSpace(string(root)), dir: t.TempDir(), texts: map[string]string{}, replaced: map[string]string{}}
 }
 
 func (o *overlay) path(file string) string {
 	if strings.HasPrefix(file, "runtime/") {
-		return filepath.Join(runtime.GOROOT(), "src", file)
+		return filepath.Join(o.goroot, "src", file)
 	}
 	return filepath.Join(o.module, file)
 }
