@@ -31,7 +31,11 @@ func (n *node) counter(ctx context.Context) cluster.Counter {
 		return nil
 	}
 	if has, err := c.HasCounter(ctx); err == nil && !has {
-		n.log.Warn("the TPM has no counter against rollback: it was provisioned by an older release; add it with: conclaved device add-counter")
+		if n.cfg.Device.Type == "tpm" {
+			n.log.Warn("the TPM has no counter against rollback: it was provisioned by an older release; add it with: conclaved device add-counter")
+		} else {
+			n.log.Warn("the token keeps no data objects, so it has no counter against rollback")
+		}
 		return nil
 	}
 	return c // where it cannot be asked, the node does not start

@@ -77,8 +77,13 @@ var faults = []fault{
 	},
 }
 
-// tokens is the directory in which fr's SoftHSM keeps its token.
-func (w *world) tokens() string { return filepath.Join(w.c.Nodes["fr"].Dir, "token", "tokens") }
+// tokensOf is the directory in which a site's SoftHSM keeps its token.
+func (w *world) tokensOf(site string) string {
+	return filepath.Join(w.c.Nodes[site].Dir, "token", "tokens")
+}
+
+// tokens is that of fr.
+func (w *world) tokens() string { return w.tokensOf("fr") }
 
 func (w *world) pinFile() string { return filepath.Join(w.c.Nodes["fr"].Dir, "pin") }
 

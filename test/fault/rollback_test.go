@@ -27,7 +27,8 @@ type disks struct {
 	rotated string // key of which the old disks know version 1 alone, the cluster version 2
 }
 
-// keep stops all nodes, copies their data directories and starts them again.
+// keep stops all nodes, copies their data directories, and the tokens of fr and de, and
+// starts them again.
 func (d *disks) keep() {
 	d.t.Helper()
 	d.kill(d.c.All()...)
@@ -35,7 +36,19 @@ func (d *disks) keep() {
 	for _, n := range d.c.All() {
 		d.do(copyTree(n.Data, filepath.Join(d.old, n.ID)))
 	}
+	for _, site := range []string{"fr", "de"} {
+		d.do(copyTree(d.tokensOf(site), filepath.Join(d.old, site+"-tokens")))
+	}
 	d.start()
+}
+
+// putBackTokens gives fr and de, which do not run, their old tokens.
+func (d *disks) putBackTokens() {
+	d.t.Helper()
+	for _, site := range []string{"fr", "de"} {
+		d.do(os.RemoveAll(d.tokensOf(site)))
+		d.do(copyTree(filepath.Join(d.old, site+"-tokens"), d.tokensOf(site)))
+	}
 }
 
 func (d *disks) kill(nodes ...*harness.Node) {
@@ -54,22 +67,23 @@ func (d *disks) putBack(nodes ...*harness.Node) {
 	}
 }
 
-// start starts all nodes and waits until they are ready, and until jp's TPM has counted.
+// start starts all nodes and waits until they are ready, and until their devices have counted.
 func (d *disks) start() {
 	d.t.Helper()
-	before := d.says("jp", "the device has counted")
+	before := map[string]int{}
 	for _, n := range d.c.All() {
+		before[n.Site] = d.says(n.Site, "the device has counted")
 		d.do(n.Launch())
 	}
 	for _, n := range d.c.All() {
 		d.do(n.Ready(d.t.Context()))
+		d.eventually(recovery, n.ID+"'s device has counted", func(context.Context) error {
+			if d.says(n.Site, "the device has counted") == before[n.Site] {
+				return errors.New("it has not")
+			}
+			return nil
+		})
 	}
-	d.eventually(recovery, "jp's TPM has counted", func(context.Context) error {
-		if d.says("jp", "the device has counted") == before {
-			return errors.New("it has not")
-		}
-		return nil
-	})
 }
 
 // says counts the lines of a node's log with a text.
@@ -232,40 +246,54 @@ func TestRollback(t *testing.T) {
 
 	d.kill(d.c.All()...)
 	d.putBack(d.c.All()...)
-	d.allPutBack()
+	d.silent("fr", "de", "jp")
+
+	d.kill(d.c.All()...)
+	d.putBack(d.c.All()...)
+	d.putBackTokens()
+	d.tokensPutBack()
 	d.recover()
 }
 
-// allPutBack starts the nodes when all disks were put back. jp's TPM has counted further:
-// jp answers nothing at all. fr and de, whose tokens cannot count, go on; the custodians'
-// command remembers, and signs nothing for them.
-func (d *disks) allPutBack() {
-	t := d.t
-	t.Helper()
-	jp := d.ask("jp")
+// silent starts the nodes when all disks were put back, and checks that those of some sites,
+// whose devices have counted further, answer nothing at all and say why.
+func (d *disks) silent(sites ...string) {
+	d.t.Helper()
+	all := map[string]*asked{}
+	for _, site := range sites {
+		all[site] = d.ask(site)
+	}
 	for _, n := range d.c.All() {
 		d.do(n.Launch())
 	}
-	silent := func(ctx context.Context) error {
-		if err := d.again(ctx, jp); jp.answered > 0 {
-			return harness.Give(fmt.Errorf("jp answers %d times: %v", jp.answered, err))
-		}
-		return nil
+	for _, site := range sites {
+		d.eventually(recovery, site+" says why it is not ready", func(ctx context.Context) error {
+			for _, a := range all {
+				if err := d.again(ctx, a); a.answered > 0 {
+					return harness.Give(fmt.Errorf("%s answers %d times: %v", a.site, a.answered, err))
+				}
+			}
+			ready, err := d.once(site, "operator").Ready(ctx) // an error unless it is ready
+			why := strings.Join(ready.Reasons, "; ")
+			switch {
+			case ready.Ready:
+				return harness.Give(errors.New("it is ready"))
+			case !strings.Contains(why, "probation") || !strings.Contains(why, "recover"):
+				return fmt.Errorf("it says %q, %v", why, err)
+			}
+			return nil
+		})
 	}
-	d.eventually(recovery, "jp says why it is not ready", func(ctx context.Context) error {
-		if err := silent(ctx); err != nil {
-			return err
-		}
-		ready, err := d.once("jp", "operator").Ready(ctx) // an error unless it is ready
-		why := strings.Join(ready.Reasons, "; ")
-		switch {
-		case ready.Ready:
-			return harness.Give(errors.New("it is ready"))
-		case !strings.Contains(why, "probation") || !strings.Contains(why, "recover"):
-			return fmt.Errorf("it says %q, %v", why, err)
-		}
-		return nil
-	})
+}
+
+// tokensPutBack starts the nodes when the storage of the tokens was put back with all disks.
+// jp's TPM has counted further: jp is silent. fr and de, whose tokens were put back too, go on;
+// the custodians' command remembers, and signs nothing for them.
+func (d *disks) tokensPutBack() {
+	t := d.t
+	t.Helper()
+	jp := d.ask("jp")
+	d.silent("jp")
 	for _, site := range []string{"fr", "de"} {
 		d.do(d.c.Nodes[site].Ready(t.Context()))
 	}
@@ -278,7 +306,9 @@ func (d *disks) allPutBack() {
 	if len(now.Votes) != 0 {
 		t.Errorf("the custodian has signed: %+v", now.Votes)
 	}
-	d.do(silent(t.Context()))
+	if err := d.again(t.Context(), jp); jp.answered > 0 {
+		t.Errorf("jp answers %d times: %v", jp.answered, err)
+	}
 	// What the put-back nodes have done since contradicts what this person has seen. The
 	// custodians agree to go on from it all the same.
 	d.run("conclave", "", "memory", "accept", "--yes")
