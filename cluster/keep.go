@@ -94,6 +94,7 @@ func (n *Node) advance(ctx context.Context, at position) error {
 	if err := n.keepOwn(at, next); err != nil {
 		return err
 	}
+	n.foretell(ctx, at, next)
 	v, err := n.memory.count.device.Increment(ctx)
 	if err != nil {
 		return err
@@ -107,6 +108,23 @@ func (n *Node) advance(ctx context.Context, at position) error {
 		return n.useAccepted()
 	}
 	return nil
+}
+
+// foretell gives the peers in reach a mark with the count that the device is about to reach, so
+// that they know how far this node was if its disk is put back at once.
+func (n *Node) foretell(ctx context.Context, at position, counter uint64) {
+	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timing.RPC)
+	defer cancel()
+	raw := canon.Marshal(n.memory.marker.Load().at(at, counter))
+	var told sync.WaitGroup
+	for _, peer := range n.others() {
+		told.Go(func() {
+			if err := n.tell(ctx, peer, raw); err != nil {
+				n.cfg.Logger.Debug("a node does not hear that the device counts", "peer", peer, "error", err)
+			}
+		})
+	}
+	told.Wait()
 }
 
 // useAccepted removes the approval: it is for one start.

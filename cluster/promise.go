@@ -96,18 +96,28 @@ func (p *promises) of(node string) []byte {
 
 // note keeps a mark that a node gave of itself, unless what is kept goes further. verify
 // says whether it is signed by the node's device: a certificate alone, which lies on the
-// node's disk, does not replace what the node had promised. Errors: kms.Invalid,
-// kms.TooLarge, verify's.
+// node's disk, does not replace what the node had promised. A higher count is on disk when
+// note returns: the node's device is about to count so far. Errors: kms.Invalid,
+// kms.TooLarge, verify's, save's.
 func (p *promises) note(node string, raw []byte, verify func(mark) error) error {
 	m, err := parseMark(raw)
 	if err != nil {
 		return err
 	}
-	if was, err := parseMark(p.of(node)); err != nil || !m.follows(was) {
+	was, err := parseMark(p.of(node))
+	if err != nil || !m.follows(was) {
 		if err := verify(m); err != nil {
 			return err
 		}
 	}
+	if err := p.keep(node, raw, m); err != nil || m.Counter <= was.Counter {
+		return err
+	}
+	return p.save()
+}
+
+// keep is note without verification, in memory.
+func (p *promises) keep(node string, raw []byte, m mark) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if old, ok := p.marks[node]; ok {

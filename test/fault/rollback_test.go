@@ -70,13 +70,30 @@ func (d *disks) putBack(nodes ...*harness.Node) {
 // start starts all nodes and waits until they are ready, and until their devices have counted.
 func (d *disks) start() {
 	d.t.Helper()
-	before := map[string]int{}
+	before := d.counted()
 	for _, n := range d.c.All() {
-		before[n.Site] = d.says(n.Site, "the device has counted")
 		d.do(n.Launch())
 	}
 	for _, n := range d.c.All() {
 		d.do(n.Ready(d.t.Context()))
+	}
+	d.counts(before, d.c.All()...)
+}
+
+// counted says how often the sites' devices have counted.
+func (d *disks) counted() map[string]int {
+	d.t.Helper()
+	times := map[string]int{}
+	for _, n := range d.c.All() {
+		times[n.Site] = d.says(n.Site, "the device has counted")
+	}
+	return times
+}
+
+// counts waits until the devices of nodes have counted again, which the others know then.
+func (d *disks) counts(before map[string]int, nodes ...*harness.Node) {
+	d.t.Helper()
+	for _, n := range nodes {
 		d.eventually(recovery, n.ID+"'s device has counted", func(context.Context) error {
 			if d.says(n.Site, "the device has counted") == before[n.Site] {
 				return errors.New("it has not")
@@ -209,7 +226,7 @@ func (d *disks) again(ctx context.Context, a *asked) error {
 // from before the changes, gives no answer until it knows them again.
 func (d *disks) backWithout(site string, launch ...*harness.Node) {
 	d.t.Helper()
-	n, told := d.c.Nodes[site], d.says(site, "is on probation")
+	n, told, counted := d.c.Nodes[site], d.says(site, "is on probation"), d.counted()
 	a := d.ask(site)
 	begin := time.Now()
 	for _, m := range launch {
@@ -222,6 +239,7 @@ func (d *disks) backWithout(site string, launch ...*harness.Node) {
 	for _, m := range launch {
 		d.do(m.Ready(d.t.Context()))
 	}
+	d.counts(counted, launch...)
 	d.t.Logf("%s is back %v after its start; before its first answer it refused %d questions", n.ID, time.Since(begin).Round(time.Millisecond), a.refused)
 }
 
