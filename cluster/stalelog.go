@@ -54,31 +54,41 @@ func (t *tidy) Close() error {
 	return nil
 }
 
-// run hands calls on until the transport closes.
+// run hands calls on until the transport closes, one at a time, as Raft takes them: when a
+// snapshot comes, what came before it is in the log, however slow the disk is.
 func (t *tidy) run() {
 	for {
 		select {
 		case rpc := <-t.Transport.Consumer():
 			if req, ok := rpc.Command.(*raft.InstallSnapshotRequest); ok {
-				rpc.Respond(t.install(rpc, req)) // nothing else passes meanwhile
+				rpc.Respond(t.install(rpc, req))
 				continue
 			}
-			if !t.pass(rpc) {
+			r, ok := t.do(rpc)
+			if !ok {
 				rpc.Respond(refusal(rpc.Command), raft.ErrTransportShutdown)
 				return
 			}
+			rpc.Respond(r.Response, r.Error)
 		case <-t.done:
 			return
 		}
 	}
 }
 
-func (t *tidy) pass(rpc raft.RPC) bool {
+// do hands a call to Raft and returns its answer, false when the transport closes.
+func (t *tidy) do(rpc raft.RPC) (r raft.RPCResponse, ok bool) {
+	answer := make(chan raft.RPCResponse, 1)
 	select {
-	case t.calls <- rpc:
-		return true
+	case t.calls <- raft.RPC{Command: rpc.Command, Reader: rpc.Reader, RespChan: answer}:
 	case <-t.done:
-		return false
+		return r, false
+	}
+	select {
+	case r = <-answer:
+		return r, true
+	case <-t.done:
+		return r, false
 	}
 }
 
@@ -89,14 +99,8 @@ func (t *tidy) install(rpc raft.RPC, req *raft.InstallSnapshotRequest) (any, err
 	if err != nil {
 		return refused, err
 	}
-	answer := make(chan raft.RPCResponse, 1)
-	if !t.pass(raft.RPC{Command: req, Reader: rpc.Reader, RespChan: answer}) {
-		return refused, raft.ErrTransportShutdown
-	}
-	var r raft.RPCResponse
-	select {
-	case r = <-answer:
-	case <-t.done:
+	r, ok := t.do(rpc)
+	if !ok {
 		return refused, raft.ErrTransportShutdown
 	}
 	resp, ok := r.Response.(*raft.InstallSnapshotResponse)
