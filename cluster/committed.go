@@ -27,7 +27,7 @@ func (s *committedStore) DeleteRange(min, max uint64) error {
 	if err != nil {
 		return err
 	}
-	if known := s.committed(); max >= last && min <= known {
+	if known := s.committed(); last > 0 && max >= last && min <= known {
 		s.said.Do(func() {
 			s.log.Error("refused to take committed entries back out of the log for the leader; find out which member led", "from", min, "committed", known)
 		})

@@ -127,8 +127,10 @@ func (n *Node) open(ctx context.Context, genesis *state.State) error {
 	n.openMemory()
 	n.wire.serve(n)
 	n.chooseProfile(ctx)
-	vetted := newVet(n.wire.transport(), n.ready, func() uint64 { return n.raft.CurrentTerm() }, func() uint64 { return n.raft.LastIndex() }, n.cfg.Logger)
-	gate := newGate(newTidy(n.probation.transport(vetted), n.logs, n.machine.halt), n.State, n.logs, n.cfg.Timing.Heartbeat/2, n.cfg.Logger, &n.contacts)
+	term := func() uint64 { return n.raft.CurrentTerm() }
+	vetted := newVet(n.wire.transport(), n.ready, term, func() uint64 { return n.raft.LastIndex() }, n.cfg.Logger)
+	tidied := newTidy(n.probation.transport(vetted), &held{n.logs, snapshots, n.committed, term}, n.machine.halt)
+	gate := newGate(tidied, n.State, n.logs, n.cfg.Timing.Heartbeat/2, n.cfg.Logger, &n.contacts)
 	if err := n.openRaft(ctx, genesis, snapshots, gate); err != nil {
 		_ = gate.Close()
 		return err

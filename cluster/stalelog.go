@@ -21,6 +21,7 @@ var ErrStaleLog = errors.New("cluster: a snapshot has replaced the end of the no
 type tidy struct {
 	raft.Transport
 	logs  raft.LogStore
+	held  *held
 	halt  func(error)
 	calls chan raft.RPC // to Raft
 	done  chan struct{}
@@ -33,8 +34,8 @@ type tidyPreVote struct {
 	raft.WithPreVote
 }
 
-func newTidy(inner raft.Transport, logs raft.LogStore, halt func(error)) raft.Transport {
-	t := &tidy{Transport: inner, logs: logs, halt: halt, calls: make(chan raft.RPC), done: make(chan struct{})}
+func newTidy(inner raft.Transport, held *held, halt func(error)) raft.Transport {
+	t := &tidy{Transport: inner, logs: held.logs, held: held, halt: halt, calls: make(chan raft.RPC), done: make(chan struct{})}
 	go t.run()
 	if pv, ok := inner.(raft.WithPreVote); ok {
 		return tidyPreVote{t, pv}
@@ -60,9 +61,12 @@ func (t *tidy) run() {
 	for {
 		select {
 		case rpc := <-t.Transport.Consumer():
-			if req, ok := rpc.Command.(*raft.InstallSnapshotRequest); ok {
+			switch req := rpc.Command.(type) {
+			case *raft.InstallSnapshotRequest:
 				rpc.Respond(t.install(rpc, req))
 				continue
+			case *raft.AppendEntriesRequest:
+				rpc.Command = t.held.entries(req)
 			}
 			r, ok := t.do(rpc)
 			if !ok {
@@ -92,8 +96,12 @@ func (t *tidy) do(rpc raft.RPC) (r raft.RPCResponse, ok bool) {
 	}
 }
 
-// install has Raft take a snapshot, and clears the log if it does not agree with it.
+// install has Raft take a snapshot that goes further than this node, and clears the log if it does
+// not agree with it.
 func (t *tidy) install(rpc raft.RPC, req *raft.InstallSnapshotRequest) (any, error) {
+	if resp, ok := t.held.snapshot(rpc, req); ok {
+		return resp, nil
+	}
 	refused := &raft.InstallSnapshotResponse{RPCHeader: raft.RPCHeader{ProtocolVersion: req.ProtocolVersion}}
 	agrees, last, err := logAgrees(t.logs, req.LastLogIndex, req.LastLogTerm)
 	if err != nil {

@@ -43,7 +43,7 @@ func TestSnapshotOverAStaleLog(t *testing.T) {
 			logs := entries(t, c.first, c.terms...)
 			var halted error
 			_, inner := raft.NewInmemTransport("a")
-			tidied := newTidy(inner, logs, func(err error) { halted = err })
+			tidied := newTidy(inner, &held{logs, raft.NewInmemSnapshotStore(), func() uint64 { return 0 }, func() uint64 { return 3 }}, func(err error) { halted = err })
 			defer tidied.(raft.WithClose).Close()
 			_, peer := raft.NewInmemTransport("b")
 			peer.Connect("a", inner)

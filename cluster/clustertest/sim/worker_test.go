@@ -201,7 +201,7 @@ func TestWorker(t *testing.T) {
 		}
 		say(line{Begins: j.Seed + i})
 		r := play(t, w, j.Seed+i, o)
-		if i%collect == 0 {
+		if i/j.Workers%collect == 0 {
 			runtime.GC()
 		}
 		say(line{Report: &r})
