@@ -26,6 +26,10 @@ const (
 	Ed25519         SuiteID = 0xC103 // PureEdDSA (RFC 8032)
 	MLDSA65Ed25519  SuiteID = 0xC104 // id-MLDSA65-Ed25519-SHA512 (draft-ietf-lamps-pq-composite-sigs)
 
+	// MLDSA44 is for cosignatures of checkpoints alone: nobody's credential and no
+	// node's signing key.
+	MLDSA44 SuiteID = 0xC105 // ML-DSA-44, pure (FIPS 204)
+
 	CiphertextFormat1 SuiteID = 0xC201 // AES-256-GCM under keys derived per message, key-committing
 )
 
@@ -37,6 +41,7 @@ const (
 	KEM Kind = iota + 1
 	Signature
 	AEAD
+	Cosignature // of checkpoints, see MLDSA44
 )
 
 // String returns the kind's name.
@@ -48,6 +53,8 @@ func (k Kind) String() string {
 		return "signature"
 	case AEAD:
 		return "aead"
+	case Cosignature:
+		return "cosignature"
 	}
 	return fmt.Sprintf("kind(%d)", uint8(k))
 }
@@ -91,6 +98,8 @@ var suites = [...]Suite{
 		PublicKeySize: 32, SeedSize: 32, SignatureSize: 64},
 	{ID: MLDSA65Ed25519, Name: "MLDSA65-Ed25519-SHA512", Kind: Signature, Strength: "NIST category 3 with Ed25519", PostQuantum: true,
 		PublicKeySize: 1952 + 32, SeedSize: 64, SignatureSize: 3309 + 64},
+	{ID: MLDSA44, Name: "ML-DSA-44", Kind: Cosignature, Strength: "NIST category 2", PostQuantum: true,
+		PublicKeySize: 1312, SeedSize: 32, SignatureSize: 2420},
 
 	{ID: CiphertextFormat1, Name: "AES-256-GCM-DERIVED-1", Kind: AEAD, Strength: "256-bit symmetric", PostQuantum: true,
 		KeySize: 32, Overhead: gcmTag},

@@ -8,7 +8,7 @@ import (
 
 func TestSuiteTable(t *testing.T) {
 	all := Suites()
-	if len(all) != 8 {
+	if len(all) != 9 {
 		t.Fatalf("%d suites", len(all))
 	}
 	names := map[string]bool{}
@@ -52,6 +52,7 @@ func TestSuiteNumbers(t *testing.T) {
 		0x0050: {"MLKEM768-P256", KEM}, 0x0051: {"MLKEM1024-P384", KEM}, 0x647a: {"MLKEM768-X25519", KEM},
 		0xC101: {"ECDSA-P256-SHA256", Signature}, 0xC102: {"ECDSA-P384-SHA384", Signature},
 		0xC103: {"Ed25519", Signature}, 0xC104: {"MLDSA65-Ed25519-SHA512", Signature},
+		0xC105: {"ML-DSA-44", Cosignature},
 		0xC201: {"AES-256-GCM-DERIVED-1", AEAD},
 	}
 	for id, w := range want {
@@ -77,7 +78,10 @@ func TestTableSizesAreTheLibraries(t *testing.T) {
 	if s.PublicKeySize != mldsa65.PublicKeySize+32 || s.SignatureSize != mldsa65.SignatureSize+64 || s.SeedSize != HybridSeedSize {
 		t.Error("hybrid signature: sizes")
 	}
-	if KEM.String() != "kem" || Signature.String() != "signature" || AEAD.String() != "aead" || Kind(9).String() != "kind(9)" {
+	if s, _ := Lookup(MLDSA44); s.PublicKeySize != MLDSA44PublicKeySize || s.SignatureSize != MLDSA44SignatureSize || s.SeedSize != MLDSA44SeedSize {
+		t.Error("cosignature: sizes")
+	}
+	if KEM.String() != "kem" || Signature.String() != "signature" || AEAD.String() != "aead" || Cosignature.String() != "cosignature" || Kind(9).String() != "kind(9)" {
 		t.Error("names of kinds")
 	}
 }
