@@ -83,14 +83,18 @@ type curve struct {
 	oid    []byte // DER of the curve's object identifier, CKA_EC_PARAMS
 }
 
+// curves are those that keys may be on.
+var curves = []curve{
+	{"P-384", ecdh.P384(), elliptic.P384(), 48, 48, []byte{0x06, 0x05, 0x2b, 0x81, 0x04, 0x00, 0x22}},
+	{"P-256", ecdh.P256(), elliptic.P256(), 32, 32, []byte{0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07}},
+}
+
+// curveOf returns what belongs to c, nil being P-384.
 func curveOf(c ecdh.Curve) (curve, error) {
-	switch c {
-	case nil, ecdh.P384():
-		return curve{"P-384", ecdh.P384(), elliptic.P384(), 48, 48,
-			[]byte{0x06, 0x05, 0x2b, 0x81, 0x04, 0x00, 0x22}}, nil
-	case ecdh.P256():
-		return curve{"P-256", ecdh.P256(), elliptic.P256(), 32, 32,
-			[]byte{0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07}}, nil
+	for _, crv := range curves {
+		if c == crv.ecdh || c == nil {
+			return crv, nil
+		}
 	}
 	return curve{}, invalidf("curve is neither P-384 nor P-256")
 }

@@ -31,31 +31,39 @@ const maxURI = 4096
 // and logs, and every attribute that it does not know. Errors are ErrInvalid
 // and never quote a value.
 func ParseURI(s string) (*URI, error) {
+	u := &URI{}
+	if err := u.parse(s, u.setPath); err != nil {
+		return nil, err
+	}
+	return u, nil
+}
+
+// parse reads s into u; setPath takes the attributes of the path.
+func (u *URI) parse(s string, setPath func(name, value string) error) error {
 	if len(s) > maxURI {
-		return nil, invalidf("PKCS#11 URI is longer than %d bytes", maxURI)
+		return invalidf("PKCS#11 URI is longer than %d bytes", maxURI)
 	}
 	rest, ok := strings.CutPrefix(s, "pkcs11:")
 	if !ok {
-		return nil, invalidf("a PKCS#11 URI begins with %q", "pkcs11:")
+		return invalidf("a PKCS#11 URI begins with %q", "pkcs11:")
 	}
 	path, query, hasQuery := strings.Cut(rest, "?")
-	u := &URI{}
 	seen := map[string]bool{}
 	if path != "" {
 		for _, part := range strings.Split(path, ";") {
-			if err := u.attribute(part, pathChars, seen, u.setPath); err != nil {
-				return nil, err
+			if err := u.attribute(part, pathChars, seen, setPath); err != nil {
+				return err
 			}
 		}
 	}
 	if hasQuery {
 		for _, part := range strings.Split(query, "&") {
 			if err := u.attribute(part, queryChars, seen, u.setQuery); err != nil {
-				return nil, err
+				return err
 			}
 		}
 	}
-	return u, nil
+	return nil
 }
 
 // RFC 7512 section 2.3: the characters that may stand unescaped in a value.

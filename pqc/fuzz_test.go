@@ -130,20 +130,20 @@ func FuzzKeyFilePayload(f *testing.F) {
 
 func FuzzPublicLine(f *testing.F) {
 	k := must[*HybridKey](f)(GenerateHybrid(nil))
-	line := must[[]byte](f)(MarshalPublic(k.PublicKey()))
+	line := must[[]byte](f)(MarshalPublic(MLDSA65Ed25519, k.PublicKey()))
 	f.Add(line)
 	f.Add(bytes.TrimSpace(line))
 	f.Add(line[1:])
 	f.Add([]byte("conclave-custodian-key-1 "))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		pub, err := ParsePublic(b)
+		suite, pub, err := ParsePublic(b)
 		if err != nil {
 			if pub != nil || !errors.Is(err, ErrKeyFile) {
 				t.Fatalf("error %v", err)
 			}
 			return
 		}
-		again := must[[]byte](t)(MarshalPublic(pub))
+		again := must[[]byte](t)(MarshalPublic(suite, pub))
 		if !bytes.Equal(bytes.TrimSuffix(again, []byte("\n")), bytes.TrimSuffix(b, []byte("\n"))) {
 			t.Fatal("the line has a second form")
 		}

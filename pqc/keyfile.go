@@ -171,40 +171,44 @@ func parseKeyFilePayload(b []byte) (*HybridKey, error) {
 	return NewHybridKey(seed)
 }
 
-// MarshalPublic returns the public line of a custodian's hybrid key:
+// MarshalPublic returns the public line of a custodian's key of a signature suite:
 // "conclave-custodian-key-1 " ‖ base64(suite id ‖ public key) ‖ "\n".
-// Errors: ErrPublicKey.
-func MarshalPublic(pub []byte) ([]byte, error) {
-	if s, _ := Lookup(MLDSA65Ed25519); len(pub) != s.PublicKeySize {
+// Errors: ErrSuite, ErrPublicKey.
+func MarshalPublic(suite SuiteID, pub []byte) ([]byte, error) {
+	s, err := lookupKind(suite, Signature)
+	if err != nil {
+		return nil, err
+	}
+	if len(pub) != s.PublicKeySize {
 		return nil, fmt.Errorf("%w: %v has %d bytes, not %d", ErrPublicKey, s.ID, s.PublicKeySize, len(pub))
 	}
-	raw := binary.BigEndian.AppendUint16(nil, uint16(MLDSA65Ed25519))
+	raw := binary.BigEndian.AppendUint16(nil, uint16(suite))
 	raw = append(raw, pub...)
 	out := base64.StdEncoding.AppendEncode([]byte(publicKeyName+" "), raw)
 	return append(out, '\n'), nil
 }
 
 // ParsePublic reads the public line that MarshalPublic writes, with or without
-// its newline, and returns the public key. Nothing else is accepted. Errors:
-// ErrKeyFile.
-func ParsePublic(line []byte) ([]byte, error) {
-	s, _ := Lookup(MLDSA65Ed25519)
+// its newline, and returns the suite and the public key. Nothing else is accepted.
+// Errors: ErrKeyFile.
+func ParsePublic(line []byte) (SuiteID, []byte, error) {
 	text, ok := bytes.CutPrefix(bytes.TrimSuffix(line, []byte("\n")), []byte(publicKeyName+" "))
 	if !ok {
-		return nil, fmt.Errorf("%w: a public key line begins with %q", ErrKeyFile, publicKeyName)
+		return 0, nil, fmt.Errorf("%w: a public key line begins with %q", ErrKeyFile, publicKeyName)
 	}
 	// The decoder skips line breaks inside the text; a line has none.
-	if len(text) != base64.StdEncoding.EncodedLen(2+s.PublicKeySize) || bytes.ContainsAny(text, "\r\n") {
-		return nil, fmt.Errorf("%w: the public key line has the wrong length", ErrKeyFile)
+	if len(text) > maxKeyFile || bytes.ContainsAny(text, "\r\n") {
+		return 0, nil, fmt.Errorf("%w: the public key line has the wrong length", ErrKeyFile)
 	}
 	raw, err := base64.StdEncoding.Strict().AppendDecode(nil, text)
+	if err != nil || len(raw) < 2 {
+		return 0, nil, fmt.Errorf("%w: the public key line is not valid base64", ErrKeyFile)
+	}
+	s, err := lookupKind(SuiteID(binary.BigEndian.Uint16(raw)), Signature)
 	if err != nil || len(raw) != 2+s.PublicKeySize {
-		return nil, fmt.Errorf("%w: the public key line is not valid base64", ErrKeyFile)
+		return 0, nil, fmt.Errorf("%w: it is no public key of a signature suite", ErrKeyFile)
 	}
-	if SuiteID(binary.BigEndian.Uint16(raw)) != MLDSA65Ed25519 {
-		return nil, fmt.Errorf("%w: the public key is of another suite", ErrKeyFile)
-	}
-	return raw[2:], nil
+	return s.ID, raw[2:], nil
 }
 
 // Fingerprint names a public key of any suite for people:

@@ -171,13 +171,13 @@ func TestEncryptKeyFileRefuses(t *testing.T) {
 
 func TestPublicLine(t *testing.T) {
 	k := must[*HybridKey](t)(GenerateHybrid(nil))
-	line := must[[]byte](t)(MarshalPublic(k.PublicKey()))
+	line := must[[]byte](t)(MarshalPublic(MLDSA65Ed25519, k.PublicKey()))
 	if bytes.Count(line, []byte("\n")) != 1 || !bytes.HasPrefix(line, []byte("conclave-custodian-key-1 ")) {
 		t.Error("not one line of the promised form")
 	}
 	for _, b := range [][]byte{line, bytes.TrimSpace(line)} {
-		if got := must[[]byte](t)(ParsePublic(b)); !bytes.Equal(got, k.PublicKey()) {
-			t.Error("another key came back")
+		if suite, got, err := ParsePublic(b); err != nil || suite != MLDSA65Ed25519 || !bytes.Equal(got, k.PublicKey()) {
+			t.Errorf("another key came back: %v, %v", suite, err)
 		}
 	}
 	text := bytes.TrimSpace(line)
@@ -196,12 +196,23 @@ func TestPublicLine(t *testing.T) {
 		"other suite":   other,
 		"not base64":    append(bytes.Clone(text[:len(text)-1]), '!'),
 	} {
-		if _, err := ParsePublic(b); !errors.Is(err, ErrKeyFile) {
+		if _, _, err := ParsePublic(b); !errors.Is(err, ErrKeyFile) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if _, err := MarshalPublic(k.PublicKey()[1:]); !errors.Is(err, ErrPublicKey) {
+	if _, err := MarshalPublic(MLDSA65Ed25519, k.PublicKey()[1:]); !errors.Is(err, ErrPublicKey) {
 		t.Error(err)
+	}
+	if _, err := MarshalPublic(MLKEM1024P384, k.PublicKey()); !errors.Is(err, ErrSuite) {
+		t.Error(err)
+	}
+	for _, suite := range []SuiteID{ECDSAP256SHA256, ECDSAP384SHA384, Ed25519} {
+		s, _ := Lookup(suite)
+		pub := bytes.Repeat([]byte{4}, s.PublicKeySize)
+		got, b, err := ParsePublic(must[[]byte](t)(MarshalPublic(suite, pub)))
+		if err != nil || got != suite || !bytes.Equal(b, pub) {
+			t.Errorf("%v: %v, %v", suite, got, err)
+		}
 	}
 }
 

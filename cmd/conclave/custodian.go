@@ -20,7 +20,7 @@ import (
 
 func (a *app) custodianCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "custodian", Short: "Make a custodian's key; list the custodians; propose to enrol or revoke one"}
-	cmd.AddCommand(a.custodianKeygenCommand(), a.custodianListCommand(), a.custodianAddCommand(), a.custodianRevokeCommand())
+	cmd.AddCommand(a.custodianKeygenCommand(), a.custodianTokenCommand(), a.custodianListCommand(), a.custodianAddCommand(), a.custodianRevokeCommand())
 	return cmd
 }
 
@@ -57,7 +57,7 @@ Ed25519 and ML-DSA-65, verify.`,
 			if err != nil {
 				return err
 			}
-			public, err := pqc.MarshalPublic(key.PublicKey())
+			public, err := pqc.MarshalPublic(pqc.MLDSA65Ed25519, key.PublicKey())
 			if err != nil {
 				return err
 			}

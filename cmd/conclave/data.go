@@ -202,13 +202,13 @@ func (a *app) signCommand() *cobra.Command {
 		Use:   "sign KEYRING/KEY VALUE",
 		Short: "Sign a message; prints the signature in base64 (ECDSA: ASN.1 DER)",
 	}
-	return a.onKey(cmd, func(ctx context.Context, k client.Key, in [][]byte) error {
+	return a.offlineSigning(a.onKey(cmd, func(ctx context.Context, k client.Key, in [][]byte) error {
 		r, err := k.Sign(ctx, wire.SignRequest{Message: in[0]})
 		if err != nil {
 			return err
 		}
 		return a.showBytes(cmd, r, r.Signature)
-	})
+	}))
 }
 
 func (a *app) verifyCommand() *cobra.Command {

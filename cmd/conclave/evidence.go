@@ -19,6 +19,12 @@ func (a *app) evidenceCommand() *cobra.Command {
 	return cmd
 }
 
+// verifiedEvidence is the report on evidence, and what custodians signed.
+type verifiedEvidence struct {
+	audit.Report
+	Signed signedContent `json:"signed"`
+}
+
 func (a *app) evidenceGetCommand() *cobra.Command {
 	var out string
 	cmd := &cobra.Command{
@@ -75,7 +81,13 @@ say what the file cannot prove.`,
 			if err != nil {
 				return err
 			}
-			return a.show(cmd, report, func(w io.Writer) {
+			signed, err := contentOf(report.Content.Marshal())
+			if err != nil {
+				return err
+			}
+			return a.show(cmd, verifiedEvidence{report, signed}, func(w io.Writer) {
+				showSigned(w, signed.Bytes, signed.Content)
+				row(w)
 				for _, c := range report.Checks {
 					row(w, "ok", c)
 				}

@@ -27,7 +27,7 @@ func (a *app) custodianAddCommand() *cobra.Command {
 		Use:   "add ID --site SITE --key FILE... --reason TEXT",
 		Short: "Propose that a custodian is enrolled, or gets other keys",
 		Long: `Propose that a custodian of a site is enrolled with the public keys FILE.pub that
-conclave custodian keygen has written. For a custodian who is there already these keys
+conclave custodian keygen, or conclave custodian token, has written. For a custodian who is there already these keys
 take the place of all that were. The first custodians of a new site come so too.`,
 		Args: arguments("ID"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -60,11 +60,11 @@ func readPublic(path string) (wire.Credential, error) {
 	if err != nil {
 		return wire.Credential{}, err
 	}
-	pub, err := pqc.ParsePublic(b)
+	suite, pub, err := pqc.ParsePublic(b)
 	if err != nil {
 		return wire.Credential{}, fmt.Errorf("%s: %w", path, err)
 	}
-	return wire.Credential{ID: pqc.Fingerprint(pub), Suite: uint16(pqc.MLDSA65Ed25519), PublicKey: pub}, nil
+	return wire.Credential{ID: pqc.Fingerprint(pub), Suite: uint16(suite), PublicKey: pub}, nil
 }
 
 // custodianRevokeCommand proposes that a custodian's approvals count no more.

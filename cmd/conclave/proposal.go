@@ -64,8 +64,8 @@ func (a *app) proposeOnKey(action, short string, version bool) *cobra.Command {
 }
 
 func (a *app) proposalCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "proposal", Short: "List, read, approve and reject proposals"}
-	cmd.AddCommand(a.proposalListCommand(), a.proposalShowCommand(),
+	cmd := &cobra.Command{Use: "proposal", Short: "List, read, approve and reject proposals; carry one to a computer without a network"}
+	cmd.AddCommand(a.proposalListCommand(), a.proposalShowCommand(), a.proposalExportCommand(), a.proposalSubmitCommand(),
 		a.voteCommand(approval.Approve, "Approve a proposal with a custodian's own key"),
 		a.voteCommand(approval.Reject, "Reject a proposal with a custodian's own key"))
 	return cmd
@@ -130,14 +130,21 @@ func (a *app) proposalShowCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "show ID",
 		Short: "Show a proposal, decoded from the exact bytes that custodians sign",
-		Args:  arguments("ID"),
+		Long: `Show a proposal, decoded here from the exact bytes that custodians sign. With -o json that is
+the field "signed"; conclave evidence verify -o json prints the same field, with the same
+values, for what evidence of the proposal holds.`,
+		Args: arguments("ID"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
 				p, content, err := fetchProposal(ctx, c, args[0])
 				if err != nil {
 					return err
 				}
-				return a.show(cmd, p, func(w io.Writer) {
+				signed, err := contentOf(p.Bytes)
+				if err != nil {
+					return err
+				}
+				return a.show(cmd, shownProposal{p, signed}, func(w io.Writer) {
 					showSigned(w, p.Bytes, content)
 					row(w)
 					showProgress(w, p)
@@ -145,6 +152,12 @@ func (a *app) proposalShowCommand() *cobra.Command {
 			})
 		},
 	}
+}
+
+// shownProposal is a proposal as a node shows it, and what custodians sign, decoded here.
+type shownProposal struct {
+	wire.Proposal
+	Signed signedContent `json:"signed"`
 }
 
 // fetchProposal returns a proposal whose bytes hash to its identifier, and the
@@ -343,81 +356,56 @@ func showProgress(w io.Writer, p wire.Proposal) {
 }
 
 func (a *app) voteCommand(verdict approval.Verdict, short string) *cobra.Command {
-	var keyFile, passFile string
+	var by signerFlags
 	var yes bool
 	cmd := &cobra.Command{
-		Use:   string(verdict) + " ID --custodian-key FILE",
+		Use:   string(verdict) + " ID {--custodian-key FILE | --credential URI}",
 		Short: short,
 		Long: short + `.
 Shows the proposal, decoded here from the exact bytes that are signed, and asks
-before signing. The key never leaves this program; the node gets the signature.`,
+before signing. The key never leaves this program, or its token; the node gets the signature.
+For a computer without a network see: conclave proposal export --help`,
 		Args: arguments("ID"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if keyFile == "" {
-				return usagef("--custodian-key is missing: the key file that conclave custodian keygen made")
+			if err := by.check(); err != nil {
+				return err
 			}
 			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
-				if err := a.recognise(ctx, cmd, c); err != nil {
-					return err
-				}
-				p, content, err := fetchProposal(ctx, c, args[0])
-				if err != nil {
-					return err
-				}
-				if !yes {
-					if err := a.confirm(cmd, verdict, p.Bytes, content); err != nil {
-						return err
-					}
-				}
-				statement, err := signVote(ctx, cmd, c, verdict, p, keyFile, passFile)
-				if err != nil {
-					return err
-				}
-				after, err := c.Vote(ctx, p.ID, wire.VoteRequest{Statement: statement})
-				if err != nil {
-					return err
-				}
-				if err := a.remember(ctx, cmd, c, statement); err != nil {
-					fmt.Fprintf(cmd.ErrOrStderr(), "note: the vote is recorded, but not remembered here: %s\n", visible(err.Error()))
-				}
-				return a.show(cmd, after, func(w io.Writer) { proposalTable(w, []wire.Proposal{after}) })
+				return a.vote(ctx, cmd, c, verdict, args[0], &by, yes)
 			})
 		},
 	}
-	f := cmd.Flags()
-	f.StringVar(&keyFile, "custodian-key", "", "the custodian's key `FILE`")
-	f.StringVar(&passFile, "pass-file", "", "`FILE` with the key file's passphrase (default: ask)")
-	f.BoolVarP(&yes, "yes", "y", false, "do not ask before signing")
+	by.flags(cmd)
+	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask before signing")
 	return cmd
+}
+
+func (a *app) vote(ctx context.Context, cmd *cobra.Command, c *client.Client, verdict approval.Verdict, id string, by *signerFlags, yes bool) error {
+	if err := a.recognise(ctx, cmd, c); err != nil {
+		return err
+	}
+	p, content, err := fetchProposal(ctx, c, id)
+	if err != nil {
+		return err
+	}
+	if !yes {
+		if err := a.confirm(cmd, verdict, p.Bytes, content); err != nil {
+			return err
+		}
+	}
+	list, err := c.Custodians(ctx)
+	if err != nil {
+		return err
+	}
+	file := approval.Carry(content.Cluster, p.Bytes, recordsOf(list))
+	s, err := cast(cmd, by, verdict, p.Bytes, file.Owner)
+	if err != nil {
+		return err
+	}
+	return a.submit(ctx, cmd, c, file.With(s))
 }
 
 func (a *app) confirm(cmd *cobra.Command, verdict approval.Verdict, b []byte, content approval.Proposal) error {
 	question := strings.ToUpper(string(verdict[:1])) + string(verdict[1:]) + " this?"
 	return a.ask(cmd, func(w io.Writer) { showSigned(w, b, content) }, question, "nothing was signed")
-}
-
-// signVote finds the custodian that the key file belongs to and signs.
-func signVote(ctx context.Context, cmd *cobra.Command, c *client.Client, verdict approval.Verdict, p wire.Proposal, keyFile, passFile string) (wire.Statement, error) {
-	key, fingerprint, err := openKeyFile(cmd, keyFile, passFile)
-	if err != nil {
-		return wire.Statement{}, err
-	}
-	defer key.Destroy()
-	custodians, err := c.Custodians(ctx)
-	if err != nil {
-		return wire.Statement{}, err
-	}
-	for _, cu := range custodians {
-		for _, cred := range cu.Credentials {
-			if cred.ID != fingerprint {
-				continue
-			}
-			sig, err := key.Sign(approval.Message(verdict, p.Bytes), []byte(approval.Context))
-			if err != nil {
-				return wire.Statement{}, err
-			}
-			return wire.Statement{Proposal: p.ID, Verdict: string(verdict), Custodian: cu.ID, Credential: cred.ID, Signature: sig}, nil
-		}
-	}
-	return wire.Statement{}, kms.Errorf(kms.NotFound, "no custodian of this cluster has the key %s (%s)", fingerprint, keyFile)
 }

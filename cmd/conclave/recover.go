@@ -300,10 +300,10 @@ func (i recoveryInfo) table(w io.Writer, signed []byte) {
 
 func (a *app) recoverApproveCommand() *cobra.Command {
 	var from source
-	var keyFile, passFile string
+	var by signerFlags
 	var yes bool
 	cmd := &cobra.Command{
-		Use:   "approve FILE --backup FILE --cluster ID --custodian-key FILE",
+		Use:   "approve FILE --backup FILE --cluster ID {--custodian-key FILE | --credential URI}",
 		Short: "Approve a recover statement with a custodian's own key",
 		Long: `Verify the backup, show what the statement says of it, and after asking sign it. FILE is
 replaced by one that holds the approval too: pass it on to the next custodian.
@@ -315,8 +315,8 @@ hash and log root with a backup that a node of another site made, or with what c
 of other sites have seen.`,
 		Args: arguments("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if keyFile == "" {
-				return usagef("--custodian-key is missing: the key file that conclave custodian keygen made")
+			if err := by.check(); err != nil {
+				return err
 			}
 			file, p, err := readApproved(args[0])
 			if err != nil {
@@ -340,7 +340,7 @@ of other sites have seen.`,
 					return err
 				}
 			}
-			if file, err = signRecovery(cmd, file, st, keyFile, passFile); err != nil {
+			if file, err = signRecovery(cmd, file, st, &by); err != nil {
 				return err
 			}
 			if err := replace(args[0], file.Marshal()); err != nil {
@@ -350,10 +350,8 @@ of other sites have seen.`,
 		},
 	}
 	from.flags(cmd)
-	f := cmd.Flags()
-	f.StringVar(&keyFile, "custodian-key", "", "the custodian's key `FILE`")
-	f.StringVar(&passFile, "pass-file", "", "`FILE` with the key file's passphrase (default: ask)")
-	f.BoolVarP(&yes, "yes", "y", false, "do not ask before signing")
+	by.flags(cmd)
+	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask before signing")
 	return cmd
 }
 
@@ -379,29 +377,16 @@ func (a *app) confirmRecovery(cmd *cobra.Command, file approval.Approved, p appr
 	return a.ask(cmd, func(w io.Writer) { i.table(w, file.Proposal) }, "Approve this?", "nothing was signed")
 }
 
-// signRecovery adds the approval of the custodian of the backup whom the key file
+// signRecovery adds the approval of the custodian of the backup whom the credential
 // belongs to.
-func signRecovery(cmd *cobra.Command, file approval.Approved, st *state.State, keyFile, passFile string) (approval.Approved, error) {
-	key, fingerprint, err := openKeyFile(cmd, keyFile, passFile)
+func signRecovery(cmd *cobra.Command, file approval.Approved, st *state.State, by *signerFlags) (approval.Approved, error) {
+	s, err := cast(cmd, by, approval.Approve, file.Proposal, approval.Carry(st.Cluster(), file.Proposal, st.Custodians()).Owner)
 	if err != nil {
 		return file, err
 	}
-	defer key.Destroy()
-	for _, c := range st.Custodians() {
-		for _, cred := range c.Credentials {
-			if cred.ID != fingerprint {
-				continue
-			}
-			sig, err := key.Sign(approval.Message(approval.Approve, file.Proposal), []byte(approval.Context))
-			if err != nil {
-				return file, err
-			}
-			s := approval.Statement{Proposal: approval.ProposalID(file.Proposal), Verdict: approval.Approve, Custodian: c.ID, Credential: cred.ID, Signature: sig}
-			if err := s.Verify(c, file.Proposal); err != nil {
-				return file, err
-			}
-			return file.With(s), nil
-		}
+	c, _ := st.Custodian(s.Custodian)
+	if err := s.Verify(c, file.Proposal); err != nil {
+		return file, err
 	}
-	return file, kms.Errorf(kms.NotFound, "no custodian in the backup has the key %s (%s)", fingerprint, keyFile)
+	return file.With(s), nil
 }

@@ -332,7 +332,7 @@ func (d *dev) makeCustodian(c custodianPlan) error {
 	if err != nil {
 		return err
 	}
-	public, err := pqc.MarshalPublic(key.PublicKey())
+	public, err := pqc.MarshalPublic(pqc.MLDSA65Ed25519, key.PublicKey())
 	if err != nil {
 		return err
 	}

@@ -78,7 +78,7 @@ func newFounding(t testing.TB) *founding {
 		if err != nil {
 			t.Fatal(err)
 		}
-		public, err := pqc.MarshalPublic(key.PublicKey())
+		public, err := pqc.MarshalPublic(pqc.MLDSA65Ed25519, key.PublicKey())
 		if err != nil {
 			t.Fatal(err)
 		}

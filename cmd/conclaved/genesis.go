@@ -162,11 +162,11 @@ func (c custodianPlan) build(at func(string) string) (approval.Custodian, error)
 		if err != nil {
 			return out, err
 		}
-		pub, err := pqc.ParsePublic(b)
+		suite, pub, err := pqc.ParsePublic(b)
 		if err != nil {
 			return out, fmt.Errorf("%s: %w", path, err)
 		}
-		out.Credentials = append(out.Credentials, approval.Credential{ID: pqc.Fingerprint(pub), Suite: uint16(pqc.MLDSA65Ed25519), PublicKey: pub})
+		out.Credentials = append(out.Credentials, approval.Credential{ID: pqc.Fingerprint(pub), Suite: uint16(suite), PublicKey: pub})
 	}
 	slices.SortFunc(out.Credentials, func(a, b approval.Credential) int { return strings.Compare(a.ID, b.ID) })
 	return out, nil

@@ -176,7 +176,7 @@ func (h *hunt) fromFiles() {
 		keyFile, passFile := c.CustodianFiles(id)
 		pass := read(passFile)
 		h.add("passphrase of custodian "+id, pass)
-		public, err := pqc.ParsePublic(append(read(keyFile+".pub"), '\n'))
+		_, public, err := pqc.ParsePublic(append(read(keyFile+".pub"), '\n'))
 		if err != nil {
 			t.Fatal(err)
 		}

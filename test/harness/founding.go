@@ -154,7 +154,7 @@ func (c *Coalition) newCustodian(id string) error {
 	if err != nil {
 		return err
 	}
-	public, err := pqc.MarshalPublic(key.PublicKey())
+	public, err := pqc.MarshalPublic(pqc.MLDSA65Ed25519, key.PublicKey())
 	if err != nil {
 		return err
 	}
