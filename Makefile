@@ -20,7 +20,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: install-deps
-install-deps: ## install SoftHSM, swtpm and a C compiler where missing (Debian/Ubuntu), or name them
+install-deps: ## install SoftHSM, swtpm, a C compiler and python3-cryptography where missing (Debian/Ubuntu), or name them
 	@.ci/install-deps
 
 .PHONY: build
@@ -45,6 +45,11 @@ fault: install-deps ## break a coalition of real nodes for MINUTES (10); SEED re
 .PHONY: upgrade
 upgrade: install-deps ## a rolling upgrade from the previous release, under load (it needs the history of the repository)
 	@go test $(RACE) -tags fault -count=1 -v -timeout 20m ./test/fault/upgrade
+
+FILES ?= 200
+.PHONY: interop
+interop: install-deps ## the Go and the Python verifier of evidence on FILES (200) tampered files of each class; SEED repeats the choice
+	@CONCLAVE_INTEROP_FILES=$(FILES) CONCLAVE_INTEROP_SEED=$(SEED) go test -count=1 -v -timeout 30m ./test/interop
 
 FLIPS ?= 2000
 .PHONY: flips

@@ -142,6 +142,7 @@ func governance(t *testing.T) []change {
 		}, 0},
 		{"a vote of a governance decision dropped", func(e *Evidence) { e.Governance[0].Votes = e.Governance[0].Votes[1:] }, kms.NeedsApproval},
 		{"a vote of a governance decision changed", func(e *Evidence) { e.Governance[2].Votes[0].Signature[99] ^= 1 }, kms.BadSignature},
+		{"an adoption with a decision on a custodian", func(e *Evidence) { e.Governance[0].Adoption = e.Governance[0].Execution }, kms.Invalid},
 		{"the decision itself as governance", func(e *Evidence) { e.Governance = append(e.Governance, e.Decision) }, kms.Invalid},
 		{"the execution of another governance decision", func(e *Evidence) { e.Governance[0].Execution = e.Governance[1].Execution }, kms.Invalid},
 		{"the opening of another governance decision", func(e *Evidence) { e.Governance[0].Open = e.Governance[1].Open }, kms.Invalid},

@@ -337,6 +337,9 @@ func (w *replay) govern(d decided) error {
 	if err != nil {
 		return err
 	}
+	if len(d.adoption) != 0 && d.content.Action != kms.ActionNode {
+		return refuse(kms.Invalid, nil, "the evidence holds the adoption of a hardware root, but %s is no node", d.content.Target)
+	}
 	switch d.content.Action {
 	case kms.ActionPolicy:
 		params, err := d.content.PolicyParams()

@@ -1,0 +1,348 @@
+"""What signed things look like: the structures of kms/audit/EVIDENCE.md with the
+checks of their shape, which need nothing but the thing itself."""
+
+import ipaddress
+import re
+import unicodedata
+from urllib.parse import urlsplit
+
+from cryptography import x509
+
+import signatures
+from canon import Refused, Struct, array, boolean, data, int64, text, uint
+
+GOVERNANCE = "governance"
+KEY_ACTIONS = ["create", "rotate", "suspend", "resume", "deactivate", "compromise", "destroy"]
+GOVERNANCE_ACTIONS = ["keyring", "policy", "custodian", "node", "site", "recovery-key", "recover"]
+LATER_ACTIONS = ["site", "recovery-key", "recover"]
+ROLES = ["auditor", "custodian", "node", "operator", "service"]
+QUORUM_ONLY = ["policy", "custodian", "node", "site", "recovery-key", "recover"]
+MAX_TIME = 253402300799999
+DAY = 24 * 3600 * 1000
+KEM_MAX = 4 << 10
+
+RULE = Struct({
+    "action": text, "direct": array(text), "approvals": uint(32), "sites": uint(32), "required": array(text),
+    "proposer-may-approve": boolean, "delay": int64, "lifetime": int64, "veto": array(text),
+})
+POLICY = Struct({"name": text, "revision": uint(64), "rules": array(RULE), "attested": boolean})
+CREDENTIAL = Struct({"id": text, "suite": uint(16), "public-key": data})
+CUSTODIAN = Struct({"id": text, "site": text, "credentials": array(CREDENTIAL), "revoked": boolean, "revision": uint(64)})
+PROPOSAL = Struct({
+    "format": uint(8), "cluster": text, "nonce": data, "action": text, "target": text, "revision": uint(64), "policy": text,
+    "policy-revision": uint(64), "proposer": text, "created": int64, "not-before": int64, "expires": int64, "reason": text,
+    "parameters": data,
+})
+STATEMENT = Struct({"proposal": text, "verdict": text, "custodian": text, "credential": text, "signature": data})
+APPROVED = Struct({"proposal": data, "statements": array(STATEMENT)})
+
+ROOT = Struct({
+    "suite": uint(16), "agreement": data, "signing-suite": uint(16), "signing": data, "device": text, "import-kind": text,
+    "import": data, "attestation": data,
+})
+HOLDER = Struct({
+    "custodian": text, "site": text, "suite": uint(16), "kem": data, "credential": text, "possession": data, "sealed": data,
+    "commitment": data,
+})
+PARAMETERS = {
+    "policy": Struct({"rules": array(RULE), "attested": boolean}),
+    "custodian": Struct({"custodian": CUSTODIAN}),
+    "node": Struct({"change": text, "site": text, "address": text, "api": text, "root": ROOT, "possession": data, "leave": boolean}),
+    "site": Struct({"change": text, "trust-domain": text, "cas": array(data)}),
+    "recovery-key": Struct({
+        "residency": array(text), "suite": uint(16), "public-key": data, "nonce": data, "threshold": uint(32), "sites": uint(32),
+        "holders": array(HOLDER),
+    }),
+    "recover": Struct({
+        "cluster": text, "state": data, "index": uint(64), "log-size": uint(64), "log-root": data, "epoch": uint(64),
+        "voters": array(text),
+    }),
+}
+VERSION = Struct({"version": uint(32)})
+for _a in ("deactivate", "compromise", "destroy"):
+    PARAMETERS[_a] = VERSION
+
+NODE = Struct({
+    "id": text, "site": text, "address": text, "api": text, "suite": uint(16), "agreement": data, "signing-suite": uint(16),
+    "signing": data, "device": text, "root": uint(32), "import-kind": text, "import": data, "attestation": data, "voter": boolean,
+    "revision": uint(64),
+})
+SITE = Struct({"id": text, "trust-domain": text, "cas": array(data)})
+GENESIS = Struct({
+    "format": uint(8), "name": text, "nonce": data, "created": int64, "sites": array(SITE), "nodes": array(NODE),
+    "custodians": array(CUSTODIAN), "policies": array(POLICY), "access": data, "vendors": array(data), "majority-site": text,
+}, {"majority-site": ""})
+SIGNED_GENESIS = Struct({"genesis": data, "signatures": array(Struct({"node": text, "signature": data}))})
+
+# Targets by action; a rotation may also be of a keyring's KEK.
+TARGETS = {
+    "rotate": "key", "suspend": "key", "resume": "key", "deactivate": "key", "compromise": "key", "destroy": "key",
+    "policy": "policy", "custodian": "custodian", "node": "node", "site": "site", "recovery-key": "recovery", "recover": "cluster",
+}
+
+
+def need(condition, why):
+    if not condition:
+        raise Refused(why)
+
+
+def name(s):
+    need(re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", s), f"{s!r} is not a name")
+
+
+def names(l, low=0, high=1000):
+    need(low <= len(l) <= high, "a list of names is too short or too long")
+    for s in l:
+        name(s)
+    need(all(a < b for a, b in zip(l, l[1:])), "a list of names is not sorted or repeats one")
+
+
+def hex128(s):
+    return re.fullmatch(r"[0-9a-f]{32}", s) is not None
+
+
+def graphic(c):
+    category = unicodedata.category(c)
+    return category[0] in "LMNPS" or category == "Zs"
+
+
+def line(s):
+    """A short text for people."""
+    need(len(s.encode()) <= 255 and all(map(graphic, s)), "a text is too long, or does not show on one line")
+
+
+def identity(s):
+    """The trust domain, role and name of a SPIFFE ID."""
+    need(len(s) <= 512 and s.startswith("spiffe://"), "an identity is no SPIFFE ID")
+    parts = s[len("spiffe://") :].split("/")
+    need(len(parts) >= 3, "an identity has no role or name")
+    for p in parts:
+        need(re.fullmatch(r"[a-z0-9._-]+", p) and p not in (".", ".."), "an identity has a segment that is not allowed")
+    return parts[0], parts[1], "/".join(parts[2:])
+
+
+def target(s):
+    kind, _, rest = s.partition("/")
+    if kind == "key":
+        ring, sep, key = rest.partition("/")
+        need(sep, "a key's target has no key")
+        name(ring)
+        name(key)
+    elif kind in ("keyring", "policy", "custodian", "node", "site", "recovery"):
+        name(rest)
+    else:
+        need(kind == "cluster" and hex128(rest), f"the target {s!r} has no known form")
+    return kind, rest
+
+
+def quorum(r):
+    return r["approvals"] > 0 and r["sites"] > 0 and not r["direct"]
+
+
+def rule(r):
+    need(r["action"] in KEY_ACTIONS + GOVERNANCE_ACTIONS, "a rule is about an action that there is not")
+    if r["direct"]:
+        rest = (r["approvals"], r["sites"], r["delay"], r["lifetime"], len(r["required"]), len(r["veto"]), r["proposer-may-approve"])
+        need(not any(rest), "a rule is direct and has parts of a quorum")
+        need(r["action"] != "destroy", "a destruction cannot be direct")
+        need(all(x in ROLES for x in r["direct"]), "a rule names a role that there is not")
+        need(all(a < b for a, b in zip(r["direct"], r["direct"][1:])), "the roles of a rule are not sorted")
+        return
+    need(0 < r["sites"] <= r["approvals"] <= 1000, "a rule's thresholds are missing or do not fit together")
+    names(r["required"])
+    need(len(r["required"]) <= r["sites"], "a rule requires more sites than it counts")
+    names(r["veto"])
+    need(60_000 <= r["lifetime"] <= 90 * DAY and 0 <= r["delay"] <= 30 * DAY, "a rule's times are out of bounds")
+    need(r["action"] != "destroy" or r["delay"] >= 7 * DAY, "a destruction waits at least seven days")
+    need(r["delay"] < r["lifetime"], "a rule's delay outlasts its lifetime")
+
+
+def policy(p_name, rules, attested):
+    name(p_name)
+    decides = GOVERNANCE_ACTIONS if p_name == GOVERNANCE else KEY_ACTIONS
+    need(not (p_name == GOVERNANCE and attested), "the governance policy cannot ask for attested hardware")
+    actions = [r["action"] for r in rules]
+    need(all(a in decides for a in actions), f"policy {p_name} has a rule that is not its own")
+    need(all(a < b for a, b in zip(actions, actions[1:])), f"policy {p_name}: the rules are not sorted by action")
+    for r in rules:
+        rule(r)
+    need(all(a in actions or a in LATER_ACTIONS for a in decides), f"policy {p_name} lacks a rule")
+
+
+def custodian(c):
+    name(c["id"])
+    name(c["site"])
+    need(len(c["credentials"]) <= 8 and (c["credentials"] or c["revoked"]), "a custodian has no credential, or too many")
+    for k in c["credentials"]:
+        need(signatures.is_signature_key(k["suite"], k["public-key"]), "a credential is no public key of a signature suite")
+        need(k["id"] == signatures.fingerprint(k["public-key"]), "a credential is not the fingerprint of its key")
+    ids = [k["id"] for k in c["credentials"]]
+    need(all(a < b for a, b in zip(ids, ids[1:])), "a custodian's credentials are not sorted")
+
+
+def distinct_custodians(all_custodians):
+    owner = {}
+    for c in all_custodians:
+        for k in c["credentials"]:
+            need(owner.setdefault(k["public-key"], c["id"]) == c["id"], "two custodians have the same credential")
+
+
+def certificates(cas):
+    need(1 <= len(cas) <= 16, "a site has no CA certificate, or too many")
+    for der in cas:
+        need(len(der) <= 16 << 10, "a CA certificate is too long")
+        try:
+            constraints = x509.load_der_x509_certificate(der).extensions.get_extension_for_class(x509.BasicConstraints)
+        except (ValueError, x509.ExtensionNotFound) as e:
+            raise Refused("a certificate is not that of a CA") from e
+        need(constraints.value.ca, "a certificate is not that of a CA")
+
+
+def trust_domain(s):
+    need(identity(f"spiffe://{s}/node/x")[0] == s, "a trust domain is not one")
+
+
+def root(r):
+    """The public half of a hardware root. Its attestation document is not checked."""
+    line(r["device"])
+    need(len(r["agreement"]) <= KEM_MAX and signatures.is_kem_key(r["suite"], r["agreement"]), "an agreement key is not one of its suite")
+    need(r["signing-suite"] in signatures.CURVES, "a node's signing key has a suite that is not for one")
+    need(signatures.is_point(signatures.CURVES[r["signing-suite"]][0], r["signing"]), "a signing key is not one of its suite")
+    if r["import-kind"]:
+        name(r["import-kind"])
+    need(bool(r["import-kind"]) == bool(r["import"]), "an import key comes with its kind, or neither does")
+    need(len(r["import"]) <= KEM_MAX and len(r["attestation"]) <= 64 << 10, "an import key or attestation is too long")
+
+
+def has_root(p):
+    return p["change"] in ("root", "join")
+
+
+def node_parameters(p):
+    need(p["change"] in ("root", "join", "promote", "remove"), "a change of a node is not known")
+    if p["change"] == "join":
+        name(p["site"])
+        need(p["address"], "a node that joins has no address")
+    else:
+        need(not (p["site"] or p["address"] or p["api"]), "only a node that joins brings a site and addresses")
+    need(not (p["change"] == "promote" and p["leave"]), "a promotion leaves nothing behind")
+    if has_root(p):
+        root(p["root"])
+        need(len(p["possession"]) == signatures.SIZES[p["root"]["signing-suite"]][1], "the proof of possession is no signature")
+    else:
+        need(not any(p["root"].values()) and not p["possession"], "a change of a node brings a root that it does not have")
+
+
+def site_parameters(p):
+    need(p["change"] in ("add", "cas", "remove"), "a change of a site is not known")
+    if p["change"] == "add":
+        trust_domain(p["trust-domain"])
+    else:
+        need(not p["trust-domain"], "a site keeps its trust domain")
+    if p["change"] == "remove":
+        need(not p["cas"], "a site that is removed brings no certificates")
+    else:
+        certificates(p["cas"])
+
+
+def recovery_parameters(p):
+    names(p["residency"], 1, 32)
+    need(len(p["public-key"]) <= KEM_MAX and signatures.is_kem_key(p["suite"], p["public-key"]), "a recovery key is not one of its suite")
+    need(len(p["nonce"]) == 16, "a recovery key has no nonce")
+    names([h["custodian"] for h in p["holders"]], 1, 16)
+    for h in p["holders"]:
+        name(h["site"])
+        need(len(h["kem"]) <= KEM_MAX and signatures.is_kem_key(h["suite"], h["kem"]), "a holder's key is not one of its suite")
+        need(len(h["credential"].encode()) <= 255 and 0 < len(h["possession"]) <= KEM_MAX, "a holder's signature is missing")
+        need(0 < len(h["sealed"]) <= KEM_MAX and len(h["commitment"]) == 32, "a holder's share is not one")
+    need(len({h["kem"] for h in p["holders"]}) == len(p["holders"]), "two holders have the same key")
+    need(2 <= p["sites"] <= len({h["site"] for h in p["holders"]}), "a recovery key asks for too few or too many sites")
+    need(p["sites"] <= p["threshold"] <= len(p["holders"]), "a recovery key asks for too few or too many shares")
+
+
+def parameters(p):
+    """The decoded parameters of a proposal, of which the shape is checked."""
+    kind, rest = target(p["target"])
+    action = p["action"]
+    need(action in TARGETS, f"the action {action!r} cannot be proposed")
+    need(kind == TARGETS[action] or (action == "rotate" and kind == "keyring"), "the target is not of the action's kind")
+    if action not in PARAMETERS:
+        need(not p["parameters"], "the action has no parameters")
+        return None
+    v = PARAMETERS[action].parse(p["parameters"])
+    if PARAMETERS[action] is VERSION:
+        need(v["version"] or action == "destroy", "the action needs a version")
+    elif action == "policy":
+        policy(rest, v["rules"], v["attested"])
+    elif action == "custodian":
+        need(v["custodian"]["id"] == rest and v["custodian"]["revision"] == 0, "the parameters are of another custodian")
+        custodian(v["custodian"])
+    elif action == "node":
+        node_parameters(v)
+    elif action == "site":
+        site_parameters(v)
+    elif action == "recovery-key":
+        recovery_parameters(v)
+    else:
+        need(rest == p["cluster"] and hex128(v["cluster"]), "a recovery names different clusters")
+        need(len(v["state"]) == 32 and len(v["log-root"]) == 32, "a recovery's hashes are not ones")
+        need(p["revision"] < v["epoch"] <= 1 << 20, "a recovery's epoch does not come after the present one")
+        names(v["voters"], 1, 128)
+    return v
+
+
+def proposal(b):
+    """A proposal from its exact bytes, with its decoded parameters."""
+    need(len(b) <= 128 << 10, "a proposal is too long")
+    p = PROPOSAL.parse(b)
+    need(p["format"] == 1 and hex128(p["cluster"]) and len(p["nonce"]) == 16, "a proposal has another format, cluster or nonce")
+    name(p["policy"])
+    identity(p["proposer"])
+    need(0 < p["created"] < p["expires"] <= MAX_TIME, "a proposal's times are not in order")
+    need(0 <= p["not-before"] < p["expires"], "a proposal's earliest time is not before it expires")
+    need(0 < len(p["reason"].encode()) <= 1000, "a proposal has no reason, or too long a one")
+    need(all(c != "\ufffd" and (c == "\n" or graphic(c)) for c in p["reason"]), "a proposal's reason does not show as text")
+    return p, parameters(p)
+
+
+def address(s):
+    try:
+        u = urlsplit("//" + s)
+        ok = u.netloc == s and u.hostname and u.port is not None and len(s.encode()) <= 255
+        if ok and s.startswith("["):
+            ipaddress.ip_address(u.hostname)
+    except ValueError:
+        ok = False
+    need(ok, "a node's address is not host:port")
+
+
+def genesis(g):
+    need(g["format"] == 1 and len(g["nonce"]) == 32 and 0 < g["created"] <= MAX_TIME, "a genesis has another format, nonce or time")
+    need(g["name"] and len(g["access"]) <= 256 << 10, "a genesis has no name, or too long an access policy")
+    line(g["name"])
+    for what, limit in (("sites", 32), ("nodes", 128), ("custodians", 512)):
+        names([x["id"] for x in g[what]], 1, limit)
+    names([p["name"] for p in g["policies"]], 1, 128)
+    sites = {s["id"] for s in g["sites"]}
+    need(len({s["trust-domain"] for s in g["sites"]}) == len(sites), "two sites have the same trust domain")
+    for s in g["sites"]:
+        trust_domain(s["trust-domain"])
+        certificates(s["cas"])
+    for n in g["nodes"]:
+        need(n["site"] in sites and n["root"] == 1 and n["revision"] == 1, "a node of the genesis has no site, or another root or revision")
+        address(n["address"])
+        need(not n["api"] or (n["api"].startswith("https://") and urlsplit(n["api"]).netloc and len(n["api"]) <= 255), "an API address is no https URL")
+        root(n)
+    need(len({n["signing"] for n in g["nodes"]}) == len(g["nodes"]), "two nodes have the same signing key")
+    need({n["site"] for n in g["nodes"]} == sites, "a site has no node")
+    need(any(n["voter"] for n in g["nodes"]), "no node of the genesis is a voter")
+    need(g["majority-site"] in sites | {""}, "the site with the majority does not exist")
+    for c in g["custodians"]:
+        custodian(c)
+        need(c["revision"] == 1 and not c["revoked"] and c["site"] in sites, "a custodian of the genesis has another revision, or no site")
+    distinct_custodians(g["custodians"])
+    for p in g["policies"]:
+        need(p["revision"] == 1, "a policy of the genesis has another revision")
+        policy(p["name"], p["rules"], p["attested"])
+        need(all(s in sites for r in p["rules"] for s in r["required"]), "a policy requires a site that does not exist")
+    need(any(p["name"] == GOVERNANCE for p in g["policies"]), "the genesis has no governance policy")
