@@ -36,10 +36,24 @@ func (s *committedStore) DeleteRange(min, max uint64) error {
 	return s.LogStore.DeleteRange(min, max)
 }
 
-// committed returns the index of the last entry that this node knows to be committed.
+// committed returns the index of the last entry that this node knows to be committed, from
+// former runs as well.
 func (n *Node) committed() uint64 {
 	if !n.running() {
-		return n.cfg.Applied
+		return n.before
 	}
-	return max(n.cfg.Applied, n.raft.CommitIndex(), n.raft.AppliedIndex())
+	return max(n.before, n.applied())
+}
+
+// applied returns the index of the last entry that Raft here holds and knows to be committed.
+// Raft runs.
+func (n *Node) applied() uint64 { return max(n.raft.CommitIndex(), n.raft.AppliedIndex()) }
+
+// appliedBefore takes what the caller has applied in former runs. A log that does not go so far
+// was put back, or is another: then its end is not known to be committed.
+func (n *Node) appliedBefore(end uint64) {
+	if n.before = n.cfg.Applied; n.before > end {
+		n.cfg.Logger.Error("the log ends before what this node has applied: its directory, or a part of it, was put back", "end", end, "applied", n.before)
+		n.before = 0
+	}
 }

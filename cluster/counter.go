@@ -3,13 +3,14 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"math"
 	"sync"
 	"time"
 
 	"github.com/conclave-kms/conclave/kms"
 )
 
-// Counter is a device's counter that never goes back, whoever has the node's disk.
+// Counter is a device's counter. It does not go back when the node's disk is put back.
 type Counter interface {
 	// Count returns the counter's value; 0 if it was never incremented.
 	Count(ctx context.Context) (uint64, error)
@@ -31,6 +32,8 @@ type counter struct {
 	kept  uint64 // by the disk at the start
 	at    position
 	since time.Time // of the last increment
+
+	failed time.Time // the last increment that did; the zero value for none since it has counted
 }
 
 // read takes the device's and the disk's count at the start.
@@ -66,26 +69,49 @@ func (c *counter) value() uint64 {
 	return c.now
 }
 
-// next returns a count that the device does not exceed by being incremented once, even
-// if the command has to be sent to it twice.
-func (c *counter) next(ctx context.Context) (uint64, error) {
+// next returns the device's count and the one that it will reach by being incremented, even if the
+// command has to be sent to it twice. It does not exceed bound: a TPM's counter that was never
+// incremented reads 0 and begins above all that the TPM ever had (TPM 2.0 part 1, 37.2.3).
+func (c *counter) next(ctx context.Context) (now, next, bound uint64, err error) {
 	v, err := c.device.Count(ctx)
-	if err != nil {
-		return 0, err
+	switch {
+	case err != nil:
+		return 0, 0, 0, err
+	case v == 0:
+		return 0, 2, math.MaxUint64, nil
+	case v > math.MaxUint64-2:
+		return 0, 0, 0, kms.Errorf(kms.Unavailable, "the device's counter is at its end")
 	}
-	return v + 2, nil
+	return v, v + 2, v + 2, nil
+}
+
+// countAgain is the time after which a count that has failed is tried again.
+const countAgain = time.Minute
+
+// put notes that the device did not count.
+func (c *counter) put(now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.failed = now
+}
+
+// keeps returns the count on this node's disk.
+func (c *counter) keeps() uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.kept
 }
 
 // due reports whether it is time to count.
 func (c *counter) due(at position, now time.Time) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.device != nil && (c.since.IsZero() || now.Sub(c.since) >= countEvery && at != c.at)
+	return c.device != nil && (c.failed.IsZero() || now.Sub(c.failed) >= countAgain) && (c.since.IsZero() || now.Sub(c.since) >= countEvery && at != c.at)
 }
 
 // counted notes an increment.
 func (c *counter) counted(v uint64, at position, now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.now, c.kept, c.at, c.since = v, v, at, now
+	c.now, c.kept, c.at, c.since, c.failed = v, v, at, now, time.Time{}
 }

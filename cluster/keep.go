@@ -77,7 +77,8 @@ func (n *Node) endProbation(ctx context.Context) {
 	if !n.memory.count.due(at, time.Now()) {
 		return
 	}
-	if err := n.advance(ctx, at); err != nil {
+	if err := n.advance(ctx, at); err != nil && ctx.Err() == nil {
+		n.memory.count.put(time.Now())
 		n.cfg.Logger.Warn("the device's counter could not be advanced; trying on", "error", err)
 	}
 }
@@ -87,11 +88,14 @@ func (n *Node) endProbation(ctx context.Context) {
 func (n *Node) advance(ctx context.Context, at position) error {
 	ctx, cancel := context.WithTimeout(ctx, signTimeout)
 	defer cancel()
-	next, err := n.memory.count.next(ctx)
+	now, next, bound, err := n.memory.count.next(ctx)
 	if err != nil {
 		return err
 	}
-	if err := n.keepOwn(at, next); err != nil {
+	if kept := n.memory.count.keeps(); kept > now+2 {
+		n.cfg.Logger.Error("the device's counter has gone back: it was set back, removed, or the device is another", "count", now, "kept", kept)
+	}
+	if err := n.keepOwn(at, bound); err != nil {
 		return err
 	}
 	n.foretell(ctx, at, next)
@@ -113,7 +117,7 @@ func (n *Node) advance(ctx context.Context, at position) error {
 // foretell gives the peers in reach a mark with the count that the device is about to reach, so
 // that they know how far this node was if its disk is put back at once.
 func (n *Node) foretell(ctx context.Context, at position, counter uint64) {
-	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timing.RPC)
+	ctx, cancel := context.WithTimeout(ctx, n.cfg.Timing.Heartbeat/4) // meanwhile nothing else is told
 	defer cancel()
 	raw := canon.Marshal(n.memory.marker.Load().at(at, counter))
 	var told sync.WaitGroup

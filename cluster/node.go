@@ -52,6 +52,7 @@ type Node struct {
 	told      sync.Map // peers of other epochs that the log speaks of
 	farewells farewells
 
+	before    uint64 // index of the last entry applied in former runs; 0 if the log does not go so far
 	probation probation
 	memory    memory
 
@@ -128,8 +129,9 @@ func (n *Node) open(ctx context.Context, genesis *state.State) error {
 	n.wire.serve(n)
 	n.chooseProfile(ctx)
 	term := func() uint64 { return n.raft.CurrentTerm() }
-	vetted := newVet(n.wire.transport(), n.ready, term, func() uint64 { return n.raft.LastIndex() }, n.cfg.Logger)
-	tidied := newTidy(n.probation.transport(vetted), &held{n.logs, snapshots, n.committed, term}, n.machine.halt)
+	known := func() uint64 { return max(term(), epochTerm(n.dir.id.Epoch)) } // a node that joins is still in term 0
+	vetted := newVet(n.wire.transport(), n.ready, known, func() uint64 { return n.raft.LastIndex() }, n.cfg.Logger)
+	tidied := newTidy(n.probation.transport(vetted), &held{n.logs, snapshots, n.applied, term}, n.machine.halt)
 	gate := newGate(tidied, n.State, n.logs, n.cfg.Timing.Heartbeat/2, n.cfg.Logger, &n.contacts)
 	if err := n.openRaft(ctx, genesis, snapshots, gate); err != nil {
 		_ = gate.Close()

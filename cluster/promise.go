@@ -28,6 +28,7 @@ type promises struct {
 	path string // "" in memory only
 	log  *slog.Logger
 
+	writing sync.Mutex // one file at a time; taken before mu
 	mu      sync.Mutex
 	marks   map[string][]byte // by node, as received
 	changed bool
@@ -146,8 +147,10 @@ func (p *promises) set(node string, raw []byte) error {
 	return nil
 }
 
-// save writes what has changed.
+// save writes what has changed. What was set before is on disk when it returns.
 func (p *promises) save() error {
+	p.writing.Lock()
+	defer p.writing.Unlock()
 	p.mu.Lock()
 	changed, b := p.changed, p.encode()
 	p.changed = false

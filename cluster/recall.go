@@ -46,6 +46,7 @@ func (n *Node) recall(ctx context.Context, stable raft.StableStore, snapshots ra
 	if err != nil {
 		return kms.Wrap(kms.Unavailable, err, fmt.Sprintf("cannot read the end of the log: %v", err), storeFix)
 	}
+	n.appliedBefore(own.Index)
 	own = n.logs.reached(own)
 	n.memory.judged, n.memory.start = own, own
 	self, err := n.ownMark()

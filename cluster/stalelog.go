@@ -26,6 +26,8 @@ type tidy struct {
 	calls chan raft.RPC // to Raft
 	done  chan struct{}
 	once  sync.Once
+
+	writing chan struct{} // held by the one call that writes; no mutex, for whoever waits waits for a disk
 }
 
 // tidyPreVote is tidy over a transport with pre-votes.
@@ -35,7 +37,7 @@ type tidyPreVote struct {
 }
 
 func newTidy(inner raft.Transport, held *held, halt func(error)) raft.Transport {
-	t := &tidy{Transport: inner, logs: held.logs, held: held, halt: halt, calls: make(chan raft.RPC), done: make(chan struct{})}
+	t := &tidy{Transport: inner, logs: held.logs, held: held, halt: halt, calls: make(chan raft.RPC), done: make(chan struct{}), writing: make(chan struct{}, 1)}
 	go t.run()
 	if pv, ok := inner.(raft.WithPreVote); ok {
 		return tidyPreVote{t, pv}
@@ -55,29 +57,45 @@ func (t *tidy) Close() error {
 	return nil
 }
 
-// run hands calls on until the transport closes, one at a time, as Raft takes them: when a
-// snapshot comes, what came before it is in the log, however slow the disk is.
+// run hands calls on until the transport closes.
 func (t *tidy) run() {
 	for {
 		select {
 		case rpc := <-t.Transport.Consumer():
-			switch req := rpc.Command.(type) {
-			case *raft.InstallSnapshotRequest:
-				rpc.Respond(t.install(rpc, req))
+			switch rpc.Command.(type) {
+			case *raft.InstallSnapshotRequest, *raft.AppendEntriesRequest:
+				go t.write(rpc) // votes do not wait for it
 				continue
-			case *raft.AppendEntriesRequest:
-				rpc.Command = t.held.entries(req)
 			}
-			r, ok := t.do(rpc)
-			if !ok {
+			select {
+			case t.calls <- rpc:
+			case <-t.done:
 				rpc.Respond(refusal(rpc.Command), raft.ErrTransportShutdown)
 				return
 			}
-			rpc.Respond(r.Response, r.Error)
 		case <-t.done:
 			return
 		}
 	}
+}
+
+// write hands on what goes into the log, one call at a time: when a snapshot comes, what came before
+// it is in the log, however slow the disk is.
+func (t *tidy) write(rpc raft.RPC) {
+	t.writing <- struct{}{}
+	defer func() { <-t.writing }()
+	switch req := rpc.Command.(type) {
+	case *raft.InstallSnapshotRequest:
+		rpc.Respond(t.install(rpc, req))
+		return
+	case *raft.AppendEntriesRequest:
+		rpc.Command = t.held.entries(req)
+	}
+	if r, ok := t.do(rpc); ok {
+		rpc.Respond(r.Response, r.Error)
+		return
+	}
+	rpc.Respond(refusal(rpc.Command), raft.ErrTransportShutdown)
 }
 
 // do hands a call to Raft and returns its answer, false when the transport closes.

@@ -15,7 +15,7 @@ import (
 // of its range is the last one. vet refuses what no honest node sends.
 type vet struct {
 	raft.Transport
-	term  func() uint64   // this node's; once ready
+	term  func() uint64   // this node's, or the first of its epoch if that is later; once ready
 	last  func() uint64   // the index of its last entry; once ready
 	ready <-chan struct{} // closed when Raft runs
 	log   *slog.Logger

@@ -25,7 +25,7 @@ Start the node again afterwards.`,
 				return err
 			}
 			if cfg.Device.Type != "tpm" {
-				return errors.New("the device is a PKCS#11 token: only a TPM has such a counter")
+				return errors.New("the device is a PKCS#11 token: it makes its counter by itself where it can")
 			}
 			dev, err := tpm.Open(cmd.Context(), cfg.Device.tpm()) // the keys must be there: this makes none
 			if err != nil {

@@ -227,7 +227,7 @@ func (n *node) openCluster(ctx context.Context) error {
 	}
 	n.cluster, err = cluster.Open(ctx, cluster.Config{
 		NodeID: n.cfg.Node, DataDir: filepath.Join(n.cfg.DataDir, "raft"), Listener: listener, Genesis: signed, Certificate: cert,
-		Sign: n.device.Sign, SigningSuite: uint16(n.signingSuite()), Signing: n.roots.own().public, Site: n.cfg.Site, Introduced: known, Logger: n.log, Counter: n.counter(ctx), Applied: n.clusterLog.Last(),
+		Sign: n.device.Sign, SigningSuite: uint16(n.signingSuite()), Signing: n.roots.own().public, Site: n.cfg.Site, Introduced: known, Logger: n.log, Counter: n.counter(ctx, kms.ClusterID(signed.Genesis)), Applied: n.clusterLog.Last(),
 		Timing: n.cfg.Cluster.timing(), Profile: n.cfg.Cluster.profile(), PreferSites: n.cfg.Cluster.PreferSites, OnApply: n.applied, OnRestore: n.restored, OnSnapshot: n.clusterLog.Sync,
 	})
 	if err != nil {

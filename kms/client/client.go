@@ -16,8 +16,10 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/conclave-kms/conclave/kms"
@@ -211,7 +213,11 @@ func (c *Client) try(ctx context.Context, base *url.URL, method, path string, bo
 	if err != nil {
 		return final, kms.Wrap(kms.Invalid, err, "the request cannot be made", "")
 	}
-	resp, err := c.http.Do(req)
+	var sent sends
+	resp, err := c.http.Do(req.WithContext(httptrace.WithClientTrace(ctx, sent.trace())))
+	if err != nil && sent.before() {
+		return later, brokeOff(base, method, err)
+	}
 	if err != nil {
 		return explain(base, method, err)
 	}
@@ -229,6 +235,9 @@ func (c *Client) try(ctx context.Context, base *url.URL, method, path string, bo
 		case kms.NotResident:
 			return elsewhere, err
 		case kms.Unavailable, kms.Unknown, kms.Stale, kms.ReadOnly:
+			if sent.before() && method != http.MethodGet {
+				return later, brokeOff(base, method, err)
+			}
 			return later, err
 		}
 		return final, err
@@ -244,6 +253,36 @@ func (c *Client) try(ctx context.Context, base *url.URL, method, path string, bo
 		return final, kms.Wrap(kms.Internal, err, "the answer of "+base.Host+" is not understood", "use a client of the cluster's version")
 	}
 	return final, nil
+}
+
+// sends notes whether a request went out more than once: where a connection that was used
+// before breaks, net/http sends a request with an Idempotency-Key again on another, and only the error of that
+// try is told.
+type sends struct {
+	mu          sync.Mutex
+	now, former bool // on the present connection, on one before
+}
+
+func (s *sends) trace() *httptrace.ClientTrace {
+	return &httptrace.ClientTrace{
+		GetConn: func(string) {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.now, s.former = false, s.former || s.now
+		},
+		WroteHeaders: func() {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.now = true
+		},
+	}
+}
+
+// before reports whether the request may have arrived by a connection before the last one.
+func (s *sends) before() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.former
 }
 
 // newRequest makes a request; path is escaped already.

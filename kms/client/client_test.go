@@ -225,6 +225,34 @@ func TestUnknownIsNotForgotten(t *testing.T) {
 	if _, err := c.Nodes(t.Context()); !errors.Is(err, kms.Unavailable) {
 		t.Errorf("a read that broke off: %v", err)
 	}
+	// net/http sends it again on another connection where one that was used before breaks: what
+	// comes of that says nothing about the first time.
+	for name, next := range map[string]func(x *node, w http.ResponseWriter){
+		"a node that is gone":      func(x *node, _ http.ResponseWriter) { t.Errorf("%s took a request", x.URL) },
+		"a node that is not ready": func(_ *node, w http.ResponseWriter) { writeProblem(w, kms.Unavailable) },
+	} {
+		var restarted *node
+		restarted = newNode(t, p, func(n int, w http.ResponseWriter, r *http.Request) {
+			switch n {
+			case 0:
+				fine(n, w, r)
+			case 1:
+				if name == "a node that is gone" {
+					_ = restarted.Listener.Close()
+				}
+				panic(http.ErrAbortHandler)
+			default:
+				next(restarted, w)
+			}
+		})
+		c := newClient(t, p, Config{Attempts: 1}, restarted)
+		if _, err := create(c); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := create(c); !errors.Is(err, kms.Unknown) {
+			t.Errorf("a write that broke off at %s: %v", name, err)
+		}
+	}
 	// So may one whose answer broke off.
 	half := newNode(t, p, func(_ int, w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Length", "100")
