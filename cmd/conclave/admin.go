@@ -230,7 +230,7 @@ func keyDetail(w io.Writer, k wire.Key) {
 		row(w, "open proposal", id)
 	}
 	row(w)
-	head := []any{"VERSION", "STATE", "PRIMARY", "CREATED", "ACTIVATED", "RECEIPTS", "AUTHORISED BY"}
+	head := []any{"VERSION", "STATE", "PRIMARY", "CREATED", "ACTIVATED", "LAST USE", "RECEIPTS", "AUTHORISED BY"}
 	hardware := k.Protection == string(kms.Hardware)
 	if hardware {
 		head = append(head, "MADE IN")
@@ -245,12 +245,27 @@ func keyDetail(w io.Writer, k wire.Key) {
 			}
 			receipts = append(receipts, r.Node+" "+mark)
 		}
-		cells := []any{v.Version, v.State, map[bool]string{true: "yes", false: "-"}[v.Primary], when(v.Created), when(v.Activated), or(strings.Join(receipts, ", "), "-"), or(v.Proposal, "-")}
+		cells := []any{v.Version, v.State, map[bool]string{true: "yes", false: "-"}[v.Primary], when(v.Created), when(v.Activated), lastUse(v.Use), or(strings.Join(receipts, ", "), "-"), or(v.Proposal, "-")}
 		if hardware {
 			cells = append(cells, madeIn(v))
 		}
 		row(w, cells...)
 	}
+}
+
+// lastUse says what is known of the last use of a version, to the hour.
+func lastUse(u *wire.VersionUse) string {
+	switch {
+	case u == nil:
+		return "-"
+	case !u.Known && u.Last.IsZero():
+		return "not known: no word of " + strings.Join(u.Silent, ", ")
+	case !u.Known:
+		return "before " + when(u.Last) + " or later: no word of " + strings.Join(u.Silent, ", ")
+	case u.Last.IsZero() || u.Last.Before(u.UnusedSince):
+		return "none since " + when(u.UnusedSince)
+	}
+	return "before " + when(u.Last)
 }
 
 // madeIn says where the material of a version of protection hardware was generated.

@@ -71,41 +71,6 @@ func (a *app) proposalCommand() *cobra.Command {
 	return cmd
 }
 
-func (a *app) proposalListCommand() *cobra.Command {
-	var open bool
-	cmd := &cobra.Command{
-		Use: "list", Aliases: []string{"ls"}, Short: "List the proposals, newest first", Args: arguments(""),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.asOperator(cmd, func(ctx context.Context, c *client.Client) error {
-				all, err := c.Proposals(ctx)
-				if err != nil {
-					return err
-				}
-				list := make([]wire.Proposal, 0, len(all))
-				for _, p := range all {
-					if !open || p.ClosedAt.IsZero() && p.Progress != "expired" {
-						list = append(list, p)
-					}
-				}
-				return a.show(cmd, list, func(w io.Writer) { proposalTable(w, list) })
-			})
-		},
-	}
-	cmd.Flags().BoolVar(&open, "open", false, "only those that still wait for something")
-	return cmd
-}
-
-func proposalTable(w io.Writer, list []wire.Proposal) {
-	row(w, "PROPOSAL", "ACTION", "TARGET", "PROGRESS", "APPROVALS", "SITES", "EXPIRES", "MISSING")
-	for _, p := range list {
-		missing := or(strings.Join(p.Missing, ", "), "-")
-		if p.Progress == "executed" { // whatever has changed since
-			missing = "-"
-		}
-		row(w, p.ID, doing(p), p.Content.Target, p.Progress, p.Approvals, p.Sites, when(p.Content.Expires), missing)
-	}
-}
-
 // doing is a proposal's action, with what it does where the action alone does not say.
 func doing(p wire.Proposal) string {
 	action := p.Content.Action

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -89,20 +90,21 @@ func noCoreDumps() error {
 
 // node is everything that runs, in the order in which it was started.
 type node struct {
-	cfg        Config
-	log        *slog.Logger
-	roots      *heldRoots
-	device     device
-	root       *keyring.Root
-	cache      *keyring.Cache
-	access     *audit.Log
-	clusterLog *audit.ClusterLog
-	cluster    *cluster.Node
-	engine     *engine.Engine
-	registry   *prometheus.Registry
-	failed     chan error
-	inForce    chan struct{} // closed when the state has shown the root that the node runs on
-	closers    []func() error
+	cfg         Config
+	log         *slog.Logger
+	roots       *heldRoots
+	device      device
+	root        *keyring.Root
+	cache       *keyring.Cache
+	access      *audit.Log
+	clusterLog  *audit.ClusterLog
+	cluster     *cluster.Node
+	certificate *x509.Certificate // its own
+	engine      *engine.Engine
+	registry    *prometheus.Registry
+	failed      chan error
+	inForce     chan struct{} // closed when the state has shown the root that the node runs on
+	closers     []func() error
 }
 
 // errAgain asks for the node's parts to be started anew, on another hardware root.
@@ -221,6 +223,7 @@ func (n *node) openCluster(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	n.certificate = cert.Leaf
 	listener, err := listen(ctx, n.cfg.Cluster.Listen, "cluster.listen")
 	if err != nil {
 		return err
@@ -315,7 +318,7 @@ func (n *node) openEngine(context.Context) error {
 	var err error
 	n.engine, err = engine.New(engine.Config{
 		Node: n.cfg.Node, Cluster: n.cluster, Cache: n.cache, Root: n.root, Signer: n.device, Device: n.device, Log: n.access,
-		Logger: n.log, Metrics: n.registry, Hold: n.cluster.Probation, Raft: n.raft, Version: version, Importers: importers(), SigningSuite: n.signingSuite(), Seed: n.keptSeed(),
+		Logger: n.log, Metrics: n.registry, Hold: n.cluster.Probation, Raft: n.raft, Version: version, Importers: importers(), SigningSuite: n.signingSuite(), Seed: n.keptSeed(), Certificate: n.certificate,
 	})
 	return err
 }

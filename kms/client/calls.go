@@ -43,6 +43,11 @@ func (c *Client) Status(ctx context.Context) (wire.Status, error) {
 	return get[wire.Status](ctx, c, "/v1/status")
 }
 
+// Drift reports what is not as it should be, as far as the node knows.
+func (c *Client) Drift(ctx context.Context) (wire.Drift, error) {
+	return get[wire.Drift](ctx, c, "/v1/drift")
+}
+
 // Nodes lists the members of the cluster.
 func (c *Client) Nodes(ctx context.Context) ([]wire.Node, error) {
 	r, err := get[wire.Nodes](ctx, c, "/v1/nodes")
@@ -110,10 +115,44 @@ func (c *Client) CreateKey(ctx context.Context, keyring string, req wire.CreateK
 	return post[wire.Key](ctx, c, "/v1/keyrings/"+url.PathEscape(keyring)+"/keys", req, opts...)
 }
 
-// Proposals lists the proposals, newest first.
-func (c *Client) Proposals(ctx context.Context) ([]wire.Proposal, error) {
-	r, err := get[wire.Proposals](ctx, c, "/v1/proposals")
-	return r.Proposals, err
+// Proposals lists the proposals that a query selects, newest first: all pages where it
+// sets no limit, else as many.
+func (c *Client) Proposals(ctx context.Context, q wire.ProposalQuery) ([]wire.Proposal, error) {
+	all := []wire.Proposal{}
+	for wanted := q.Limit; ; {
+		if wanted > 0 {
+			q.Limit = min(wanted-len(all), wire.MaxProposals)
+		}
+		r, err := get[wire.Proposals](ctx, c, "/v1/proposals", func(o *callOptions) { o.query = proposalQuery(q) })
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, r.Proposals...)
+		switch {
+		case r.Next == 0 || wanted > 0 && len(all) >= wanted:
+			return all, nil
+		case q.Before != 0 && r.Next >= q.Before: // it would never end
+			return nil, kms.Errorf(kms.Internal, "the node sent the pages of the list in no order")
+		}
+		q.Before = r.Next
+	}
+}
+
+// proposalQuery writes the query of a list of proposals.
+func proposalQuery(q wire.ProposalQuery) url.Values {
+	v := url.Values{}
+	set := func(name, value string, is bool) {
+		if is {
+			v.Set(name, value)
+		}
+	}
+	set("open", "true", q.Open)
+	set("action", q.Action, q.Action != "")
+	set("target", q.Target, q.Target != "")
+	set("waits_for", q.WaitsFor, q.WaitsFor != "")
+	set("before", strconv.FormatUint(q.Before, 10), q.Before != 0)
+	set("limit", strconv.Itoa(q.Limit), q.Limit != 0)
+	return v
 }
 
 // Proposal returns one proposal with its exact bytes.

@@ -479,3 +479,36 @@ func must[T any](v T, err error) T {
 	}
 	return v
 }
+
+// TestProposalPages goes through the pages of a list, and stops at one that is out of
+// order.
+func TestProposalPages(t *testing.T) {
+	p := newPKI(t)
+	pages := map[string]wire.Proposals{
+		"":                               {Proposals: []wire.Proposal{{ID: "c"}, {ID: "b"}}, Next: 7},
+		"before=7":                       {Proposals: []wire.Proposal{{ID: "a"}}},
+		"action=rotate&limit=1":          {Proposals: []wire.Proposal{{ID: "c"}}, Next: 9},
+		"before=5&target=key%2Fring%2Fk": {Proposals: []wire.Proposal{{ID: "c"}}, Next: 5},
+	}
+	n := newNode(t, p, func(_ int, w http.ResponseWriter, r *http.Request) {
+		page, ok := pages[r.URL.RawQuery]
+		if !ok {
+			t.Errorf("asked for %q", r.URL.RawQuery)
+		}
+		_ = json.NewEncoder(w).Encode(page)
+	})
+	c := newClient(t, p, Config{}, n)
+	for want, q := range map[string]wire.ProposalQuery{"cba": {}, "c": {Action: "rotate", Limit: 1}} {
+		l, err := c.Proposals(t.Context(), q)
+		got := ""
+		for _, x := range l {
+			got += x.ID
+		}
+		if err != nil || got != want {
+			t.Errorf("%+v: %q, %v; want %q", q, got, err, want)
+		}
+	}
+	if _, err := c.Proposals(t.Context(), wire.ProposalQuery{Target: "key/ring/k", Before: 5}); !errors.Is(err, kms.Internal) {
+		t.Errorf("a page that goes back: %v", err)
+	}
+}

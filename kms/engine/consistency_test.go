@@ -29,7 +29,7 @@ func TestCutOffNodeRefuses(t *testing.T) {
 		"keyring":    func(c Caller) error { _, err := fr.engine.Keyring(ctx, c, "ring"); return err },
 		"keys":       func(c Caller) error { _, err := fr.engine.Keys(ctx, c, "ring"); return err },
 		"key":        func(c Caller) error { _, err := fr.engine.Key(ctx, c, "ring", "key"); return err },
-		"proposals":  func(c Caller) error { _, err := fr.engine.Proposals(ctx, c); return err },
+		"proposals":  func(c Caller) error { _, err := fr.engine.Proposals(ctx, c, wire.ProposalQuery{}); return err },
 	}
 	for name, read := range reads {
 		if err := read(operator); !errors.Is(err, kms.Unavailable) {

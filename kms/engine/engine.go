@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"log/slog"
 	"math"
@@ -76,6 +77,8 @@ type Config struct {
 	Hold    func() error         // why the node must serve nothing, nil when it may; nil: it always may
 	Raft    func() wire.Raft     // the consensus layer's view for Status; nil: none
 	Version string               // of the program, for Status
+
+	Certificate *x509.Certificate // this node's own, for Drift; nil: not known
 }
 
 // Engine carries out the use cases. It is safe for concurrent use.
@@ -94,6 +97,8 @@ type Engine struct {
 	logFailed atomic.Bool // the access log can take no more entries
 	device    deviceCheck
 	inUse     inUse
+	uses      uses
+	started   time.Time
 }
 
 // New checks the configuration and returns an Engine. Errors: kms.Invalid.
@@ -118,6 +123,7 @@ func New(cfg Config) (*Engine, error) {
 		cfg: cfg, node: cfg.Node, agreement: cfg.Root.PublicKey().Bytes(), cluster: cfg.Cluster,
 		now: cfg.Now, log: cfg.Logger,
 	}
+	e.started = e.now()
 	var err error
 	if e.metrics, err = newMetrics(cfg.Metrics, e); err != nil {
 		return nil, err

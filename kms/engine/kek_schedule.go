@@ -34,9 +34,8 @@ func (a *Agent) scheduleKEK(ctx context.Context, st *state.State, kr state.Keyri
 // proposedKEK reports whether a proposal to rotate a keyring's KEK is still open, or
 // one that was opened after a place in the log was closed not long ago.
 func (a *Agent) proposedKEK(st *state.State, ring string, index uint64) bool {
-	target := approval.KeyringTarget(ring)
-	return slices.ContainsFunc(st.Proposals(), func(p state.Proposal) bool {
-		if p.Content.Target != target || p.Content.Action != kms.ActionRotate {
+	return slices.ContainsFunc(st.ProposalsOn(approval.KeyringTarget(ring)), func(p state.Proposal) bool {
+		if p.Content.Action != kms.ActionRotate {
 			return false
 		}
 		if p.ClosedAt == 0 && st.Clock() < p.Content.Expires {

@@ -38,6 +38,7 @@ type references struct {
 type sealedReference struct {
 	ref    keyring.KeyRef
 	sealed []byte
+	last   *atomic.Int64 // hour of the version's last use here
 }
 
 // find returns the resource with the revisions of the state, and its records.

@@ -45,12 +45,11 @@ func (e *Engine) OpenProposal(ctx context.Context, c Caller, q wire.OpenProposal
 		}
 		now := e.cluster.State()
 		if res.Duplicate { // the first attempt's bytes count, not this one's
-			all := now.Proposals()
-			i := slices.IndexFunc(all, func(p state.Proposal) bool { return p.Index == res.Index })
-			if i < 0 {
+			p, ok := now.ProposalOpenedAt(res.Index)
+			if !ok {
 				return wire.Proposal{}, kms.Errorf(kms.NotFound, "the proposal that this idempotency key opened is gone")
 			}
-			id = all[i].ID
+			id = p.ID
 		}
 		return e.proposalByID(now, id)
 	})

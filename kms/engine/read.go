@@ -248,21 +248,6 @@ func (e *Engine) Key(ctx context.Context, c Caller, ring, key string) (wire.Key,
 	})
 }
 
-// Proposals lists all proposals, newest first.
-func (e *Engine) Proposals(ctx context.Context, c Caller) (wire.Proposals, error) {
-	return read(ctx, e, c, ActReadProposal, resource{}, "proposals", func(st *state.State) (wire.Proposals, error) {
-		out := wire.Proposals{Proposals: []wire.Proposal{}}
-		for _, p := range st.Proposals() {
-			v, err := proposalView(st, p)
-			if err != nil {
-				return wire.Proposals{}, err
-			}
-			out.Proposals = append(out.Proposals, v)
-		}
-		return out, nil
-	})
-}
-
 // Proposal returns one proposal with its exact bytes.
 func (e *Engine) Proposal(ctx context.Context, c Caller, id string) (wire.Proposal, error) {
 	return read(ctx, e, c, ActReadProposal, resource{}, aboutProposal(id), func(st *state.State) (wire.Proposal, error) {

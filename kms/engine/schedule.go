@@ -66,8 +66,8 @@ func (a *Agent) due(st *state.State, k state.Key) bool {
 		return false
 	}
 	target := approval.KeyTarget(k.Keyring, k.Name)
-	return !slices.ContainsFunc(st.Proposals(), func(p state.Proposal) bool {
-		if p.Content.Action != kms.ActionRotate || p.Content.Target != target {
+	return !slices.ContainsFunc(st.ProposalsOn(target), func(p state.Proposal) bool {
+		if p.Content.Action != kms.ActionRotate {
 			return false
 		}
 		ended := p.ClosedAt

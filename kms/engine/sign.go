@@ -12,6 +12,7 @@ import (
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/keyring"
 	"github.com/conclave-kms/conclave/kms/secret"
+	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/wire"
 	"github.com/conclave-kms/conclave/pqc"
 )
@@ -93,7 +94,7 @@ func verify(u *use, it *item, q wire.VerifyRequest) (wire.VerifyResponse, error)
 	if err != nil {
 		return wire.VerifyResponse{}, err
 	}
-	v, err := u.version(n)
+	v, err := u.public(n)
 	if err != nil {
 		return wire.VerifyResponse{}, err
 	}
@@ -110,7 +111,7 @@ func publicKey(u *use, it *item, version uint32) (wire.PublicKeyResponse, error)
 	if err != nil {
 		return wire.PublicKeyResponse{}, err
 	}
-	v, err := u.version(n)
+	v, err := u.public(n)
 	if err != nil {
 		return wire.PublicKeyResponse{}, err
 	}
@@ -121,6 +122,15 @@ func publicKey(u *use, it *item, version uint32) (wire.PublicKeyResponse, error)
 	return wire.PublicKeyResponse{
 		PublicKey: v.PublicKey, PEM: text, Algorithm: string(u.key.Algorithm), KeyVersion: n, State: string(v.State),
 	}, nil
+}
+
+// public returns a version whose public key is to be used.
+func (u *use) public(n uint32) (state.Version, error) {
+	v, err := u.version(n)
+	if err == nil {
+		note(u.e.uses.of(u.id, n), u.hour)
+	}
+	return v, err
 }
 
 // publicPEM returns a stored public key as SubjectPublicKeyInfo in PEM.

@@ -31,6 +31,7 @@ type use struct {
 	id     kms.KeyID
 	room   [2]opened
 	opened []opened
+	hour   int64 // in which the request was made, for the last use of what it opens
 }
 
 type opened struct {
@@ -68,7 +69,7 @@ func (e *Engine) use(ctx context.Context, st *state.State, rq *request) (*use, e
 	if f.key == nil {
 		return nil, noKey(res.keyring, res.key)
 	}
-	u := &use{e: e, ctx: ctx, st: st, rq: rq, ring: f.ring, key: f.key, refs: f.refs}
+	u := &use{e: e, ctx: ctx, st: st, rq: rq, ring: f.ring, key: f.key, refs: f.refs, hour: hourOf(e.now())}
 	u.opened = u.room[:0]
 	if copy(u.id[:], u.key.ID) != len(u.id) {
 		return nil, kms.Errorf(kms.Internal, "key %s has no valid id", res.name())
@@ -131,6 +132,9 @@ func (u *use) version(n uint32) (state.Version, error) {
 	if !ok {
 		return v, kms.Errorf(kms.NotFound, "key %s has no version %d", kms.KeyPath(u.key.Keyring, u.key.Name), n)
 	}
+	if !v.State.Gone() { // a consumer that was left behind shows in the last use
+		note(u.e.uses.of(u.id, n), u.hour)
+	}
 	e := &kms.Error{Kind: kms.Conflict, Msg: fmt.Sprintf("version %d of key %s is %s", n, kms.KeyPath(u.key.Keyring, u.key.Name), v.State)}
 	switch {
 	case v.State == kms.PreActive:
@@ -183,6 +187,7 @@ func (u *use) material(n uint32) (*keyring.Material, error) {
 		if s.ref, s.sealed, err = u.e.reference(u.st, u.ring, u.key, u.id, v); err != nil {
 			return nil, err
 		}
+		s.last = u.e.uses.of(u.id, n)
 		u.refs.put(n, s)
 	}
 	u.e.inUse.add(u.id, u.key)
@@ -190,6 +195,7 @@ func (u *use) material(n uint32) (*keyring.Material, error) {
 	if err != nil {
 		return nil, err
 	}
+	note(s.last, u.hour)
 	u.opened = append(u.opened, opened{version: n, material: h, release: release})
 	return h, nil
 }

@@ -135,13 +135,13 @@ func (e *Engine) keyView(st *state.State, k state.Key, versions bool) wire.Key {
 		return v
 	}
 	for _, kv := range st.Versions(k.Keyring, k.Name) {
-		v.Versions = append(v.Versions, versionView(st, k, kv))
+		x := versionView(st, k, kv)
+		x.Use = useView(st, k, kv)
+		v.Versions = append(v.Versions, x)
 	}
-	target := approval.KeyTarget(k.Keyring, k.Name)
-	for _, p := range st.ProposalsOpen() {
-		if p.Content.Target == target {
-			v.Proposals = append(v.Proposals, p.ID)
-		}
+	open, _ := st.ProposalsBy(state.ProposalQuery{Open: true, Target: approval.KeyTarget(k.Keyring, k.Name)})
+	for _, p := range open {
+		v.Proposals = append(v.Proposals, p.ID)
 	}
 	return v
 }

@@ -202,7 +202,7 @@ func TestProposalsShowTheirParameters(t *testing.T) {
 	if p.Progress != "waiting" || p.ExecutableAt.Sub(p.AuthorisedAt) != 7*24*time.Hour || !strings.Contains(p.Summary, "waits until") {
 		t.Errorf("%s: %s", p.Progress, p.Summary)
 	}
-	all := check[wire.Proposals](t)(w.at("fr").engine.Proposals(bg, caller("auditor", "fr")))
+	all := check[wire.Proposals](t)(w.at("fr").engine.Proposals(bg, caller("auditor", "fr"), wire.ProposalQuery{}))
 	if len(all.Proposals) != 3 || all.Proposals[0].ID != p.ID {
 		t.Errorf("%d proposals", len(all.Proposals))
 	}

@@ -32,6 +32,8 @@ func (a *actor) draw(t *rapid.T) []byte {
 	switch rapid.IntRange(0, 21).Draw(t, "command") {
 	case 18, 19, 20:
 		return a.rotateKEK(t, node)
+	case 17:
+		return w.Command(node, w.UseCommand(ring, name, version, s.Clock()), now(s))
 	case 0:
 		ahead := rapid.SampledFrom([]int64{-700_000, 1000, 1000, 60_000, 8 * 24 * 3600_000}).Draw(t, "ahead")
 		return w.Command(node, state.Tick{}, statetest.At(s.Clock()+ahead))

@@ -164,6 +164,7 @@ var decoders = map[CommandKind]func(Envelope) (operation, error){
 	{TypeSealRecovery, 1}:   decode[SealRecovery],
 	{TypeRestoreCopy, 1}:    decode[RestoreCopy],
 	{TypeKeepSeed, 1}:       decode[KeepSeed],
+	{TypeReportUse, 1}:      decode[ReportUse],
 }
 
 // parseCommand decodes the payload and validates its shape.

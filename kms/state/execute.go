@@ -245,6 +245,7 @@ func (t *tx) erase(k *Key, v *Version) {
 	for _, s := range list[resealed](t.Txn, tableResealed, byID, resealedKey(v.Keyring, v.Key, v.Version)) {
 		mustDB(t.Delete(tableResealed, &s))
 	}
+	t.dropUses(*v)
 	if v.Version == 1 {
 		k.Statement = nil
 	}

@@ -73,6 +73,7 @@ func (s *State) Extends(old *State) error {
 			key, _ := s.RecoveryFor(c.Keyring)
 			return ok && !k.Retired() && key.Number == c.Number
 		}),
+		extended(tableUse, useID, func(was, is *use) bool { return is.Hour >= was.Hour && is.Until >= was.Until }, s.forgetsUse),
 		kept(tableNonce, nonceID, func(n *nonce) bool { return n.Time >= s.clock-Window }),
 		kept(tableOutcome, outcomeID, func(o *Outcome) bool { return o.Time >= s.clock-OutcomeRetention }),
 	} {

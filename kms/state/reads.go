@@ -140,9 +140,7 @@ func (s *State) Proposals() []Proposal {
 // ProposalsOpen returns the proposals that can still be carried out, newest first:
 // open or authorised and not expired.
 func (s *State) ProposalsOpen() []Proposal {
-	l := slices.DeleteFunc(s.reader().live(), func(p Proposal) bool { return p.expired(s.clock) })
-	slices.SortFunc(l, func(a, b Proposal) int { return -compare(a.Index, b.Index) })
-	return l
+	return newestFirst(slices.DeleteFunc(s.reader().live(), func(p Proposal) bool { return p.expired(s.clock) }))
 }
 
 // Pending returns the versions whose receipt by the node is missing, KEKs first.

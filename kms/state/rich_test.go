@@ -68,6 +68,8 @@ func rich(t testing.TB) *statetest.World {
 	rules[5].Delay = time.Hour.Milliseconds()
 	w.Carry(kms.ActionPolicy, "policy/standard", approval.PolicyParams{Rules: rules})
 	unfinished(w)
+	w.Do("node-fr-1", w.UseCommand("coalition", "mail", 2, w.Now()))
+	w.Do("node-de-1", w.UseCommand("europe", "seal", 1, w.Now()))
 	return w
 }
 

@@ -64,6 +64,7 @@ var snapshotTables = []snapshotTable{
 	stated[RefusedRewrap](31, tableRewrapRefused, rewrapRefusedID),
 	stated[RecoveryKey](40, tableRecoveryKey, recoveryKeyID),
 	stated[RecoveryCopy](41, tableRecoveryCopy, recoveryCopyID),
+	remembered[use](50, tableUse, useID),
 }
 
 // stated is a table whose records follow from signed statements, remembered is another.

@@ -39,6 +39,8 @@ const (
 	tableRewrapRefused = "rewrap-refused"
 	tableRecoveryKey   = "recovery-key"
 	tableRecoveryCopy  = "recovery-copy"
+
+	tableUse = "use" // of key versions, as nodes report it
 )
 
 // The indexes. Index values are strings of names, which have no NUL, and of
@@ -191,6 +193,7 @@ func newDB() *memdb.MemDB {
 		table(tableRewrapRefused, unique(byID, rewrapRefusedID)),
 		table(tableRecoveryKey, unique(byID, recoveryKeyID)),
 		table(tableRecoveryCopy, unique(byID, recoveryCopyID)),
+		table(tableUse, unique(byID, useID)),
 	}
 	schema := &memdb.DBSchema{Tables: make(map[string]*memdb.TableSchema)}
 	for _, t := range tables {

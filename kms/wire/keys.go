@@ -111,6 +111,17 @@ type KeyVersion struct {
 	Activated time.Time `json:"activated,omitzero"`
 	Proposal  string    `json:"proposal,omitempty"` // that authorised it
 	Receipts  []Receipt `json:"receipts,omitempty"` // one for each resident node; none for version 1 of protection software
+
+	Use *VersionUse `json:"use,omitempty"` // of a version that has material
+}
+
+// VersionUse is what the nodes have reported of a version's use, to the hour. They do so
+// every hour, and count anew when they start.
+type VersionUse struct {
+	Last        time.Time `json:"last,omitzero"`         // end of the hour of the last use that was reported
+	Known       bool      `json:"known"`                 // every node that can use it has reported lately; else it may have been used at any time
+	UnusedSince time.Time `json:"unused_since,omitzero"` // if known: nobody has used it after this time
+	Silent      []string  `json:"silent,omitempty"`      // the nodes that have not reported
 }
 
 // Receipt says whether a resident node has proved that it can open a version.

@@ -2,9 +2,24 @@ package wire
 
 import "time"
 
-// Proposals answers GET /v1/proposals, newest first.
+// Proposals answers GET /v1/proposals: a page, newest first.
 type Proposals struct {
 	Proposals []Proposal `json:"proposals"`
+	Next      uint64     `json:"next,omitempty"` // there are more: ask again with this as before
+}
+
+// MaxProposals is how many proposals a page has at most.
+const MaxProposals = 100
+
+// ProposalQuery selects proposals: the query of GET /v1/proposals. What is not set
+// selects all.
+type ProposalQuery struct {
+	Open     bool   // open: only those that can still be carried out
+	Action   string // action
+	Target   string // target
+	WaitsFor string // waits_for: a custodian's id; those open ones that it has not voted on and whose approval would count
+	Before   uint64 // before: Next of the page before
+	Limit    int    // limit: of the page, at most and by default MaxProposals
 }
 
 // OpenProposalRequest is the body of POST /v1/proposals. The node adds the

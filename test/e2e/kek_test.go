@@ -99,7 +99,7 @@ func (s site) rotateKEK(name string) {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	all, err := s.client("fr", "operator").Proposals(s.t.Context())
+	all, err := s.client("fr", "operator").Proposals(s.t.Context(), wire.ProposalQuery{})
 	if err != nil {
 		s.t.Fatal(err)
 	}

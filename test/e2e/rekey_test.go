@@ -166,7 +166,7 @@ func (r *rekeyed) proposeRoot(n *harness.Node, card string, custodians ...string
 	}()
 	var p wire.Proposal
 	err := harness.Within(r.t.Context(), 30*time.Second, "the proposal is open", func(ctx context.Context) error {
-		all, err := r.client("fr", "operator").Proposals(ctx)
+		all, err := r.client("fr", "operator").Proposals(ctx, wire.ProposalQuery{})
 		for _, q := range all {
 			if q.Content.Target == "node/"+n.ID && q.Progress == "open" {
 				p = q
@@ -360,7 +360,7 @@ func TestRekeyToAnotherToken(t *testing.T) {
 // provenReplacement verifies the evidence of the proposal that gave a node its root.
 func (r *rekeyed) provenReplacement(n *harness.Node) {
 	r.t.Helper()
-	all, err := r.client("fr", "operator").Proposals(r.t.Context())
+	all, err := r.client("fr", "operator").Proposals(r.t.Context(), wire.ProposalQuery{})
 	if err != nil {
 		r.t.Fatal(err)
 	}

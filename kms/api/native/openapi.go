@@ -1,6 +1,7 @@
 package native
 
 import (
+	"cmp"
 	"encoding/json"
 	"reflect"
 	"regexp"
@@ -60,7 +61,8 @@ func (d *describer) operation(r route) object {
 		parameters = append(parameters, object{"name": m[1], "in": "path", "required": true, "schema": object{"type": "string"}})
 	}
 	for _, q := range r.query {
-		parameters = append(parameters, object{"name": q, "in": "query", "schema": object{"type": "integer"}})
+		name, kind, _ := strings.Cut(q, ":")
+		parameters = append(parameters, object{"name": name, "in": "query", "schema": object{"type": cmp.Or(kind, "integer")}})
 	}
 	if r.method == "GET" {
 		parameters = append(parameters, object{"name": engine.LocalHeader, "in": "header", "schema": object{"type": "string"},

@@ -21,7 +21,7 @@ type route struct {
 	request                      reflect.Type // nil: no body
 	batch                        bool         // also takes wire.Batch of request
 	response                     reflect.Type
-	query                        []string
+	query                        []string // "NAME" of an integer, "NAME:TYPE" of another
 	serve                        func(c *call) (any, error)
 }
 
@@ -153,6 +153,9 @@ func routes() []route {
 		read("/v1/policies", "listPolicies", "The approval policies and the access policy", func(c *call) (wire.Policies, error) {
 			return c.engine.Policies(c.Context(), c.caller)
 		}),
+		read("/v1/drift", "drift", "What is not as it should be, as far as this node knows", func(c *call) (wire.Drift, error) {
+			return c.engine.Drift(c.Context(), c.caller)
+		}),
 		read("/v1/recoveries", "listRecoveries", "The times that custodians had the cluster go on from a backup", func(c *call) (wire.Recoveries, error) {
 			return c.engine.Recoveries(c.Context(), c.caller)
 		}),
@@ -182,9 +185,7 @@ func routes() []route {
 		write("/v1/recovery-keys/restore", "restoreKEKs", "Hand in what came out of a recovery ceremony", func(c *call, q wire.RestoreRequest) (wire.RestoreResponse, error) {
 			return c.engine.Restore(c.Context(), c.caller, q)
 		}),
-		read("/v1/proposals", "listProposals", "The proposals, newest first", func(c *call) (wire.Proposals, error) {
-			return c.engine.Proposals(c.Context(), c.caller)
-		}),
+		proposalsRoute(),
 		write("/v1/proposals", "openProposal", "Open a proposal", func(c *call, q wire.OpenProposalRequest) (wire.Proposal, error) {
 			return c.engine.OpenProposal(c.Context(), c.caller, q)
 		}),
