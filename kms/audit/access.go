@@ -15,6 +15,7 @@ import (
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/canon"
+	"github.com/conclave-kms/conclave/kms/tlog"
 )
 
 // Entry is one leaf of the access log: one data operation, refused ones
@@ -33,7 +34,7 @@ type Entry struct {
 }
 
 // MaxEntry is the longest encoding of an entry, in bytes.
-const MaxEntry = 64 << 10
+const MaxEntry = tlog.MaxLeaf
 
 // Marshal returns the entry's leaf: its canonical encoding.
 func (e Entry) Marshal() []byte { return canon.Marshal(e) }
@@ -66,6 +67,8 @@ type Log struct {
 	lock      *os.File
 	recovered string
 	writer    segmentWriter
+	tiles     *tiles
+	records   records
 	wake      chan struct{} // capacity 1
 	hurry     chan struct{} // closed by Close: gather no more
 	stopped   chan struct{} // closed when the writing goroutine has ended
@@ -104,6 +107,7 @@ func Open(dir string, o Options) (*Log, error) {
 		return nil, err
 	}
 	l.lock = lock
+	l.tiles.behind()
 	go l.run()
 	return l, nil
 }
@@ -115,22 +119,27 @@ func open(dir string, o Options) (*Log, error) {
 	if o.disk == nil {
 		o.disk = osDisk{}
 	}
+	ts := newTiles(dir)
 	l := &Log{
 		writer:  segmentWriter{disk: o.disk, dir: dir, kind: accessKind, limit: o.SegmentSize},
+		tiles:   ts,
+		records: records{kind: accessKind, dir: dir},
 		wake:    make(chan struct{}, 1),
 		hurry:   make(chan struct{}),
 		stopped: make(chan struct{}),
 		batch:   newBatch(), spare: newBatch(),
-		merkle: newMerkle(),
+		merkle: newMerkle(ts),
 	}
-	t, err := walkAccess(dir, l.merkle, func(uint64, []byte) error { return nil })
+	t, err := walkAccess(dir, l.merkle, func(uint64, []byte) error { ts.relieve(); return nil })
 	if err != nil {
+		ts.close()
 		return nil, err
 	}
 	if t.torn != nil {
 		l.recovered = "the access log ended in a record that was cut short, which was removed: " + t.torn.Error()
 	}
 	if err := l.writer.open(t); err != nil {
+		ts.close()
 		return nil, kms.Wrap(kms.Unavailable, err, "the access log cannot be opened for writing", "check the directory's owner and free space")
 	}
 	return l, nil
@@ -267,6 +276,18 @@ func (l *Log) Tree() Tree {
 	return l.merkle.tree()
 }
 
+// Hashes is that of tlog.Source. Errors: kms.Invalid for hashes that are not there,
+// kms.Unavailable.
+func (l *Log) Hashes(level uint, from, n uint64) ([][]byte, error) {
+	return l.tiles.Hashes(level, from, n)
+}
+
+// Leaves is that of tlog.Source. Errors: kms.Invalid for leaves that are not there
+// or damaged, kms.Unavailable.
+func (l *Log) Leaves(from uint64, n int) ([][]byte, error) {
+	return accessLeaves(&l.records, l.Size(), from, n)
+}
+
 // Size returns the number of durable entries.
 func (l *Log) Size() uint64 { return l.Tree().Size }
 
@@ -299,6 +320,7 @@ func (l *Log) Close() error {
 	if !first {
 		return nil
 	}
+	l.tiles.close()
 	err := l.writer.close()
 	return errors.Join(l.Failure(), err, l.lock.Close())
 }

@@ -18,9 +18,13 @@ type ClusterLog struct {
 	lock      *os.File
 	recovered string
 
+	tiles   *tiles
+	records records
+
 	mu     sync.Mutex
 	writer segmentWriter
 	frames uint64 // records in all segments
+	parts  []part
 	last   uint64 // Raft index of the last command, or of the last gap's end
 	size   uint64 // leaves of the tree, those of gaps included
 	merkle *merkle
@@ -71,22 +75,27 @@ func openClusterLog(dir string, o Options) (*ClusterLog, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := newMerkle()
+	ts := newTiles(dir)
+	m := newMerkle(ts)
 	l := &ClusterLog{
-		lock:   lock,
-		writer: segmentWriter{disk: o.disk, dir: dir, kind: clusterKind, limit: o.SegmentSize},
-		merkle: &m,
+		lock:    lock,
+		tiles:   ts,
+		records: records{kind: clusterKind, dir: dir},
+		writer:  segmentWriter{disk: o.disk, dir: dir, kind: clusterKind, limit: o.SegmentSize},
+		parts:   []part{{}},
+		merkle:  &m,
 	}
-	t, err := walkCluster(dir, func(r Record) error { l.add(r.Index, r.Leaf); return nil },
+	t, err := walkCluster(dir, func(r Record) error { l.add(r.Index, r.Leaf); ts.relieve(); return nil },
 		func(g Gap) error { l.skip(g); return nil })
 	if err == nil {
 		err = l.writer.open(t)
 	}
 	if err != nil {
+		ts.close()
 		lock.Close()
 		return nil, err
 	}
-	l.frames = t.records
+	ts.behind()
 	if t.torn != nil {
 		l.recovered = "the cluster log ended in a record that was cut short, which was removed: " + t.torn.Error()
 	}
@@ -96,6 +105,7 @@ func openClusterLog(dir string, o Options) (*ClusterLog, error) {
 func (l *ClusterLog) add(index uint64, leaf []byte) {
 	l.last = index
 	l.size++
+	l.frames++
 	if l.merkle != nil {
 		l.merkle.append(LeafHash(leaf))
 	}
@@ -104,7 +114,10 @@ func (l *ClusterLog) add(index uint64, leaf []byte) {
 func (l *ClusterLog) skip(g Gap) {
 	l.gaps = append(l.gaps, g)
 	l.last, l.size = g.To, g.Size
+	l.frames++
+	l.parts = append(l.parts, part{leaf: l.size, record: l.frames})
 	l.merkle = nil
+	l.tiles.drop(kms.Errorf(kms.Unavailable, "this node took over a snapshot and does not hold the cluster log from its beginning"))
 }
 
 // Recovered says what was removed when the log was opened, or is empty.
@@ -174,7 +187,6 @@ func (l *ClusterLog) put(p []byte) error {
 		l.failed = err
 		return clusterReadOnly(err)
 	}
-	l.frames++
 	if cap(p) <= 1<<20 {
 		l.buf = p[:0]
 	}
@@ -245,6 +257,7 @@ func (l *ClusterLog) Close() error {
 		return nil
 	}
 	l.closed = true
+	l.tiles.close()
 	return errors.Join(err, l.writer.close(), l.lock.Close())
 }
 

@@ -40,7 +40,7 @@ func Read(dir string, fn func(seq uint64, e Entry) error) error {
 // ReadLeaves is Read for the leaves as hashed, which are valid only during the
 // call. It returns the size and root of what was read.
 func ReadLeaves(dir string, fn func(seq uint64, leaf []byte) error) (Tree, error) {
-	m := newMerkle()
+	m := newMerkle(nil)
 	_, err := walkAccess(dir, m, fn)
 	return m.tree(), err
 }

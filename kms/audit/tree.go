@@ -35,16 +35,29 @@ func hashChildren(left, right []byte) []byte {
 	return h[:]
 }
 
-// merkle is a growing tree of which only the right border is kept.
-type merkle struct{ r *compact.Range }
+// merkle is a growing tree of which the right border is kept, and by tiles, where
+// there are any, what proofs need.
+type merkle struct {
+	r     *compact.Range
+	tiles *tiles
+	visit compact.VisitFn
+}
 
-func newMerkle() merkle {
+func newMerkle(t *tiles) merkle {
 	f := compact.RangeFactory{Hash: hashChildren}
-	return merkle{f.NewEmptyRange(0)}
+	m := merkle{r: f.NewEmptyRange(0), tiles: t}
+	if t != nil {
+		m.visit = t.take
+	}
+	return m
 }
 
 func (m merkle) append(leafHash []byte) {
-	if err := m.r.Append(leafHash, nil); err != nil {
+	if m.tiles != nil {
+		m.tiles.mu.Lock()
+		defer m.tiles.mu.Unlock()
+	}
+	if err := m.r.Append(leafHash, m.visit); err != nil {
 		panic("audit: a compact range takes one more leaf: " + err.Error()) // impossible: it fails on no input
 	}
 }
