@@ -42,6 +42,12 @@ fault: install-deps ## break a coalition of real nodes for MINUTES (10); SEED re
 	@CONCLAVE_FAULT_MINUTES=$(MINUTES) CONCLAVE_FAULT_SEED=$(SEED) CONCLAVE_FAULT_KILLS=20 \
 	  go test $(RACE) -count=1 -v -timeout $$(( $(MINUTES) + 15 ))m ./test/fault/chaos
 
+ROTATIONS ?= 500
+.PHONY: rotations
+rotations: install-deps ## ROTATIONS (500) rotations under kills and cuts, with clients at every site that open old and new ciphertexts
+	@CONCLAVE_FAULT_TURNS=$(ROTATIONS) CONCLAVE_FAULT_SEED=$(SEED) \
+	  go test $(RACE) -count=1 -v -timeout 90m -run '^TestRotations$$' ./test/fault/chaos
+
 .PHONY: upgrade
 upgrade: install-deps ## a rolling upgrade from the previous release, under load (it needs the history of the repository)
 	@go test $(RACE) -tags fault -count=1 -v -timeout 20m ./test/fault/upgrade

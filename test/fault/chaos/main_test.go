@@ -15,6 +15,7 @@ import (
 // Variables that `make fault` sets.
 const (
 	minutesEnv = "CONCLAVE_FAULT_MINUTES" // of TestChaos; default 2
+	turnsEnv   = "CONCLAVE_FAULT_TURNS"   // rotations of TestRotations; default 6
 	seedEnv    = "CONCLAVE_FAULT_SEED"    // of the faults and the load; default: the time
 	killsEnv   = "CONCLAVE_FAULT_KILLS"   // of TestFailover; default 8
 )
