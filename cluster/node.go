@@ -103,6 +103,11 @@ func Open(ctx context.Context, cfg Config) (n *Node, err error) {
 	n.kept.Store(n.loadKept())
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	if err := n.open(ctx, genesis); err != nil {
+		select {
+		case why := <-n.done: // it halted meanwhile: nothing that failed after that is the reason
+			err = why
+		default:
+		}
 		n.abandon()
 		return nil, err
 	}

@@ -174,7 +174,8 @@ func hostileCommands(t *testing.T, s site, hw *hardware, before replica, p, othe
 	return out
 }
 
-// inject appends the commands to the Raft log of a node that does not run.
+// inject appends the commands to the Raft log of a node that does not run, of all the last to end,
+// in the term in which it will be elected. No entry of another node is of that term, so none is taken for one of these.
 func inject(t *testing.T, n *harness.Node, commands []injection) {
 	t.Helper()
 	store, err := raftboltdb.New(raftboltdb.Options{Path: filepath.Join(n.Data, "raft", "raft.db")})
@@ -185,13 +186,13 @@ func inject(t *testing.T, n *harness.Node, commands []injection) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var newest raft.Log
-	if err := store.GetLog(last, &newest); err != nil {
+	term, err := store.GetUint64([]byte("CurrentTerm")) // of hashicorp/raft
+	if err != nil {
 		t.Fatal(err)
 	}
 	var logs []*raft.Log
 	for i, c := range commands {
-		logs = append(logs, &raft.Log{Index: last + 1 + uint64(i), Term: newest.Term, Type: raft.LogCommand, Data: c.raw})
+		logs = append(logs, &raft.Log{Index: last + 1 + uint64(i), Term: term + 1, Type: raft.LogCommand, Data: c.raw})
 	}
 	if err := store.StoreLogs(logs); err != nil {
 		t.Fatal(err)

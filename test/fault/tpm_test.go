@@ -69,7 +69,7 @@ func (w *world) clearTPM() {
 func (w *world) lockOutTPM() {
 	w.t.Helper()
 	w.beside(func(link transport.TPM) error {
-		key, err := tpm2.CreatePrimary{
+		create := tpm2.CreatePrimary{
 			PrimaryHandle: tpm2.TPMRHNull,
 			InSensitive:   tpm2.TPM2BSensitiveCreate{Sensitive: &tpm2.TPMSSensitiveCreate{UserAuth: tpm2.TPM2BAuth{Buffer: []byte("right")}}},
 			InPublic: tpm2.New2B(tpm2.TPMTPublic{
@@ -79,12 +79,20 @@ func (w *world) lockOutTPM() {
 					Scheme: tpm2.TPMAlgHMAC, Details: tpm2.NewTPMUSchemeKeyedHash(tpm2.TPMAlgHMAC, &tpm2.TPMSSchemeHMAC{HashAlg: tpm2.TPMAlgSHA256}),
 				}}),
 			}),
-		}.Execute(link)
+		}
+		key, err := create.Execute(link)
 		if err != nil {
 			return err
 		}
 		defer func() { _, _ = tpm2.FlushContext{FlushHandle: key.ObjectHandle}.Execute(link) }()
 		for range 100 {
+			if errors.Is(err, tpm2.TPMRCReferenceH0) { // the node has cleared away what it does not know
+				again, err := create.Execute(link)
+				if err != nil {
+					return err
+				}
+				key = again
+			}
 			_, err = tpm2.Hmac{
 				Handle:  tpm2.AuthHandle{Handle: key.ObjectHandle, Name: key.Name, Auth: tpm2.PasswordAuth([]byte("wrong"))},
 				Buffer:  tpm2.TPM2BMaxBuffer{Buffer: []byte("x")},

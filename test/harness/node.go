@@ -31,6 +31,7 @@ type Node struct {
 	found   string // its command that makes the hardware root and the card: init or join
 	pid     atomic.Int64
 	own     *process // once restarted by us
+	tokens  softTokens
 	check   func(context.Context) (wire.Ready, error)
 }
 
@@ -53,7 +54,9 @@ func (n *Node) serving() bool {
 }
 
 // Kill ends the node with SIGKILL, as a power cut would, and waits for its end.
-func (n *Node) Kill(ctx context.Context) error { return n.Process().Kill(ctx) }
+func (n *Node) Kill(ctx context.Context) error {
+	return errors.Join(n.tokens.keep(n.Dir), n.Process().Kill(ctx), n.tokens.mend(n.Dir))
+}
 
 // Pause freezes the node with SIGSTOP and returns when it stands still.
 func (n *Node) Pause(ctx context.Context) error { return n.Process().Pause(ctx) }
@@ -96,6 +99,9 @@ func (n *Node) Launch() error {
 		return err
 	}
 	defer log.Close()
+	if err := n.tokens.keep(n.Dir); err != nil {
+		return err
+	}
 	cmd := exec.Command(n.program, "run", "--config", n.Config)
 	cmd.Env = base().list()
 	cmd.Dir = n.Dir
