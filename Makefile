@@ -52,6 +52,11 @@ rotations: install-deps ## ROTATIONS (500) rotations under kills and cuts, with 
 upgrade: install-deps ## a rolling upgrade from the previous release, under load (it needs the history of the repository)
 	@go test $(RACE) -tags fault -count=1 -v -timeout 20m ./test/fault/upgrade
 
+MUTANTS ?= 1000000
+.PHONY: mutants
+mutants: ## MUTANTS (1000000) changed, spliced, replayed and wrongly signed commands and approvals: none is carried out; SEED repeats them
+	@CONCLAVE_MUTANTS=$(MUTANTS) CONCLAVE_MUTANTS_SEED=$(SEED) go test -count=1 -v -timeout 60m -run '^TestMutants' ./kms/state
+
 FILES ?= 200
 .PHONY: interop
 interop: install-deps ## the Go and the Python verifier of evidence on FILES (200) tampered files of each class; SEED repeats the choice

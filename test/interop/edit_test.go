@@ -3,10 +3,7 @@ package interop
 import (
 	"bytes"
 	"math/rand/v2"
-	"slices"
 	"testing"
-
-	"github.com/fxamacker/cbor/v2"
 
 	"github.com/conclave-kms/conclave/kms/approval"
 	"github.com/conclave-kms/conclave/kms/audit"
@@ -22,93 +19,16 @@ type editor struct {
 	r *rand.Rand
 }
 
-// pick returns one of the list; the list must not be empty.
-func pick[T any](r *rand.Rand, l []T) T { return l[r.IntN(len(l))] }
+func (ed editor) change(v any) any { return statetest.Editor{R: ed.r}.Change(v) }
 
 // loose decodes canonical CBOR without knowing what it is.
-func (ed editor) loose(b []byte) (v any) {
+func (ed editor) loose(b []byte) any {
 	ed.t.Helper()
-	mode, err := cbor.DecOptions{DefaultMapType: typeOfMap}.DecMode()
-	if err == nil {
-		err = mode.Unmarshal(b, &v)
-	}
+	v, err := statetest.Loose(b)
 	if err != nil {
 		ed.t.Fatal(err)
 	}
 	return v
-}
-
-// names that a text may be changed into.
-var names = []string{"", "x", "de", "fr", "jp", "fr-1", "de-2", "node-de-1", "node-fr-1", "node-jp-1", "standard", "governance", "coalition", "europe", "vault", "host", "software", "hardware"}
-
-// change returns another value of the same kind, changed in one place.
-func (ed editor) change(v any) any {
-	switch v := v.(type) {
-	case string:
-		if ed.r.IntN(2) == 0 || v == "" {
-			return pick(ed.r, names)
-		}
-		b := []byte(v)
-		b[ed.r.IntN(len(b))] = "abc019-/"[ed.r.IntN(8)]
-		return string(b)
-	case []byte:
-		return ed.changeBytes(v)
-	case uint64:
-		return pick(ed.r, []any{v + 1, v - min(v, 1), uint64(0), v / 2, v + 3_600_000, v - min(v, 3*uint64(state.Window))})
-	case int64:
-		return pick(ed.r, []any{v + 1, -v})
-	case bool:
-		return !v
-	case []any:
-		return ed.changeList(v)
-	case map[string]any:
-		keys := make([]string, 0, len(v))
-		for k := range v {
-			keys = append(keys, k)
-		}
-		slices.Sort(keys)
-		k := pick(ed.r, keys)
-		v[k] = ed.change(v[k])
-		return v
-	}
-	ed.t.Fatalf("%T", v)
-	return nil
-}
-
-func (ed editor) changeBytes(b []byte) []byte {
-	if len(b) == 0 {
-		return []byte{1}
-	}
-	switch ed.r.IntN(6) {
-	case 0:
-		return nil
-	case 1:
-		return b[:len(b)-1]
-	case 2:
-		return append(slices.Clone(b), 0)
-	}
-	b = slices.Clone(b)
-	b[ed.r.IntN(len(b))] ^= 1 << ed.r.IntN(8)
-	return b
-}
-
-func (ed editor) changeList(l []any) any {
-	if len(l) == 0 {
-		return []any{"x"}
-	}
-	i := ed.r.IntN(len(l))
-	l = slices.Clone(l)
-	switch ed.r.IntN(4) {
-	case 0:
-		return slices.Delete(l, i, i+1)
-	case 1:
-		return slices.Insert(l, i, l[i])
-	case 2:
-		slices.Reverse(l)
-		return l
-	}
-	l[i] = ed.change(l[i])
-	return l
 }
 
 // envelope edits a command: a field of its envelope or, half of the time, of its

@@ -17,6 +17,7 @@ import (
 
 	"github.com/conclave-kms/conclave/kms/audit"
 	"github.com/conclave-kms/conclave/kms/secret"
+	"github.com/conclave-kms/conclave/kms/state/statetest"
 	"github.com/conclave-kms/conclave/pqc"
 )
 
@@ -124,12 +125,12 @@ func corpus(t *testing.T) (files []file) {
 	perClass := setting(t, "CONCLAVE_INTEROP_FILES", 15)
 	ed := editor{t, rand.New(rand.NewPCG(seed, seed))}
 	for range 5 {
-		s := pick(ed.r, good)
+		s := statetest.Pick(ed.r, good)
 		files = append(files, file{class: "true, of another cluster than asked for", cluster: "0123456789abcdef0123456789abcdef", b: s.e.Marshal()})
 	}
 	for _, c := range classes {
 		for made, tries := 0, 0; made < perClass && tries < 100*perClass; tries++ {
-			s, other := pick(ed.r, good), pick(ed.r, good)
+			s, other := statetest.Pick(ed.r, good), statetest.Pick(ed.r, good)
 			b, ok := c.tamper(ed, s, other)
 			if !ok || string(b) == string(s.e.Marshal()) || other.world == s.world && c.name == "something of another cluster" {
 				continue

@@ -3,7 +3,6 @@ package interop
 import (
 	"bytes"
 	"encoding/json"
-	"reflect"
 	"slices"
 	"strings"
 
@@ -12,9 +11,8 @@ import (
 	"github.com/conclave-kms/conclave/kms/audit"
 	"github.com/conclave-kms/conclave/kms/canon"
 	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/kms/state/statetest"
 )
-
-var typeOfMap = reflect.TypeFor[map[string]any]()
 
 // class is a way to tamper with evidence. It returns a file, or false where the
 // sample has nothing of the kind.
@@ -69,12 +67,12 @@ func lists(ed editor, e *audit.Evidence, f func(n int) []int) bool {
 	add(len(e.Later), func(o []int) { e.Later = arranged(e.Later, o) })
 	add(len(e.Receipts), func(o []int) { e.Receipts = arranged(e.Receipts, o) })
 	add(len(e.Recoveries), func(o []int) { e.Recoveries = arranged(e.Recoveries, o) })
-	d := pick(ed.r, decisions(e))
+	d := statetest.Pick(ed.r, decisions(e))
 	add(len(d.Votes), func(o []int) { d.Votes = arranged(d.Votes, o) })
 	if len(can) == 0 {
 		return false
 	}
-	pick(ed.r, can)()
+	statetest.Pick(ed.r, can)()
 	return true
 }
 
@@ -100,35 +98,35 @@ var classes = []class{
 	}},
 	{"the file's form", reformatted},
 	inPlace("a command edited, its signature left", func(ed editor, _, _ sample, e *audit.Evidence) bool {
-		b := pick(ed.r, signedCommands(e))
+		b := statetest.Pick(ed.r, signedCommands(e))
 		*b = ed.tampered(*b)
 		return true
 	}),
 	inPlace("a command edited, signed again by its node", func(ed editor, s, _ sample, e *audit.Evidence) bool {
-		b := pick(ed.r, signedCommands(e))
+		b := statetest.Pick(ed.r, signedCommands(e))
 		*b = ed.resigned(s.w, *b)
 		return true
 	}),
 	inPlace("a proposal edited, signatures left", func(ed editor, _, _ sample, e *audit.Evidence) bool {
-		d := pick(ed.r, decisions(e))
+		d := statetest.Pick(ed.r, decisions(e))
 		d.Proposal = canon.Marshal(ed.change(ed.loose(d.Proposal)))
 		return true
 	}),
 	inPlace("a proposal edited, signed again by all", func(ed editor, s, _ sample, e *audit.Evidence) bool {
-		d := pick(ed.r, decisions(e))
+		d := statetest.Pick(ed.r, decisions(e))
 		again, ok := ed.reproposed(s.w, *d)
 		*d = again
 		return ok
 	}),
 	inPlace("a vote edited", func(ed editor, _, _ sample, e *audit.Evidence) bool {
-		d := pick(ed.r, decisions(e))
+		d := statetest.Pick(ed.r, decisions(e))
 		if len(d.Votes) == 0 {
 			return false
 		}
 		v := &d.Votes[ed.r.IntN(len(d.Votes))]
-		text := pick(ed.r, []*string{&v.Proposal, &v.Custodian, &v.Credential, (*string)(&v.Verdict), nil})
+		text := statetest.Pick(ed.r, []*string{&v.Proposal, &v.Custodian, &v.Credential, (*string)(&v.Verdict), nil})
 		if text == nil {
-			v.Signature = ed.changeBytes(v.Signature)
+			v.Signature = statetest.Editor{R: ed.r}.Bytes(v.Signature)
 			return true
 		}
 		*text = strings.ToValidUTF8(ed.change(*text).(string), "")
@@ -154,7 +152,7 @@ var classes = []class{
 		})
 	}),
 	inPlace("something of another decision", func(ed editor, _, _ sample, e *audit.Evidence) bool {
-		d, from := pick(ed.r, decisions(e)), pick(ed.r, decisions(e))
+		d, from := statetest.Pick(ed.r, decisions(e)), statetest.Pick(ed.r, decisions(e))
 		return d != from && graft(ed, d, from)
 	}),
 	inPlace("something of another cluster", foreign),
@@ -164,7 +162,7 @@ var classes = []class{
 		}
 		i := ed.r.IntN(len(e.Recoveries))
 		if ed.r.IntN(2) == 0 {
-			e.Recoveries[i] = ed.changeBytes(e.Recoveries[i])
+			e.Recoveries[i] = statetest.Editor{R: ed.r}.Bytes(e.Recoveries[i])
 		} else {
 			e.Recoveries[i] = canon.Marshal(ed.change(ed.loose(e.Recoveries[i])))
 		}
@@ -234,7 +232,7 @@ func movedTimes(ed editor, s, _ sample, e *audit.Evidence) bool {
 	if err != nil {
 		ed.t.Fatal(err)
 	}
-	at := p.Created + pick(ed.r, []int64{0, 1, -1, state.Window, -2 * state.Window, -2*state.Window - 1, -state.Window - 1, 7*24*3_600_000 - 2*state.Window - 1})
+	at := p.Created + statetest.Pick(ed.r, []int64{0, 1, -1, state.Window, -2 * state.Window, -2*state.Window - 1, -state.Window - 1, 7*24*3_600_000 - 2*state.Window - 1})
 	switch ed.r.IntN(3) {
 	case 0:
 		p.NotBefore = max(p.Created, at) + state.Window
@@ -310,7 +308,7 @@ func editedGenesis(ed editor, s, _ sample, e *audit.Evidence) bool {
 }
 
 func dropped(ed editor, s, _ sample, e *audit.Evidence) bool {
-	d := pick(ed.r, decisions(e))
+	d := statetest.Pick(ed.r, decisions(e))
 	var can []func()
 	add := func(there bool, f func()) {
 		if there {
@@ -328,7 +326,7 @@ func dropped(ed editor, s, _ sample, e *audit.Evidence) bool {
 	add(len(e.KeyID) > 0, func() { e.KeyID = nil })
 	add(true, func() { d.Open = nil })
 	add(true, func() { d.Execution = nil })
-	pick(ed.r, can)()
+	statetest.Pick(ed.r, can)()
 	return true
 }
 
@@ -354,10 +352,10 @@ func graft(ed editor, to, from *audit.Decision) bool {
 
 func foreign(ed editor, _, other sample, e *audit.Evidence) bool {
 	o := clone(ed.t, other.e)
-	d, from := pick(ed.r, decisions(e)), pick(ed.r, decisions(&o))
+	d, from := statetest.Pick(ed.r, decisions(e)), statetest.Pick(ed.r, decisions(&o))
 	switch ed.r.IntN(8) {
 	case 0:
-		e.Genesis, e.Cluster = o.Genesis, pick(ed.r, []string{e.Cluster, o.Cluster})
+		e.Genesis, e.Cluster = o.Genesis, statetest.Pick(ed.r, []string{e.Cluster, o.Cluster})
 	case 1:
 		e.Decision = o.Decision
 	case 2:
