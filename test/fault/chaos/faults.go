@@ -50,8 +50,6 @@ type Faults struct {
 	done      []struck
 	ended     map[string]int // nodes that ended by themselves, by reason
 	failures  []string       // of the injection
-	tokens    tokenFiles     // as they were before anything was disturbed
-	mended    int            // tokens that SoftHSM had left empty
 	restarted int            // nodes that were started anew because they asked for it
 }
 
@@ -59,7 +57,7 @@ type Faults struct {
 func NewFaults(c *harness.Coalition, now func() time.Duration, seed uint64) *Faults {
 	f := &Faults{
 		c: c, now: now, seed: seed, rand: rand.New(rand.NewPCG(seed, 77)), maximum: (len(c.Nodes) - 1) / 2,
-		disturbed: map[*harness.Node]int{}, down: map[*harness.Node]bool{}, ended: map[string]int{}, disks: map[string]*disk{}, tokens: keepTokens(c.Nodes),
+		disturbed: map[*harness.Node]int{}, down: map[*harness.Node]bool{}, ended: map[string]int{}, disks: map[string]*disk{},
 	}
 	f.kinds = slices.Clone(basic)
 	return f
@@ -318,11 +316,6 @@ func (f *Faults) revive(ctx context.Context) {
 			f.mu.Lock()
 			if !f.down[n] && !n.Running() {
 				f.ended[n.ID+": "+n.Says(1)]++
-				if mended, err := f.tokens.mend(n); err != nil {
-					f.failures = append(f.failures, err.Error())
-				} else if mended {
-					f.mended++
-				}
 				if err := f.c.Launch(n); err != nil {
 					f.failures = append(f.failures, err.Error())
 				}

@@ -48,9 +48,6 @@ func TestRotations(t *testing.T) {
 	for reason, n := range faults.endings() {
 		t.Logf("ended by itself, %d times: %s", n, strings.TrimSpace(reason))
 	}
-	if faults.mended > 0 {
-		t.Logf("%d times SoftHSM had left a token empty when it was killed at a login (see token.go)", faults.mended)
-	}
 	if s.done != want || total == 0 || everywhere < len(r.c.Nodes)*(want+storyKeys) {
 		t.Errorf("%d of %d rotations, %d faults: something was not tried", s.done, want, total)
 	}
