@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	mathrand "math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -96,7 +97,8 @@ func (d *dev) takePorts(st devState) {
 	}
 }
 
-// reservePorts asks the system for free ports.
+// reservePorts chooses free ports. They are below the range from which systems take the ports of outgoing
+// connections, which would be in the way of one that is to be listened on a moment, or a restart, later.
 func (d *dev) reservePorts() error {
 	var held []net.Listener
 	defer func() {
@@ -104,13 +106,16 @@ func (d *dev) reservePorts() error {
 			l.Close()
 		}
 	}()
-	port := func() (int, error) {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return 0, err
+	port := func() (port int, err error) {
+		for range 100 {
+			var l net.Listener
+			port = 10_000 + mathrand.IntN(20_000)
+			if l, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+				held = append(held, l)
+				return port, nil
+			}
 		}
-		held = append(held, l)
-		return l.Addr().(*net.TCPAddr).Port, nil
+		return 0, err
 	}
 	for i := range d.sites {
 		var err error

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
@@ -236,12 +237,22 @@ func newSecret(file string) (*secret.Bytes, string, error) {
 	return s, file, err
 }
 
-// freePorts asks the system for free addresses on loopback.
+// taken counts the ports that this process has tried.
+var taken atomic.Uint32
+
+// freePorts returns free addresses on loopback that stay free until a node listens there: below the
+// range from which systems take the ports of outgoing connections, and of a part of it in which
+// other processes of the tests seldom look.
 func freePorts(n int) (addresses []string, err error) {
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
+	const first, parts, size = 10_000, 100, 200
+	for tries := 0; len(addresses) < n; tries++ {
+		if tries > size {
 			return nil, err
+		}
+		port := first + os.Getpid()%parts*size + int(taken.Add(1)%size)
+		var l net.Listener
+		if l, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err != nil {
+			continue
 		}
 		defer l.Close() // at the end, so that all differ
 		addresses = append(addresses, l.Addr().String())
