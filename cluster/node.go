@@ -190,7 +190,7 @@ func (n *Node) openFile(path string) (LogStore, error) {
 	if err != nil {
 		return nil, storeError(path, err)
 	}
-	checked := &checkedStore{store, path}
+	checked := &checkedStore{LogStore: store, path: path}
 	if err := checked.checkAll(); err != nil {
 		return nil, errors.Join(err, store.Close())
 	}

@@ -72,7 +72,7 @@ func (o Offline) Load(ctx context.Context) (Found, error) {
 	if err != nil {
 		return Found{}, storeError(path, err)
 	}
-	f, err := o.load(ctx, dir, genesis, &checkedStore{store, path})
+	f, err := o.load(ctx, dir, genesis, &checkedStore{LogStore: store, path: path})
 	if err = errors.Join(err, store.Close()); err != nil {
 		return Found{}, err
 	}
@@ -208,7 +208,7 @@ func (o Offline) build(ctx context.Context, dir *dataDir, st *state.State, r sta
 	if err != nil {
 		return err
 	}
-	checked := &checkedStore{store, dir.file(logFile)}
+	checked := &checkedStore{LogStore: store, path: dir.file(logFile)}
 	if err := errors.Join(checked.SetUint64([]byte("CurrentTerm"), term), store.Close()); err != nil {
 		return err
 	}
