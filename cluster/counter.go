@@ -69,20 +69,19 @@ func (c *counter) value() uint64 {
 	return c.now
 }
 
-// next returns the device's count and the one that it will reach by being incremented, even if the
-// command has to be sent to it twice. It does not exceed bound: a TPM's counter that was never
-// incremented reads 0 and begins above all that the TPM ever had (TPM 2.0 part 1, 37.2.3).
-func (c *counter) next(ctx context.Context) (now, next, bound uint64, err error) {
+// next returns the device's count, and one that the device does not exceed by being incremented
+// once, even if the command has to be sent to it twice. A TPM's counter that was never incremented reads 0
+// and begins above all that the TPM ever had (TPM 2.0 part 1, 37.2.3): a node that is cut short at
+// that very moment believes that its disk was put back, which is better than a disk that is never too old.
+func (c *counter) next(ctx context.Context) (now, next uint64, err error) {
 	v, err := c.device.Count(ctx)
-	switch {
-	case err != nil:
-		return 0, 0, 0, err
-	case v == 0:
-		return 0, 2, math.MaxUint64, nil
-	case v > math.MaxUint64-2:
-		return 0, 0, 0, kms.Errorf(kms.Unavailable, "the device's counter is at its end")
+	if err == nil && v > math.MaxUint64-2 {
+		err = kms.Errorf(kms.Unavailable, "the device's counter is at its end")
 	}
-	return v, v + 2, v + 2, nil
+	if err != nil {
+		return 0, 0, err
+	}
+	return v, v + 2, nil
 }
 
 // countAgain is the time after which a count that has failed is tried again.

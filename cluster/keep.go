@@ -88,14 +88,14 @@ func (n *Node) endProbation(ctx context.Context) {
 func (n *Node) advance(ctx context.Context, at position) error {
 	ctx, cancel := context.WithTimeout(ctx, signTimeout)
 	defer cancel()
-	now, next, bound, err := n.memory.count.next(ctx)
+	now, next, err := n.memory.count.next(ctx)
 	if err != nil {
 		return err
 	}
 	if kept := n.memory.count.keeps(); kept > now+2 {
 		n.cfg.Logger.Error("the device's counter has gone back: it was set back, removed, or the device is another", "count", now, "kept", kept)
 	}
-	if err := n.keepOwn(at, bound); err != nil {
+	if err := n.keepOwn(at, next); err != nil {
 		return err
 	}
 	n.foretell(ctx, at, next)

@@ -209,12 +209,12 @@ func preferred(old, next error) error {
 func (c *Client) try(ctx context.Context, base *url.URL, method, path string, body []byte, out any, o callOptions) (verdict, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	req, err := newRequest(ctx, base, method, path, body, o)
+	var sent sends
+	req, err := newRequest(httptrace.WithClientTrace(ctx, sent.trace()), base, method, path, body, o)
 	if err != nil {
 		return final, kms.Wrap(kms.Invalid, err, "the request cannot be made", "")
 	}
-	var sent sends
-	resp, err := c.http.Do(req.WithContext(httptrace.WithClientTrace(ctx, sent.trace())))
+	resp, err := c.http.Do(req)
 	if err != nil && sent.before() {
 		return later, brokeOff(base, method, err)
 	}
