@@ -167,7 +167,11 @@ func TestNote(t *testing.T) {
 			t.Errorf("without line %d: %v %v", i, names, err)
 		}
 	}
-	for i := 0; i < len(signed); i += 11 {
+	ends := len(signed) - 2 // the last character, some of whose bits say nothing
+	for i := 0; i < len(signed); i++ {
+		if i%37 != 0 && i < ends-2 {
+			continue
+		}
 		bad := bytes.Clone(signed)
 		bad[i] ^= 1
 		if c, names, err := Open(bad, a.Witness, b.Witness); err == nil && (len(names) == 2 || !bytes.Equal(c.Marshal(), sample().Marshal())) {

@@ -159,6 +159,11 @@ func Open(b []byte, known ...Witness) (Checkpoint, []string, error) {
 	if err != nil {
 		return Checkpoint{}, nil, kms.Wrap(kms.BadSignature, err, "checkpoint: the signed note does not verify", "")
 	}
+	for _, s := range n.Sigs { // sumdb/note passes over the spare bits of the last character
+		if sig, err := base64.StdEncoding.Strict().DecodeString(s.Base64); err != nil || base64.StdEncoding.EncodeToString(sig) != s.Base64 {
+			return Checkpoint{}, nil, kms.Errorf(kms.BadSignature, "checkpoint: a signature line of %s is not in canonical base64", s.Name)
+		}
+	}
 	c, err := Parse([]byte(n.Text))
 	if err != nil {
 		return Checkpoint{}, nil, err
