@@ -16,9 +16,9 @@ import (
 	"github.com/conclave-kms/conclave/kms/secret"
 )
 
-// DefaultCredentialTimeout bounds one call to a custodian's token, which may wait for a
+// credentialTimeout bounds one call to a custodian's token, which may wait for a
 // person to touch it.
-const DefaultCredentialTimeout = time.Minute
+const credentialTimeout = time.Minute
 
 // CredentialConfig names a custodian's key. The PIN comes from exactly one of PIN,
 // PINFile and the pin-source of the URI.
@@ -26,7 +26,7 @@ type CredentialConfig struct {
 	URI         string        // see ParseCredentialURI
 	PIN         *secret.Bytes // copied
 	PINFile     string
-	CallTimeout time.Duration // of one call; 0 means DefaultCredentialTimeout
+	CallTimeout time.Duration // of one call; 0 means credentialTimeout
 	SoftHSMConf string        // as Config.SoftHSMConf
 }
 
@@ -82,7 +82,7 @@ func openCredential(ctx context.Context, cfg CredentialConfig, bind func(*Creden
 	}
 	c := &Credential{timeout: cfg.CallTimeout, pin: pin}
 	if c.timeout <= 0 {
-		c.timeout = DefaultCredentialTimeout
+		c.timeout = credentialTimeout
 	}
 	if c.mod, err = loadModule(u.ModulePath, cfg.SoftHSMConf); err != nil {
 		pin.Destroy()
@@ -107,10 +107,7 @@ func (c *Credential) Info() CredentialInfo { return c.info }
 // PublicKey returns the SEC 1 uncompressed point.
 func (c *Credential) PublicKey() []byte { return bytes.Clone(c.public) }
 
-// DigestSize is the length of the digests that Sign takes: 32 for P-256, 48 for P-384.
-func (c *Credential) DigestSize() int { return c.curve.digest }
-
-// Sign returns the ECDSA signature of a digest of DigestSize bytes, r‖s. A key with
+// Sign returns the ECDSA signature of a digest, r‖s: of SHA-256 (32 bytes) for P-256, of SHA-384 (48) for P-384. A key with
 // CKA_ALWAYS_AUTHENTICATE gets the PIN again, for this signature alone (PKCS#11 2.40
 // section 5.6, C_Login with CKU_CONTEXT_SPECIFIC).
 func (c *Credential) Sign(ctx context.Context, digest []byte) (sig []byte, err error) {

@@ -19,8 +19,9 @@ import (
 )
 
 func (a *app) custodianCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "custodian", Short: "Make a custodian's key; list the custodians; propose to enrol or revoke one"}
-	cmd.AddCommand(a.custodianKeygenCommand(), a.custodianTokenCommand(), a.custodianListCommand(), a.custodianAddCommand(), a.custodianRevokeCommand())
+	cmd := &cobra.Command{Use: "custodian", Short: "Make a custodian's key; list the custodians; propose to enrol or revoke one; suspend a lost key"}
+	cmd.AddCommand(a.custodianKeygenCommand(), a.custodianTokenCommand(), a.custodianCardCommand(), a.custodianListCommand(), a.custodianAddCommand(),
+		a.custodianAddKeyCommand(), a.custodianRemoveKeyCommand(), a.custodianSuspendCommand(), a.custodianRestoreCommand(), a.custodianRevokeCommand())
 	return cmd
 }
 
@@ -96,7 +97,13 @@ func custodianTable(w io.Writer, list []wire.Custodian) {
 	row(w, "CUSTODIAN", "SITE", "STATE", "KEY", "SUITE")
 	for _, cu := range list {
 		for _, cred := range cu.Credentials {
-			row(w, cu.ID, cu.Site, map[bool]string{true: "revoked", false: "active"}[cu.Revoked], cred.ID, pqc.SuiteID(cred.Suite))
+			state := "active"
+			if cu.Revoked {
+				state = "revoked"
+			} else if cred.Suspended {
+				state = "suspended"
+			}
+			row(w, cu.ID, cu.Site, state, cred.ID, pqc.SuiteID(cred.Suite))
 		}
 	}
 }

@@ -118,7 +118,7 @@ func custodianRecord(ctx context.Context, c *client.Client, id string) (approval
 func custodianFrom(x wire.Custodian) approval.Custodian {
 	out := approval.Custodian{ID: x.ID, Site: x.Site, Revoked: x.Revoked, Revision: x.Revision}
 	for _, k := range x.Credentials {
-		out.Credentials = append(out.Credentials, approval.Credential{ID: k.ID, Suite: k.Suite, PublicKey: k.PublicKey})
+		out.Credentials = append(out.Credentials, approval.Credential{ID: k.ID, Suite: k.Suite, PublicKey: k.PublicKey, Suspended: k.Suspended})
 	}
 	return out
 }

@@ -202,11 +202,7 @@ conclave sign --offline FILE; the file then goes to conclave proposal submit.`,
 func recordsOf(list []wire.Custodian) []approval.Custodian {
 	var all []approval.Custodian
 	for _, c := range list {
-		r := approval.Custodian{ID: c.ID, Site: c.Site, Revoked: c.Revoked}
-		for _, k := range c.Credentials {
-			r.Credentials = append(r.Credentials, approval.Credential{ID: k.ID, Suite: k.Suite, PublicKey: k.PublicKey})
-		}
-		all = append(all, r)
+		all = append(all, custodianFrom(c))
 	}
 	return all
 }

@@ -70,24 +70,32 @@ func (s *signerFlags) open(cmd *cobra.Command) (signer, error) {
 	return keyFileSigner{key}, nil
 }
 
-// cast signs a verdict on a proposal, given as its exact bytes, in the name of the
-// custodian whom the credential belongs to, and checks the signature as the cluster will.
-func cast(cmd *cobra.Command, by *signerFlags, verdict approval.Verdict, proposal []byte, owner func(credential string) (string, bool)) (approval.Statement, error) {
+// signAs opens the credential, finds whose it is, and signs what message makes of that.
+func signAs(cmd *cobra.Command, by *signerFlags, context string, owner func(credential string) (string, bool), message func(who, credential string) []byte) (who string, k approval.Credential, signature []byte, err error) {
 	key, err := by.open(cmd)
 	if err != nil {
-		return approval.Statement{}, err
+		return "", k, nil, err
 	}
 	defer key.Close()
 	public := key.PublicKey()
-	s := approval.Statement{Proposal: approval.ProposalID(proposal), Verdict: verdict, Credential: pqc.Fingerprint(public)}
-	who, ok := owner(s.Credential)
+	k = approval.Credential{ID: pqc.Fingerprint(public), Suite: uint16(key.Suite()), PublicKey: public}
+	who, ok := owner(k.ID)
 	if !ok {
-		return s, kms.Errorf(kms.NotFound, "no custodian of this cluster has the key %s (%s)", s.Credential, by.where())
+		return "", k, nil, kms.Errorf(kms.NotFound, "no custodian of this cluster has the key %s (%s), or it is suspended", k.ID, by.where())
 	}
-	s.Custodian = who
-	if s.Signature, err = key.Sign(cmd.Context(), approval.Message(verdict, proposal), approval.Context); err != nil {
-		return s, err
+	m := message(who, k.ID)
+	if signature, err = key.Sign(cmd.Context(), m, context); err != nil {
+		return "", k, nil, err
 	}
-	record := approval.Custodian{ID: who, Credentials: []approval.Credential{{ID: s.Credential, Suite: uint16(key.Suite()), PublicKey: public}}}
-	return s, s.Verify(record, proposal)
+	if err := pqc.Verify(key.Suite(), public, m, []byte(context), signature); err != nil {
+		return "", k, nil, kms.Wrap(kms.BadSignature, err, "the signature by "+by.where()+" does not verify under its public key", "")
+	}
+	return who, k, signature, nil
+}
+
+// cast signs a verdict on a proposal, given as its exact bytes, in the name of the
+// custodian whom the credential belongs to.
+func cast(cmd *cobra.Command, by *signerFlags, verdict approval.Verdict, proposal []byte, owner func(credential string) (string, bool)) (approval.Statement, error) {
+	who, k, signature, err := signAs(cmd, by, approval.Context, owner, func(_, _ string) []byte { return approval.Message(verdict, proposal) })
+	return approval.Statement{Proposal: approval.ProposalID(proposal), Verdict: verdict, Custodian: who, Credential: k.ID, Signature: signature}, err
 }

@@ -48,7 +48,7 @@ func TestTokenCredential(t *testing.T) {
 		t.Errorf("%+v", info)
 	}
 
-	k, err := readPublic(public)
+	k, _, err := readKey(public, "fr-9")
 	if err != nil || k.ID != info.Fingerprint || k.Suite != uint16(pqc.ECDSAP256SHA256) {
 		t.Fatalf("%v: %+v", err, k)
 	}

@@ -8,8 +8,8 @@ import (
 	"github.com/conclave-kms/conclave/kms/canon"
 )
 
-// CarriedFormat is the format of a Carried.
-const CarriedFormat = 1
+// carriedFormat is the format of a Carried.
+const carriedFormat = 1
 
 // Carried is a proposal on its way to custodians whose computers have no network,
 // and their statements on the way back: one file.
@@ -48,8 +48,8 @@ func ParseCarried(b []byte) (Carried, Proposal, error) {
 	if err := canon.Unmarshal(b, &c); err != nil {
 		return fail(kms.Wrap(kms.Invalid, err, "the exported proposal is not in canonical form", ""))
 	}
-	if c.Format != CarriedFormat {
-		return fail(kms.Errorf(kms.Invalid, "the exported proposal has format %d; this program knows %d", c.Format, CarriedFormat))
+	if c.Format != carriedFormat {
+		return fail(kms.Errorf(kms.Invalid, "the exported proposal has format %d; this program knows %d", c.Format, carriedFormat))
 	}
 	p, err := ParseProposal(c.Proposal)
 	if err != nil {
@@ -109,14 +109,16 @@ func (c Carried) Owner(credential string) (string, bool) {
 // Carry returns the file for a proposal, given as its exact bytes, of the cluster with
 // that genesis identity.
 func Carry(cluster string, proposal []byte, custodians []Custodian) Carried {
-	c := Carried{Format: CarriedFormat, Cluster: cluster, Proposal: proposal, Voters: []Voter{}, Statements: []Statement{}}
+	c := Carried{Format: carriedFormat, Cluster: cluster, Proposal: proposal, Voters: []Voter{}, Statements: []Statement{}}
 	for _, cu := range custodians {
 		if cu.Revoked {
 			continue
 		}
 		v := Voter{ID: cu.ID, Site: cu.Site, Credentials: []string{}}
 		for _, k := range cu.Credentials {
-			v.Credentials = append(v.Credentials, k.ID)
+			if cu.Active(k.ID) {
+				v.Credentials = append(v.Credentials, k.ID)
+			}
 		}
 		c.Voters = append(c.Voters, v)
 	}

@@ -53,7 +53,7 @@ func (p Policy) Rule(a kms.Action) (Rule, bool) {
 }
 
 // Possible reports whether every quorum rule can be met by the custodians who
-// are not revoked, and whether everybody who may veto is a custodian. Errors are
+// have a credential that counts, and whether everybody who may veto is a custodian. Errors are
 // kms.Invalid with the arithmetic in the message.
 func (p Policy) Possible(custodians []Custodian) error {
 	known := make(map[string]bool, len(custodians))
@@ -61,7 +61,7 @@ func (p Policy) Possible(custodians []Custodian) error {
 	active := make(map[string]bool)
 	for _, c := range custodians {
 		known[c.ID] = true
-		if !c.Revoked && !active[c.ID] {
+		if c.canVote() && !active[c.ID] {
 			active[c.ID] = true
 			bySite[c.Site]++
 		}

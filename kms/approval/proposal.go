@@ -157,6 +157,9 @@ func (p Proposal) validateAction(bad func(string, ...any) error) error {
 		if err := cp.Custodian.Validate(); err != nil {
 			return bad("%v", err)
 		}
+		if err := cp.validate(); err != nil {
+			return bad("%v", err)
+		}
 	case kms.ActionNode:
 		if err := p.validateNode(); err != nil {
 			return bad("%v", err)

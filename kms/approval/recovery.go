@@ -100,14 +100,10 @@ func (h RecoveryHolder) VerifyCard(cluster string, c Custodian) error {
 
 // verifyCredential checks a signature by one of a custodian's credentials.
 func verifyCredential(c Custodian, credential string, message []byte, context string, signature []byte, what, fix string) error {
-	if c.Revoked {
-		return kms.Errorf(kms.Denied, "custodian %s is revoked", c.ID)
+	k, err := c.checkActive(credential)
+	if err != nil {
+		return err
 	}
-	i := slices.IndexFunc(c.Credentials, func(k Credential) bool { return k.ID == credential })
-	if i < 0 {
-		return kms.Errorf(kms.Denied, "custodian %s has no credential %q", c.ID, credential)
-	}
-	k := c.Credentials[i]
 	if err := pqc.Verify(pqc.SuiteID(k.Suite), k.PublicKey, message, []byte(context), signature); err != nil {
 		return kms.Wrap(kms.BadSignature, err, "custodian "+c.ID+" has not signed "+what, fix)
 	}

@@ -2,7 +2,6 @@ package approval
 
 import (
 	"errors"
-	"slices"
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/pqc"
@@ -29,7 +28,7 @@ func Message(v Verdict, proposal []byte) []byte {
 // Verify checks that the statement is custodian c's verdict on the proposal,
 // given as its exact bytes, by one of c's credentials. c must be the record in
 // force. Errors: kms.Invalid for a statement about something else, kms.Denied
-// for a revoked custodian or an unknown credential, kms.BadSignature.
+// for a revoked custodian or a credential that is unknown or suspended, kms.BadSignature.
 func (s Statement) Verify(c Custodian, proposal []byte) error {
 	if s.Verdict != Approve && s.Verdict != Reject {
 		return kms.Errorf(kms.Invalid, "statement: verdict %q is neither approve nor reject", s.Verdict)
@@ -40,14 +39,10 @@ func (s Statement) Verify(c Custodian, proposal []byte) error {
 	if s.Custodian == "" || s.Custodian != c.ID {
 		return kms.Errorf(kms.Invalid, "statement: it is by custodian %q, not %q", s.Custodian, c.ID)
 	}
-	if c.Revoked {
-		return kms.Errorf(kms.Denied, "custodian %s is revoked", c.ID)
+	k, err := c.checkActive(s.Credential)
+	if err != nil {
+		return err
 	}
-	i := slices.IndexFunc(c.Credentials, func(k Credential) bool { return k.ID == s.Credential })
-	if i < 0 {
-		return kms.Errorf(kms.Denied, "custodian %s has no credential %q", c.ID, s.Credential)
-	}
-	k := c.Credentials[i]
 	if err := pqc.Verify(pqc.SuiteID(k.Suite), k.PublicKey, Message(s.Verdict, proposal), []byte(Context), s.Signature); err != nil {
 		return kms.Wrap(kms.BadSignature, err, "the signature of custodian "+c.ID+" does not verify",
 			"sign the exact bytes of the proposal with the credential named")

@@ -33,6 +33,7 @@ type Credential struct {
 	ID        string `cbor:"id" json:"id"`       // pqc.Fingerprint of PublicKey
 	Suite     uint16 `cbor:"suite" json:"suite"` // pqc.SuiteID
 	PublicKey []byte `cbor:"public-key" json:"public_key"`
+	Suspended bool   `cbor:"suspended,omitempty" json:"suspended,omitempty"` // in a record: what it signs does not count
 }
 
 // Custodian is a person who approves, at one site.
@@ -81,7 +82,9 @@ type PolicyParams struct {
 // CustodianParams are the parameters of the action custodian: the record that
 // replaces the target custodian's (Revision is ignored and must be 0).
 type CustodianParams struct {
-	Custodian Custodian `cbor:"custodian" json:"custodian"`
+	Custodian  Custodian    `cbor:"custodian" json:"custodian"`
+	Possession []Possession `cbor:"possession,omitempty" json:"possession,omitempty"` // of new credentials, sorted
+	Restore    []string     `cbor:"restore,omitempty" json:"restore,omitempty"`       // suspended credentials that count again, sorted; nothing else changes
 }
 
 // NodeRoot is a hardware root that is to replace a node's present one: the fields

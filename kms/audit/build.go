@@ -3,7 +3,6 @@ package audit
 import (
 	"cmp"
 	"slices"
-	"strings"
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/approval"
@@ -105,12 +104,8 @@ func reach(s *state.State, p state.Proposal) uint64 {
 // counted when it was carried out, for the custodian or credential was gone, are
 // left out.
 func (w *replay) collect(s *state.State, p state.Proposal) Decision {
-	d := Decision{Proposal: p.Bytes, Open: p.Statement, Execution: p.Execution, Votes: []approval.Statement{}}
-	for _, v := range p.Votes {
-		if c, ok := w.custodian(v.Statement.Custodian); ok && v.Statement.Verify(c, p.Bytes) == nil {
-			d.Votes = append(d.Votes, v.Statement)
-		}
-	}
+	d := Decision{Proposal: p.Bytes, Open: p.Statement, Execution: p.Execution}
+	d.Votes = countable(p, w.collectSuspensions(s, p, &d))
 	if kind, name, _ := approval.ParseTarget(p.Content.Target); kind == approval.TargetNode {
 		for _, f := range s.FormerRoots(name) {
 			if f.Proposal == p.ID {
@@ -118,7 +113,6 @@ func (w *replay) collect(s *state.State, p state.Proposal) Decision {
 			}
 		}
 	}
-	slices.SortFunc(d.Votes, func(a, b approval.Statement) int { return strings.Compare(a.Custodian, b.Custodian) })
 	return d
 }
 

@@ -42,6 +42,8 @@ type Decision struct {
 	Votes     []approval.Statement `json:"votes"`              // those that counted when it was carried out, sorted by custodian
 	Execution []byte               `json:"execution"`          // Execute, or CommitRotation for a rotation
 	Adoption  []byte               `json:"adoption,omitempty"` // for a node's hardware root: the command by which the node adopted it
+
+	Suspensions [][]byte `json:"suspensions,omitempty"` // commands that suspended credentials after the decision before and before this one's execution
 }
 
 // Marshal returns the evidence file.

@@ -26,6 +26,7 @@ type replay struct {
 	custodians map[string]approval.Custodian
 	policies   map[string]approval.Policy
 	past       map[string][]approval.Policy // every revision so far, by name
+	collected  uint64                       // while evidence is built: where in the log the last decision in it was executed
 }
 
 // newReplay verifies the genesis.
@@ -158,11 +159,14 @@ type decided struct {
 	rule       approval.Rule
 	approvals  []Approval
 	rejections []Approval
-	open       signed
-	execution  signed
-	adoption   []byte
-	commit     state.CommitRotation // for a rotation of a key
-	kek        state.CommitKEK      // for a rotation of a KEK
+
+	suspensions []approval.Suspension // before it
+
+	open      signed
+	execution signed
+	adoption  []byte
+	commit    state.CommitRotation // for a rotation of a key
+	kek       state.CommitKEK      // for a rotation of a KEK
 }
 
 // decide verifies a decision under the custodians and policies in force.
@@ -172,6 +176,9 @@ func (w *replay) decide(d Decision) (decided, error) {
 		return decided{}, err
 	}
 	out := decided{id: approval.ProposalID(d.Proposal), content: p, adoption: d.Adoption}
+	if err := w.suspendBefore(d, &out); err != nil {
+		return out, err
+	}
 	if known, err := w.reach(p.Cluster); err != nil {
 		return out, err
 	} else if !known || p.Cluster != w.history.lineage { // none outlives its epoch
@@ -352,7 +359,7 @@ func (w *replay) govern(d decided) error {
 		if err != nil {
 			return err
 		}
-		return w.changeCustodian(params.Custodian)
+		return w.changeCustodian(params)
 	case kms.ActionNode:
 		return w.changeNode(name, d)
 	case kms.ActionSite:
@@ -379,30 +386,24 @@ func (w *replay) changePolicy(p approval.Policy) error {
 	return nil
 }
 
-func (w *replay) changeCustodian(next approval.Custodian) error {
-	old, exists := w.custodians[next.ID]
+func (w *replay) changeCustodian(params approval.CustodianParams) error {
+	old, exists := w.custodians[params.Custodian.ID]
+	if err := params.VerifyPossession(w.cluster, old, false); err != nil {
+		return err
+	}
+	next, err := params.Change(old, exists)
 	switch {
-	case exists && old.Revoked:
-		return refuse(kms.Conflict, nil, "custodian %s was revoked for good", next.ID)
-	case exists && old.Site != next.Site:
-		return refuse(kms.Conflict, nil, "custodian %s is of site %s, which cannot change", next.ID, old.Site)
-	case !exists && next.Revoked:
-		return refuse(kms.NotFound, nil, "there is no custodian %s to revoke", next.ID)
+	case err != nil:
+		return err
 	case w.sites[next.Site].domain == "" || w.sites[next.Site].removed:
 		return refuse(kms.NotFound, nil, "there is no site %s", next.Site)
 	}
-	next.Revision = old.Revision + 1
 	w.custodians[next.ID] = next
 	all := w.sortedCustodians()
 	if err := approval.CheckCustodians(all); err != nil {
 		return err
 	}
-	for _, p := range w.policies {
-		if err := p.Possible(all); err != nil {
-			return err
-		}
-	}
-	return nil
+	return approval.CheckCustodianChange(w.sortedPolicies(), all)
 }
 
 func (w *replay) sortedPolicies() (all []approval.Policy) {

@@ -94,6 +94,7 @@ func (w *replay) replayGovernance(d Decision, r *Report) error {
 	if err := w.govern(out); err != nil {
 		return err
 	}
+	r.reportSuspensions(out)
 	r.passed("Proposal %s to change %s was authorised by %s and is in force.", out.id, out.content.Target, authority(out))
 	w.reportAdoption(out, r)
 	return nil
@@ -120,6 +121,7 @@ func (w *replay) verifyDecision(e Evidence, r *Report) (decided, error) {
 	r.Approvals, r.Rejections = out.approvals, out.rejections
 	r.Executor, r.Executed = out.execution.Origin, out.execution.Time
 	p := out.content
+	r.reportSuspensions(out)
 	r.passed("Proposal %s asks to %s %s; node %s signed its opening for %s.", out.id, p.Action, p.Target, out.open.Origin, p.Proposer)
 	if len(out.rule.Direct) > 0 {
 		r.passed("Policy %s revision %d lets the role of %s do this alone.", p.Policy, p.PolicyRevision, p.Proposer)

@@ -170,6 +170,11 @@ func (c *Client) Vote(ctx context.Context, id string, req wire.VoteRequest, opts
 	return post[wire.Proposal](ctx, c, "/v1/proposals/"+url.PathEscape(id)+"/votes", req, opts...)
 }
 
+// SuspendCredential submits a custodian's signed suspension of a colleague's credential.
+func (c *Client) SuspendCredential(ctx context.Context, custodian string, req wire.SuspendRequest, opts ...Option) (wire.Custodian, error) {
+	return post[wire.Custodian](ctx, c, "/v1/custodians/"+url.PathEscape(custodian)+"/suspensions", req, opts...)
+}
+
 // Evidence returns the evidence file of an executed proposal, as it is.
 func (c *Client) Evidence(ctx context.Context, id string) ([]byte, error) {
 	return get[[]byte](ctx, c, "/v1/proposals/"+url.PathEscape(id)+"/evidence")

@@ -158,8 +158,8 @@ func parameters(st *state.State, p approval.Proposal, q wire.ProposalParameters)
 		if q.Custodian == nil {
 			return nil, kms.Errorf(kms.Invalid, "parameters.custodian is missing")
 		}
-		only.Custodian = q.Custodian
-		encoded = canon.Marshal(approval.CustodianParams{Custodian: custodianFromWire(*q.Custodian)})
+		only.Custodian, only.Possession, only.Restore = q.Custodian, q.Possession, q.Restore
+		encoded = canon.Marshal(custodianParams(q))
 	case kms.ActionNode:
 		if q.Node == nil {
 			return nil, kms.Errorf(kms.Invalid, "parameters.node is missing")

@@ -35,7 +35,7 @@ func custodianView(c approval.Custodian) wire.Custodian {
 	v := wire.Custodian{ID: c.ID, Site: c.Site, Revoked: c.Revoked, Revision: c.Revision, Credentials: []wire.Credential{}}
 	for _, k := range c.Credentials {
 		v.Credentials = append(v.Credentials, wire.Credential{
-			ID: k.ID, Suite: k.Suite, SuiteName: pqc.SuiteID(k.Suite).String(), PublicKey: k.PublicKey,
+			ID: k.ID, Suite: k.Suite, SuiteName: pqc.SuiteID(k.Suite).String(), PublicKey: k.PublicKey, Suspended: k.Suspended,
 		})
 	}
 	return v
@@ -276,8 +276,7 @@ func contentView(p approval.Proposal) (wire.ProposalContent, error) {
 		if err != nil {
 			return v, err
 		}
-		c := custodianView(x.Custodian)
-		v.Parameters.Custodian = &c
+		v.Parameters = custodianParamsView(x)
 	case kms.ActionNode:
 		x, err := p.NodeParams()
 		if err != nil {

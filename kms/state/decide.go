@@ -15,8 +15,10 @@ import (
 // approvals, sites, required sites and vetoes of every quorum rule that changes,
 // before and after: otherwise a small quorum could lower a large one first. To add
 // or replace a custodian takes those of every quorum rule there is: otherwise a
-// small quorum could make the custodians that a large one lacks. To revoke one
-// takes the rule alone. site returns the site of a node: to let a node join, to promote
+// small quorum could make the custodians that a large one lacks. To revoke one, or to
+// restore credentials that were suspended and nothing else, takes the rule alone: what
+// is restored was enrolled so once, and a thief who has suspended all others of a site
+// must not be able to hold it up. site returns the site of a node: to let a node join, to promote
 // it or to replace its
 // hardware root takes, besides the rule, an approval of its own site, whose keys the
 // new root will open; to remove one takes the rule alone. enrolled reports whether a site has or had a custodian: to add
@@ -121,7 +123,7 @@ func withSite(rule approval.Rule, site string) approval.Rule {
 // the site's nodes that of ruleNodeChange.
 func ruleCustodianChange(policies []approval.Policy, enrolled func(site string) bool, rule approval.Rule, p approval.Proposal) (approval.Rule, error) {
 	params, err := p.CustodianParams()
-	if err != nil || params.Custodian.Revoked {
+	if err != nil || params.Custodian.Revoked || len(params.Restore) > 0 {
 		return rule, err
 	}
 	for _, pol := range policies {
@@ -224,11 +226,10 @@ func (r reader) decide(p Proposal, rule approval.Rule, approvals []string) appro
 	return approval.Decision{Met: true}
 }
 
-// counts reports whether a vote still counts: its custodian is not revoked and has
-// the credential.
+// counts reports whether a vote still counts.
 func (r reader) counts(v Vote) bool {
 	c, ok := r.custodian(v.Statement.Custodian)
-	return ok && !c.Revoked && slices.ContainsFunc(c.Credentials, func(k approval.Credential) bool { return k.ID == v.Statement.Credential })
+	return ok && c.Active(v.Statement.Credential)
 }
 
 // approvers returns the custodians whose approvals count.
@@ -242,12 +243,20 @@ func approvers(r reader, p Proposal) []string {
 	return ids
 }
 
-// possible returns the custodians who have not rejected the proposal.
+// suspended reports whether a vote does not count for now: a quorum may restore its
+// credential.
+func (r reader) suspended(v Vote) bool {
+	c, ok := r.custodian(v.Statement.Custodian)
+	return ok && !r.counts(v) && c.Restored().Active(v.Statement.Credential)
+}
+
+// possible returns the custodians who have not rejected the proposal, but for one whose
+// credential is suspended.
 func (r reader) possible(p Proposal) []string {
 	var ids []string
 	for _, c := range r.custodians() {
 		rejected := slices.ContainsFunc(p.Votes, func(v Vote) bool {
-			return v.Statement.Custodian == c.ID && v.Statement.Verdict == approval.Reject
+			return v.Statement.Custodian == c.ID && v.Statement.Verdict == approval.Reject && !r.suspended(v)
 		})
 		if !rejected {
 			ids = append(ids, c.ID)

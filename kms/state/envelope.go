@@ -165,6 +165,8 @@ var decoders = map[CommandKind]func(Envelope) (operation, error){
 	{TypeRestoreCopy, 1}:    decode[RestoreCopy],
 	{TypeKeepSeed, 1}:       decode[KeepSeed],
 	{TypeReportUse, 1}:      decode[ReportUse],
+
+	{TypeSuspendCredential, 1}: decode[SuspendCredential],
 }
 
 // parseCommand decodes the payload and validates its shape.

@@ -2,7 +2,6 @@ package state
 
 import (
 	"crypto/sha256"
-	"slices"
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/approval"
@@ -299,48 +298,4 @@ func (t *tx) keepsRecoverable(p approval.Policy) error {
 		return nil
 	}
 	return checkRecoverable(p, r.custodians())
-}
-
-// changeCustodian adds, replaces or revokes a custodian and settles every live
-// proposal anew.
-func (t *tx) changeCustodian(p approval.Proposal) error {
-	params, err := p.CustodianParams()
-	if err != nil {
-		return err
-	}
-	r := t.reader()
-	next := params.Custodian
-	old, exists := r.custodian(next.ID)
-	switch {
-	case exists && old.Revoked:
-		return kms.Errorf(kms.Conflict, "custodian %s is revoked for good; enrol the person under another name", next.ID)
-	case exists && old.Site != next.Site:
-		return kms.Errorf(kms.Conflict, "custodian %s is of site %s, which cannot change", next.ID, old.Site)
-	case !exists && next.Revoked:
-		return kms.Errorf(kms.NotFound, "there is no custodian %s to revoke", next.ID)
-	case !exists && len(r.custodians()) >= MaxCustodians:
-		return kms.Errorf(kms.TooLarge, "there are %d custodians, which is the limit", MaxCustodians)
-	case !slices.ContainsFunc(r.sites(), func(s Site) bool { return s.ID == next.Site }):
-		return kms.Errorf(kms.NotFound, "there is no site %s", next.Site)
-	}
-	if err := next.Validate(); err != nil {
-		return err
-	}
-	next.Revision = old.Revision + 1
-	insert(t.Txn, tableCustodian, next)
-	all := r.custodians()
-	if err := approval.CheckCustodians(all); err != nil {
-		return err
-	}
-	for _, pol := range r.policies() {
-		if err := pol.Possible(all); err != nil {
-			return kms.Errorf(kms.Conflict, "with this change of custodians %v", err)
-		}
-	}
-	t.voidTarget(p.Target)
-	for _, o := range r.live() {
-		t.settle(o)
-	}
-	t.event(Event{Type: EventCustodianChanged, Custodian: next.ID})
-	return nil
 }

@@ -50,6 +50,7 @@ func (s *State) Extends(old *State) error {
 			return is.Index > was.Index || revised(was, is, was.Confirmed, is.Confirmed)
 		}),
 		extended(tableFormer, formerID, func(was, is *FormerRoot) bool { return revised(was, is, 0, 0) }),
+		extended(tableSuspension, suspensionID, func(was, is *Suspension) bool { return revised(was, is, 0, 0) }),
 		extended(tableRecovery, recoveryID, func(was, is *Recovery) bool { return revised(was, is, 0, 0) }),
 		kept(tableSeed, seedID, func(r *Seed) bool {
 			n, ok := s.Node(r.Node)

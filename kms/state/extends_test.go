@@ -89,6 +89,10 @@ func TestExtendsRefusesThinned(t *testing.T) {
 			gone.Revoked = true
 			w.Carry(kms.ActionCustodian, "custodian/de-1", approval.CustodianParams{Custodian: gone})
 		},
+		"suspension of a credential": func(w *statetest.World) {
+			w.Announce()
+			w.SuspendCredential("fr-2", "fr-1")
+		},
 		"suspension":   func(w *statetest.World) { w.Carry(kms.ActionSuspend, mail, nil) },
 		"rejection":    func(w *statetest.World) { w.Vote(w.State().ProposalsOpen()[0].ID, "jp-1", approval.Reject) },
 		"new proposal": func(w *statetest.World) { w.Propose(kms.ActionSuspend, mail, nil) },

@@ -219,8 +219,8 @@ func (g Genesis) validateCustodians() error {
 		if err := c.Validate(); err != nil {
 			return err
 		}
-		if c.Revision != 1 || c.Revoked {
-			return kms.Errorf(kms.Invalid, "custodian %s: in a genesis the revision is 1 and nobody is revoked", c.ID)
+		if c.Revision != 1 || c.Revoked || slices.ContainsFunc(c.Credentials, func(k approval.Credential) bool { return k.Suspended }) {
+			return kms.Errorf(kms.Invalid, "custodian %s: in a genesis the revision is 1 and nobody is revoked or suspended", c.ID)
 		}
 		if !slices.ContainsFunc(g.Sites, func(s Site) bool { return s.ID == c.Site }) {
 			return kms.Errorf(kms.Invalid, "custodian %s: there is no site %q", c.ID, c.Site)

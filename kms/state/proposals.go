@@ -43,6 +43,9 @@ func (c OpenProposal) verify(t *tx) error {
 	if err != nil {
 		return err
 	}
+	if err := t.knowsCredentials(content); err != nil {
+		return err
+	}
 	if err := t.verifyRecovery(content); err != nil {
 		return err
 	}

@@ -207,6 +207,7 @@ func (s *State) statements() ([]statement, error) {
 		log = append(log, statement{index: r.Index, clock: r.Time, raw: r.Approved, op: recovery{}})
 		return nil
 	})
+	_ = each(x, tableSuspension, func(r *Suspension) error { add(r.Index, r.Time, r.Statement); return nil })
 	_ = each(x, tableSeed, func(r *Seed) error { add(r.Index, r.Time, r.Statement); return nil })
 	_ = each(x, tableRelease, func(r *Release) error { add(r.Index, r.Time, r.Statement); return nil })
 	_ = each(x, tableRefused, func(r *RefusedCopy) error { add(r.Index, r.Time, r.Statement); return nil })

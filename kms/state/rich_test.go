@@ -62,6 +62,10 @@ func rich(t testing.TB) *statetest.World {
 	leaving := statetest.Record("jp-2", "jp", 0, w.Custodian("jp-2"))
 	leaving.Revoked = true
 	w.Carry(kms.ActionCustodian, "custodian/jp-2", approval.CustodianParams{Custodian: leaving})
+	// A credential is suspended, restored and suspended again.
+	w.SuspendCredential("fr-9", "fr-1")
+	w.Carry(kms.ActionCustodian, "custodian/fr-9", w.RestoreParams("fr-9"))
+	w.SuspendCredential("fr-9", "fr-2")
 	// A policy change voids what was open under the policy.
 	w.Propose(kms.ActionRotate, target("mail"), nil)
 	rules := statetest.Policies(3)[1].Rules

@@ -65,6 +65,7 @@ var snapshotTables = []snapshotTable{
 	stated[RecoveryKey](40, tableRecoveryKey, recoveryKeyID),
 	stated[RecoveryCopy](41, tableRecoveryCopy, recoveryCopyID),
 	remembered[use](50, tableUse, useID),
+	stated[Suspension](57, tableSuspension, suspensionID),
 }
 
 // stated is a table whose records follow from signed statements, remembered is another.

@@ -141,7 +141,7 @@ var claims = []string{
 	"proposal.votes[].index", "proposal.votes[].time", "proposal.index", "proposal.opened",
 	"proposal.executed", "proposal.closed-at", "keyring.index", "refused.index", "refused.time", "release.index", "release.time",
 	"rewrap.time", "rewrap.confirmed[].index", "rewrap.confirmed[].time", "rewrap-refused.index", "rewrap-refused.time", "kek.retired-at", "kek.retired-index",
-	"membership.confirmed", "membership.time", "former.until",
+	"membership.confirmed", "membership.time", "former.until", "suspension.index", "suspension.time",
 	// The latest receipts and votes may be kept back: nothing else follows from them.
 	"kek.receipts[-]", "version.receipts[-]", "proposal.votes[-]",
 }

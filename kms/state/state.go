@@ -142,6 +142,7 @@ const (
 	EventKeyDestroyed        = "key-destroyed"
 	EventPolicyChanged       = "policy-changed"
 	EventCustodianChanged    = "custodian-changed"
+	EventCredentialSuspended = "credential-suspended" // of Custodian
 	EventKEKReceiptsComplete = "kek-receipts-complete"
 	EventKEKCommitted        = "kek-committed"
 	EventKEKActivated        = "kek-activated" // new key versions are wrapped under it

@@ -40,7 +40,8 @@ const (
 	tableRecoveryKey   = "recovery-key"
 	tableRecoveryCopy  = "recovery-copy"
 
-	tableUse = "use" // of key versions, as nodes report it
+	tableUse        = "use"        // of key versions, as nodes report it
+	tableSuspension = "suspension" // of credentials
 )
 
 // The indexes. Index values are strings of names, which have no NUL, and of
@@ -194,6 +195,7 @@ func newDB() *memdb.MemDB {
 		table(tableRecoveryKey, unique(byID, recoveryKeyID)),
 		table(tableRecoveryCopy, unique(byID, recoveryCopyID)),
 		table(tableUse, unique(byID, useID)),
+		table(tableSuspension, unique(byID, suspensionID)),
 	}
 	schema := &memdb.DBSchema{Tables: make(map[string]*memdb.TableSchema)}
 	for _, t := range tables {

@@ -193,6 +193,7 @@ type Credential struct {
 	Suite     uint16 `json:"suite"` // number of the signature suite
 	SuiteName string `json:"suite_name,omitempty"`
 	PublicKey []byte `json:"public_key"`
+	Suspended bool   `json:"suspended,omitempty"` // what it signs does not count; no parameter of a proposal
 }
 
 // Policies answers GET /v1/policies.

@@ -40,9 +40,13 @@ type ProposalParameters struct {
 	Rules     []Rule     `json:"rules,omitempty"`     // policy
 	Attested  *bool      `json:"attested,omitempty"`  // policy: need attested hardware; when it is opened the default is what the policy says now
 	Custodian *Custodian `json:"custodian,omitempty"` // custodian
-	Node      *NextRoot  `json:"node,omitempty"`      // node
-	Site      *NextSite  `json:"site,omitempty"`      // site
-	Recovery  []byte     `json:"recovery,omitempty"`  // recovery-key: approval.RecoveryParams in canonical CBOR
+
+	Possession []Possession `json:"possession,omitempty"` // custodian: of each credential that is new
+	Restore    []string     `json:"restore,omitempty"`    // custodian: suspended credentials that are to count again; nothing else changes then
+
+	Node     *NextRoot `json:"node,omitempty"`     // node
+	Site     *NextSite `json:"site,omitempty"`     // site
+	Recovery []byte    `json:"recovery,omitempty"` // recovery-key: approval.RecoveryParams in canonical CBOR
 }
 
 // NextRoot is what becomes of a node: field for field it is approval.NodeParams.

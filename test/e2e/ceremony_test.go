@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
 	"github.com/conclave-kms/conclave/kms/wire"
 	"github.com/conclave-kms/conclave/pqc"
 	"github.com/conclave-kms/conclave/test/harness"
@@ -79,10 +80,17 @@ func (r *rekeyed) enrol(id, site string) {
 		r.t.Fatal(err)
 	}
 	r.cli("custodian", "keygen", "--out", key, "--pass-file", pass)
-	public := r.custodian(id).Key.PublicKey()
+	custodian := r.custodian(id)
+	public := custodian.Key.PublicKey()
+	credential := approval.Credential{ID: pqc.Fingerprint(public), Suite: uint16(pqc.MLDSA65Ed25519), PublicKey: public}
+	possession, err := custodian.Key.Sign(approval.CredentialCard(r.c.Vars["CONCLAVE_CLUSTER"], id, credential), []byte(approval.CredentialContext))
+	if err != nil {
+		r.t.Fatal(err)
+	}
 	p, err := r.client("fr", "operator").OpenProposal(r.t.Context(), wire.OpenProposalRequest{
 		Action: string(kms.ActionCustodian), Target: "custodian/" + id, Reason: "a third one", Parameters: wire.ProposalParameters{
-			Custodian: &wire.Custodian{ID: id, Site: site, Credentials: []wire.Credential{{ID: pqc.Fingerprint(public), Suite: uint16(pqc.MLDSA65Ed25519), PublicKey: public}}},
+			Custodian:  &wire.Custodian{ID: id, Site: site, Credentials: []wire.Credential{{ID: credential.ID, Suite: credential.Suite, PublicKey: public}}},
+			Possession: []wire.Possession{{Credential: credential.ID, Signature: possession}},
 		},
 	})
 	if err != nil {

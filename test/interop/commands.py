@@ -23,7 +23,7 @@ MATERIAL = {
     "keyring": text, "kek": uint(32), "wrapped": data, "copies": array(COPY), "generated": text, "public-key": data,
     "checks": array(CHECK),
 }
-CREATE_KEYRING, CREATE_KEY, OPEN, EXECUTE, COMMIT, RECEIPT, ADOPT, COMMIT_KEK = 2, 3, 4, 6, 7, 8, 10, 15
+CREATE_KEYRING, CREATE_KEY, OPEN, EXECUTE, COMMIT, RECEIPT, ADOPT, COMMIT_KEK, SUSPEND = 2, 3, 4, 6, 7, 8, 10, 15, 31
 PAYLOADS = {
     CREATE_KEYRING: Struct({
         "name": text, "residency": array(text), "protection": text, "policy": text, "receipts": text, "max-staleness": int64,
@@ -35,6 +35,10 @@ PAYLOADS = {
     COMMIT: Struct({**MATERIAL, "proposal": text, "key": text, "version": uint(32)}),
     RECEIPT: Struct({"keyring": text, "key": text, "version": uint(32), "kcv": data}),
     ADOPT: Struct({"root": uint(32), "copies": data}),
+    SUSPEND: Struct({"statement": Struct({
+        "cluster": text, "custodian": text, "credential": text, "revision": uint(64), "by": text, "with": text, "reason": text,
+        "signature": data,
+    })}),
     COMMIT_KEK: Struct({"proposal": text, "keyring": text, "version": uint(32), "copies": array(COPY), "checks": array(CHECK)}),
 }
 ALGORITHMS = {"encrypt": ["aes256-gcm"], "mac": ["hmac-sha256"], "sign": ["ecdsa-p256", "ecdsa-p384", "ed25519"]}
@@ -166,7 +170,12 @@ def adopt(e, c):
     no_expect(e)
 
 
+def suspend(e, c):
+    shapes.suspension(c["statement"])
+    no_expect(e)
+
+
 CHECKS = {
     CREATE_KEYRING: create_keyring, CREATE_KEY: create_key, OPEN: open_proposal, EXECUTE: execute, COMMIT: commit, RECEIPT: receipt,
-    ADOPT: adopt, COMMIT_KEK: commit_kek,
+    ADOPT: adopt, COMMIT_KEK: commit_kek, SUSPEND: suspend,
 }

@@ -30,7 +30,7 @@ NOT_PROVEN = [
 
 # The file's JSON objects: fields in their order, ? for one that is left out where empty.
 STATEMENT = [("proposal", "text"), ("verdict", "text"), ("custodian", "text"), ("credential", "text"), ("signature", "bytes")]
-DECISION = [("proposal", "bytes"), ("open", "bytes"), ("votes", [STATEMENT]), ("execution", "bytes"), ("adoption?", "bytes")]
+DECISION = [("proposal", "bytes"), ("open", "bytes"), ("votes", [STATEMENT]), ("execution", "bytes"), ("adoption?", "bytes"), ("suspensions?", ["bytes"])]
 EVIDENCE = [
     ("format", "number"), ("cluster", "text"), ("genesis", "bytes"), ("recoveries?", ["bytes"]), ("governance", [DECISION]),
     ("decision", DECISION), ("later?", [DECISION]), ("keyring?", "bytes"), ("key?", "bytes"), ("key_id?", "bytes"), ("receipts?", ["bytes"]),

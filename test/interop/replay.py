@@ -138,7 +138,7 @@ class World:
         c = self.custodians.get(who)
         need(c is not None and not c["revoked"], f"there is no custodian {who!r}, or not any more")
         k = next((k for k in c["credentials"] if k["id"] == credential), None)
-        need(k is not None, f"custodian {who} has no credential {credential!r}")
+        need(k is not None and not k["suspended"], f"custodian {who} has no credential {credential!r} that counts")
         need(signatures.verify(k["suite"], k["public-key"], message, context, signature), f"the signature of custodian {who} does not verify")
 
     def command(self, raw, kind, roots=None):
@@ -168,6 +168,8 @@ class World:
     def decide(self, d):
         """Verifies a decision under the custodians and policies in force."""
         p, params = shapes.proposal(d["proposal"])
+        for raw in d["suspensions"]:
+            self.suspend(raw)
         id_ = short_hash(b"conclave/proposal/v1\x00", d["proposal"])
         self.reach(p["cluster"])
         need(p["cluster"] == self.lineage, "a proposal outlives its epoch")
@@ -181,6 +183,22 @@ class World:
         need(self.revision(p) == p["revision"], f"{p['target']} had another revision than the proposal is about")
         self.votes(d, p, rule)
         return Decided(id_, p, params, rule, opening, self.execution(d, id_, p, rule, opening), d.get("adoption", b""))
+
+    def suspend(self, raw):
+        """Verifies the suspension of a credential and puts it into force."""
+        x = self.command(raw, commands.SUSPEND)
+        s = x.content["statement"]
+        c, by = self.custodians.get(s["custodian"]), self.custodians.get(s["by"])
+        need(s["cluster"] == x.envelope["cluster"], "a suspension is for another cluster than its command")
+        need(c is not None and by is not None and c["site"] == by["site"], "a suspension is not by a custodian of the same site")
+        need(not c["revoked"] and c["revision"] == s["revision"], "a suspension is about another revision")
+        k = next((k for k in c["credentials"] if k["id"] == s["credential"]), None)
+        need(k is not None and not k["suspended"], "there is no such credential to suspend")
+        message = b"conclave/suspension/v1\x00" + encode(dict(s, signature=b""))
+        self.credential(s["by"], s["with"], message, b"conclave/suspension/v1", s["signature"])
+        marked = [dict(o, suspended=o["suspended"] or o["id"] == s["credential"]) for o in c["credentials"]]
+        self.custodians[c["id"]] = dict(c, credentials=marked, revision=c["revision"] + 1)
+        rules.restorable(self.policies, self.custodians.values(), s["by"])
 
     def revision(self, p):
         kind, name = shapes.target(p["target"])
@@ -261,11 +279,31 @@ class World:
             need(not old["revoked"] and old["site"] == c["site"], f"custodian {name} was revoked, or is of another site")
         site = self.sites.get(c["site"])
         need(site is not None and not site["removed"], f"there is no site {c['site']}")
+        self.possessed(name, d.params)
+        c["credentials"] = self.marked(c, old, d.params["restore"])
         c["revision"] = 1 if old is None else old["revision"] + 1
         self.custodians[name] = c
         shapes.distinct_custodians(self.custodians.values())
+        enrolled = [dict(x, credentials=[dict(k, suspended=False) for k in x["credentials"]]) for x in self.custodians.values()]
         for p in self.policies.values():
-            rules.possible(p, self.custodians.values())
+            rules.possible(p, enrolled)
+        rules.restorable(self.policies, self.custodians.values())
+
+    def possessed(self, name, params):
+        """Verifies the proofs that a custodian holds new credentials."""
+        for x in params["possession"]:
+            k = next(k for k in params["custodian"]["credentials"] if k["id"] == x["credential"])
+            card = encode({"cluster": self.cluster, "custodian": name, "suite": k["suite"], "public-key": k["public-key"]})
+            context = b"conclave/credential/v1"
+            need(signatures.verify(k["suite"], k["public-key"], context + b"\x00" + card, context, x["signature"]), "a proof of possession does not verify")
+
+    def marked(self, c, old, restore):
+        """The credentials of a changed record: what is suspended stays so but for what is restored."""
+        before = {} if old is None else {k["id"]: k for k in old["credentials"]}
+        if restore:
+            need(old is not None and [dict(k, suspended=False) for k in old["credentials"]] == c["credentials"], "a restoration changes something else")
+            need(all(before[i]["suspended"] for i in restore), "a credential to be restored is not suspended")
+        return [dict(k, suspended=k["id"] in before and before[k["id"]]["suspended"] and k["id"] not in restore) for k in c["credentials"]]
 
     def change_node(self, name, d):
         change = d.params["change"]

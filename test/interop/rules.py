@@ -7,7 +7,7 @@ from shapes import need, quorum
 
 def possible(policy, custodians):
     """Refuses a policy of which the custodians could not meet a quorum."""
-    active = [c for c in custodians if not c["revoked"]]
+    active = [c for c in custodians if not c["revoked"] and any(not k["suspended"] for k in c["credentials"])]
     sites = {c["site"] for c in active}
     for r in policy["rules"]:
         if r["direct"]:
@@ -18,6 +18,15 @@ def possible(policy, custodians):
         need(from_sites <= len(sites), "a rule needs more sites than have custodians")
         need(set(r["required"]) <= sites, "a rule requires a site without custodians")
         need(set(r["veto"]) <= {c["id"] for c in custodians}, "a rule gives a veto to nobody")
+
+
+def restorable(policies, custodians, without=None):
+    """Refuses custodians of whom those that count could not restore a suspended credential."""
+    custodians = list(custodians)
+    if any(not c["revoked"] and any(k["suspended"] for k in c["credentials"]) for c in custodians):
+        left = [dict(c, revoked=c["revoked"] or c["id"] == without) for c in custodians]
+        rule = rule_of(policies[shapes.GOVERNANCE], "custodian")
+        possible({"rules": [rule] if rule else []}, left)
 
 
 def met(rule, proposer, custodians, approvers):
@@ -80,7 +89,7 @@ def rule_for(w, p, params):
     _, name = shapes.target(p["target"])
     if p["action"] == "policy":
         return _for_policy(w, rule, name, params)
-    if p["action"] == "custodian" and not params["custodian"]["revoked"]:
+    if p["action"] == "custodian" and not params["custodian"]["revoked"] and not params["restore"]:
         return _for_custodian(w, rule, params["custodian"]["site"])
     if p["action"] == "node" and params["change"] != "remove":
         if params["change"] == "join":

@@ -26,7 +26,7 @@ RULE = Struct({
     "proposer-may-approve": boolean, "delay": int64, "lifetime": int64, "veto": array(text),
 })
 POLICY = Struct({"name": text, "revision": uint(64), "rules": array(RULE), "attested": boolean})
-CREDENTIAL = Struct({"id": text, "suite": uint(16), "public-key": data})
+CREDENTIAL = Struct({"id": text, "suite": uint(16), "public-key": data, "suspended": boolean}, {"suspended": False})
 CUSTODIAN = Struct({"id": text, "site": text, "credentials": array(CREDENTIAL), "revoked": boolean, "revision": uint(64)})
 PROPOSAL = Struct({
     "format": uint(8), "cluster": text, "nonce": data, "action": text, "target": text, "revision": uint(64), "policy": text,
@@ -46,7 +46,9 @@ HOLDER = Struct({
 })
 PARAMETERS = {
     "policy": Struct({"rules": array(RULE), "attested": boolean}),
-    "custodian": Struct({"custodian": CUSTODIAN}),
+    "custodian": Struct({
+        "custodian": CUSTODIAN, "possession": array(Struct({"credential": text, "signature": data})), "restore": array(text),
+    }, {"possession": [], "restore": []}),
     "node": Struct({"change": text, "site": text, "address": text, "api": text, "root": ROOT, "possession": data, "leave": boolean}),
     "site": Struct({"change": text, "trust-domain": text, "cas": array(data)}),
     "recovery-key": Struct({
@@ -176,8 +178,35 @@ def custodian(c):
     for k in c["credentials"]:
         need(signatures.is_signature_key(k["suite"], k["public-key"]), "a credential is no public key of a signature suite")
         need(k["id"] == signatures.fingerprint(k["public-key"]), "a credential is not the fingerprint of its key")
+        need(not k["suspended"], "a credential is marked as suspended, which only a record is")
     ids = [k["id"] for k in c["credentials"]]
     need(all(a < b for a, b in zip(ids, ids[1:])), "a custodian's credentials are not sorted")
+
+
+def custodian_extras(v):
+    """What is beside the record in the parameters of the action custodian."""
+    c, proven, restored = v["custodian"], [x["credential"] for x in v["possession"]], v["restore"]
+    ids = [k["id"] for k in c["credentials"]]
+    for l in (proven, restored):
+        need(all(a < b for a, b in zip(l, l[1:])) and set(l) <= set(ids), "proofs or restorations are not sorted, or of other credentials")
+        need(not l or not c["revoked"], "a revoked custodian gets nothing")
+    need(all(0 < len(x["signature"]) <= 16 << 10 for x in v["possession"]), "a proof of possession is missing or too long")
+    need(not proven or not restored, "a restoration goes with nothing else")
+
+
+def reason(s):
+    """A reason is text that shows as text."""
+    need(0 < len(s.encode()) <= 1000, "there is no reason, or too long a one")
+    need(all(c != "\ufffd" and (c == "\n" or graphic(c)) for c in s), "a reason does not show as text")
+
+
+def suspension(s):
+    need(re.fullmatch(r"[0-9a-f]{32}", s["cluster"]), "a suspension names no cluster")
+    name(s["custodian"])
+    name(s["by"])
+    need(0 < len(s["credential"].encode()) <= 255 and 0 < len(s["with"].encode()) <= 255 and s["revision"], "a suspension lacks a credential or the revision")
+    need(0 < len(s["signature"]) <= 16 << 10, "a suspension's signature is missing or too long")
+    reason(s["reason"])
 
 
 def distinct_custodians(all_custodians):
@@ -277,6 +306,7 @@ def parameters(p):
     elif action == "custodian":
         need(v["custodian"]["id"] == rest and v["custodian"]["revision"] == 0, "the parameters are of another custodian")
         custodian(v["custodian"])
+        custodian_extras(v)
     elif action == "node":
         node_parameters(v)
     elif action == "site":
@@ -300,8 +330,7 @@ def proposal(b):
     identity(p["proposer"])
     need(0 < p["created"] < p["expires"] <= MAX_TIME, "a proposal's times are not in order")
     need(0 <= p["not-before"] < p["expires"], "a proposal's earliest time is not before it expires")
-    need(0 < len(p["reason"].encode()) <= 1000, "a proposal has no reason, or too long a one")
-    need(all(c != "\ufffd" and (c == "\n" or graphic(c)) for c in p["reason"]), "a proposal's reason does not show as text")
+    reason(p["reason"])
     return p, parameters(p)
 
 

@@ -47,6 +47,9 @@ func decisions(e *audit.Evidence) (l []*audit.Decision) {
 func signedCommands(e *audit.Evidence) (l []*[]byte) {
 	for _, d := range decisions(e) {
 		l = append(l, &d.Open, &d.Execution, &d.Adoption)
+		for i := range d.Suspensions {
+			l = append(l, &d.Suspensions[i])
+		}
 	}
 	l = append(l, &e.Keyring, &e.Key)
 	for i := range e.Receipts {
@@ -68,6 +71,7 @@ func lists(ed editor, e *audit.Evidence, f func(n int) []int) bool {
 	add(len(e.Receipts), func(o []int) { e.Receipts = arranged(e.Receipts, o) })
 	add(len(e.Recoveries), func(o []int) { e.Recoveries = arranged(e.Recoveries, o) })
 	d := statetest.Pick(ed.r, decisions(e))
+	add(len(d.Suspensions), func(o []int) { d.Suspensions = arranged(d.Suspensions, o) })
 	add(len(d.Votes), func(o []int) { d.Votes = arranged(d.Votes, o) })
 	if len(can) == 0 {
 		return false

@@ -29,6 +29,7 @@ var worlds = map[string]func(t *testing.T) *statetest.World{
 	"membership": membership,
 	"every site": everySite,
 	"policies":   policies,
+	"custodians": custodians,
 	"recovery":   recovery,
 	"attested":   attested,
 	"tokens":     tokens,
@@ -69,6 +70,7 @@ func enrol(w *statetest.World, id, site string, approvers ...string) {
 
 func revoke(w *statetest.World, id string) {
 	gone, _ := w.State().Custodian(id)
+	gone = gone.Restored() // a proposal marks nothing
 	gone.Revoked, gone.Revision = true, 0
 	w.Carry(kms.ActionCustodian, "custodian/"+id, approval.CustodianParams{Custodian: gone})
 }
@@ -122,6 +124,33 @@ func actions(t *testing.T) *statetest.World {
 		w.GiveReceipts()
 	}
 	destroy(w, orders, 1)
+	return w
+}
+
+// custodians has credentials with proofs of possession, suspended and restored ones, and
+// decisions between.
+func custodians(t *testing.T) *statetest.World {
+	w := statetest.New(t, statetest.Options{})
+	w.Announce()
+	w.CreateKeyring("coalition", "de", "fr", "jp")
+	w.CreateKey("coalition", "orders", kms.Encrypt)
+	enrol(w, "fr-3", "fr", "fr-1", "de-1", "jp-1")
+	w.SuspendCredential("fr-2", "fr-1")
+	id := w.Propose(kms.ActionRotate, approval.KeyTarget("coalition", "orders"), nil)
+	w.Approve(id, "fr-3", "de-1")
+	w.SuspendCredential("fr-3", "fr-1")
+	w.Approve(id, "jp-1")
+	w.Commit(id)
+	w.GiveReceipts()
+	restore := w.Propose(kms.ActionCustodian, "custodian/fr-3", w.RestoreParams("fr-3"))
+	w.Approve(restore, "de-1", "jp-1")
+	w.Execute(restore)
+	w.SuspendCredential("jp-2", "jp-1")
+	id = w.Propose(kms.ActionRotate, approval.KeyTarget("coalition", "orders"), nil)
+	w.Approve(id, "fr-3", "de-1")
+	w.Commit(id)
+	w.GiveReceipts()
+	revoke(w, "jp-2")
 	return w
 }
 

@@ -150,6 +150,9 @@ func routes() []route {
 		read("/v1/custodians", "listCustodians", "The custodians with their public keys", func(c *call) (wire.Custodians, error) {
 			return c.engine.Custodians(c.Context(), c.caller)
 		}),
+		write("/v1/custodians/{id}/suspensions", "suspendCredential", "Submit a custodian's signed suspension of a credential that a colleague has lost", func(c *call, q wire.SuspendRequest) (wire.Custodian, error) {
+			return c.engine.SuspendCredential(c.Context(), c.caller, c.PathValue("id"), q)
+		}),
 		read("/v1/policies", "listPolicies", "The approval policies and the access policy", func(c *call) (wire.Policies, error) {
 			return c.engine.Policies(c.Context(), c.caller)
 		}),

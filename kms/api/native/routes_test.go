@@ -48,6 +48,7 @@ func requests(t testing.TB, w *world) map[string][]request {
 	w.states.SetRecovery("spare", w.states.RecoveryParams([]string{"fr"}, 2, 2, "de-1", "fr-1"))
 	w.states.Replace("node-fr-1", false)
 	restore := w.restore("spare", "node-fr-1", "de-1", "fr-1")
+	suspend := wire.SuspendRequest{Statement: wire.Suspension(w.states.Suspension("fr-2", "fr-1"))}
 	vote := wire.VoteRequest{Statement: w.statement(open.ID, "de-1", approval.Approve)}
 
 	open1 := wire.DecryptRequest{Ciphertext: ct.Ciphertext, Context: wire.Context{"a": "b"}}
@@ -67,12 +68,13 @@ func requests(t testing.TB, w *world) map[string][]request {
 		"evidence": get("auditor", "/v1/proposals/"+executed+"/evidence"), "metrics": get("operator", "/v1/metrics"),
 		"backup": get("operator", "/v1/backup"), "drift": get("operator", "/v1/drift"), "listRecoveries": get("auditor", "/v1/recoveries"),
 		"listRecoveryKeys": get("custodian", "/v1/recovery-keys"), "restoreKEKs": {{"custodian", "/v1/recovery-keys/restore", restore}},
-		"createKeyring": {{"operator", "/v1/keyrings", wire.CreateKeyringRequest{Name: "more", Residency: []string{"fr"}, Policy: "standard"}}},
-		"createKey":     {{"operator", "/v1/keyrings/ring/keys", wire.CreateKeyRequest{Name: "more", Purpose: "sign", Algorithm: "ed25519"}}},
-		"openProposal":  {{"custodian", "/v1/proposals", wire.OpenProposalRequest{Action: "rotate", Target: "key/ring/sig", Reason: "due"}}},
-		"vote":          {{"custodian", "/v1/proposals/" + open.ID + "/votes", vote}},
-		"encrypt":       both(enc+"/encrypt", wire.EncryptRequest{Plaintext: []byte("hello")}),
-		"decrypt":       both(enc+"/decrypt", open1), "rewrap": both(enc+"/rewrap", open1),
+		"createKeyring":     {{"operator", "/v1/keyrings", wire.CreateKeyringRequest{Name: "more", Residency: []string{"fr"}, Policy: "standard"}}},
+		"createKey":         {{"operator", "/v1/keyrings/ring/keys", wire.CreateKeyRequest{Name: "more", Purpose: "sign", Algorithm: "ed25519"}}},
+		"openProposal":      {{"custodian", "/v1/proposals", wire.OpenProposalRequest{Action: "rotate", Target: "key/ring/sig", Reason: "due"}}},
+		"vote":              {{"custodian", "/v1/proposals/" + open.ID + "/votes", vote}},
+		"suspendCredential": {{"custodian", "/v1/custodians/fr-2/suspensions", suspend}},
+		"encrypt":           both(enc+"/encrypt", wire.EncryptRequest{Plaintext: []byte("hello")}),
+		"decrypt":           both(enc+"/decrypt", open1), "rewrap": both(enc+"/rewrap", open1),
 		"dataKey": both(enc+"/datakey", wire.DataKeyRequest{}), "wrappedDataKey": both(enc+"/datakey/wrapped", wire.DataKeyRequest{Bytes: 64}),
 		"mac": both(mac+"/mac", wire.MACRequest{Message: []byte("m")}), "verifyMAC": both(mac+"/verify-mac", wire.VerifyMACRequest{Message: []byte("m"), MAC: tag.MAC}),
 		"sign": both(sig+"/sign", wire.SignRequest{Message: []byte("m")}), "verify": both(sig+"/verify", wire.VerifyRequest{Message: []byte("m"), Signature: signature.Signature}),

@@ -121,6 +121,9 @@ func (w *World) Proposal(action kms.Action, target string, params any) approval.
 		Format: 1, Cluster: s.Lineage(), Nonce: hash("proposal", s.Index(), target)[:16], Action: action, Target: target,
 		Policy: kms.Governance, Proposer: w.Operator(w.opts.Sites[0]), Created: w.Now(), Reason: "a test",
 	}
+	if c, ok := params.(approval.CustodianParams); ok {
+		params = w.Possess(c)
+	}
 	if params != nil {
 		p.Parameters = canon.Marshal(params)
 	}
