@@ -32,6 +32,7 @@ type Config struct {
 	Device  DeviceConfig  `toml:"device"`
 	Cache   CacheConfig   `toml:"cache"`
 	Log     LogConfig     `toml:"log"`
+	Audit   AuditConfig   `toml:"audit"`
 
 	NextDevice *DeviceConfig `toml:"next_device"` // that takes the place of the device; see conclaved rekey
 }
@@ -153,6 +154,7 @@ func loadConfig(path string) (Config, error) {
 		}
 		paths = append(paths, d.paths()...)
 	}
+	paths = append(paths, c.Audit.paths()...)
 	dir := filepath.Dir(path)
 	for _, p := range paths {
 		if *p != "" && !filepath.IsAbs(*p) && !strings.HasPrefix(*p, "fd:") {
@@ -219,6 +221,9 @@ func (c *Config) check() (field, why string) {
 		}
 	}
 	if field, why = c.Cluster.check(); field != "" {
+		return field, why
+	}
+	if field, why = c.Audit.check(); field != "" {
 		return field, why
 	}
 	if field, why = c.Device.check("device"); field != "" {

@@ -117,6 +117,12 @@ func TestConfigErrors(t *testing.T) {
 		{"cache", "[api]", "[cache]\nkeks = 0\n[api]", ":14: cache.keks: "},
 		{"cache of keys", "[api]", "[cache]\nkeks = 1\nkeys = -1\n[api]", ":15: cache.keys: "},
 		{"duration too short", "[api]", "[cache]\nttl = \"1us\"\n[api]", "is not a positive duration"},
+		{"sink without a path", "[api]", "[audit.file]\n[api]", ":13: audit.file.path: missing: "},
+		{"syslog address", "[api]", "[audit.syslog]\naddress = \"log.example:514\"\n[api]", ":14: audit.syslog.address: "},
+		{"syslog CA", "[api]", "[audit.syslog]\naddress = \"udp://log.example:514\"\nca = \"ca.pem\"\n[api]", ":15: audit.syslog.ca: only a tls:// address"},
+		{"collector", "[api]", "[audit.otlp]\nendpoint = \"collector:4318\"\n[api]", ":14: audit.otlp.endpoint: "},
+		{"collector's CA", "[api]", "[audit.otlp]\nca = \"ca.pem\"\nendpoint = \"http://c:4318/v1/logs\"\n[api]", ":14: audit.otlp.ca: only an https:// endpoint"},
+		{"unknown sink", "[api]", "[audit.kafka]\n[api]", ":13:2: audit.kafka: no such field"},
 		{"log level", "[api]", "[log]\nlevel = \"loud\"\n[api]", `:14: log.level: "loud" is not debug, info, warn or error`},
 		{"log format", "[api]", "[log]\nformat = \"xml\"\n[api]", `:14: log.format: "xml" is not`},
 	} {

@@ -30,6 +30,7 @@ import (
 	"github.com/conclave-kms/conclave/kms/audit"
 	"github.com/conclave-kms/conclave/kms/engine"
 	"github.com/conclave-kms/conclave/kms/keyring"
+	"github.com/conclave-kms/conclave/kms/sink"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/wire"
 	"github.com/conclave-kms/conclave/pqc"
@@ -97,6 +98,7 @@ type node struct {
 	root        *keyring.Root
 	cache       *keyring.Cache
 	access      *audit.Log
+	sinks       []*sink.Queue // of copies of the access log
 	clusterLog  *audit.ClusterLog
 	cluster     *cluster.Node
 	certificate *x509.Certificate // its own
@@ -186,6 +188,10 @@ func (n *node) openLogs(context.Context) error {
 	}
 	n.access = access
 	n.closeLater(access.Close)
+	if n.sinks, err = n.cfg.Audit.open(n.log); err != nil {
+		return err
+	}
+	n.closeLater(func() error { return closeSinks(n.sinks) })
 	clusterLog, err := audit.OpenClusterLog(filepath.Join(n.cfg.DataDir, "cluster-log"))
 	if err != nil {
 		return err
@@ -315,9 +321,12 @@ func (n *node) fail(err error) {
 
 func (n *node) openEngine(context.Context) error {
 	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	if err := n.registry.Register(sinkCounters(n.sinks)); err != nil {
+		return err
+	}
 	var err error
 	n.engine, err = engine.New(engine.Config{
-		Node: n.cfg.Node, Cluster: n.cluster, Cache: n.cache, Root: n.root, Signer: n.device, Device: n.device, Log: n.access,
+		Node: n.cfg.Node, Cluster: n.cluster, Cache: n.cache, Root: n.root, Signer: n.device, Device: n.device, Log: sink.Copied{Log: n.access, Sinks: n.sinks},
 		Logger: n.log, Metrics: n.registry, Hold: n.cluster.Probation, Raft: n.raft, Version: version, Importers: importers(), SigningSuite: n.signingSuite(), Seed: n.keptSeed(), Certificate: n.certificate,
 	})
 	return err

@@ -84,6 +84,7 @@ var allowed = map[string][]string{
 	"kms/state":               {"kms", "kms/canon", "kms/approval", "kms/attest", "kms/note", "pqc"},
 	"kms/state/statetest":     {"kms", "kms/canon", "kms/approval", "kms/attest", "kms/note", "kms/secret", "kms/state", "pqc"},
 	"kms/audit":               {"kms", "kms/canon", "kms/approval", "kms/attest", "kms/note", "kms/state", "kms/tlog", "pqc"},
+	"kms/sink":                {"kms/audit"},
 	"kms/backup":              {"kms", "kms/canon", "kms/parallel", "kms/state", "pqc"},
 	"kms/keyring":             {"kms", "kms/canon", "kms/secret", "pqc"},
 	"kms/engine":              {"kms", "kms/canon", "kms/secret", "kms/approval", "kms/note", "kms/state", "kms/audit", "kms/backup", "kms/keyring", "kms/wire", "pqc"},
