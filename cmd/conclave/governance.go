@@ -36,7 +36,7 @@ func (a *app) policyCommand() *cobra.Command {
 				return wire.Policy{}, &kms.Error{Kind: kms.NotFound, Msg: fmt.Sprintf("there is no policy %q", args[0]), Fix: "see: conclave policy list"}
 			},
 			func(w io.Writer, p wire.Policy) { policyTable(w, wire.Policies{Policies: []wire.Policy{p}}) }),
-		a.policySetCommand())
+		a.policyTestCommand(), a.policySetCommand())
 	return cmd
 }
 
@@ -59,7 +59,16 @@ func (a *app) policySetCommand() *cobra.Command {
 		Long: `Propose the rules of a policy. FILE is JSON as conclave policy show NAME -o json prints
 it: take that, change the rules, and propose it. The stricter of the old and the new
 rules decides about the change. Rules for what later releases brought (site, recover,
-recovery-key) are added so; while a policy has no rule for an action nobody may do it.`,
+recovery-key) are added so; while a policy has no rule for an action nobody may do it.
+
+A rule's "need" is a group that must be met besides its approvals and sites: its members
+that are met must weigh at least its need. Members are custodians, sites with the number
+of approvals that they take, and groups, each with a weight (1 where none is given):
+
+  "need": {"need": 2, "custodians": [{"name": "fr-1"}], "sites": [{"name": "de", "approvals": 2}],
+           "groups": [{"need": 1, "custodians": [{"name": "jp-1"}, {"name": "jp-2"}]}]}
+
+Try it first: conclave policy test NAME --rules FILE`,
 		Example: "  conclave policy show governance -o json > governance.json\n  conclave policy set governance --rules governance.json --reason 'a rule to recover'",
 		Args:    arguments("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -69,18 +78,9 @@ recovery-key) are added so; while a policy has no rule for an action nobody may 
 			if err := by.check(); err != nil {
 				return err
 			}
-			b, err := os.ReadFile(file)
+			p, err := readPolicy(file)
 			if err != nil {
-				return usageError{err}
-			}
-			var p wire.Policy
-			dec := json.NewDecoder(strings.NewReader(string(b)))
-			dec.DisallowUnknownFields()
-			if err := dec.Decode(&p); err != nil {
-				return usagef("%s is no policy as conclave policy show -o json prints it: %w", file, err)
-			}
-			if len(p.Rules) == 0 {
-				return usagef("%s has no rules", file)
+				return err
 			}
 			if p.Name != "" && p.Name != args[0] {
 				return usagef("%s is about policy %s, not %s", file, p.Name, args[0])
@@ -91,4 +91,21 @@ recovery-key) are added so; while a policy has no rule for an action nobody may 
 	cmd.Flags().StringVar(&file, "rules", "", "JSON `FILE` with the rules")
 	by.flags(cmd)
 	return cmd
+}
+
+// readPolicy reads a policy as conclave policy show -o json prints it.
+func readPolicy(file string) (p wire.Policy, err error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return p, usageError{err}
+	}
+	dec := json.NewDecoder(strings.NewReader(string(b)))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&p); err != nil {
+		return p, usagef("%s is no policy as conclave policy show -o json prints it: %w", file, err)
+	}
+	if len(p.Rules) == 0 {
+		return p, usagef("%s has no rules", file)
+	}
+	return p, nil
 }

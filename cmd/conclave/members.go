@@ -32,25 +32,35 @@ func memberTable(w io.Writer, v wire.Nodes) {
 
 // proposing are the flags of a command that opens a proposal.
 type proposing struct {
-	reason  string
-	expires time.Duration
+	reason    string
+	expires   time.Duration
+	notBefore string
+	release   time.Time // notBefore, read by check
 }
 
 func (p *proposing) flags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&p.reason, "reason", "", "`TEXT`: why; part of what custodians sign")
 	f.DurationVar(&p.expires, "expires", 0, "give up after this time (default and most: the policy's lifetime)")
+	f.StringVar(&p.notBefore, "not-before", "", "`TIME` before which it is not carried out, however early it is approved (RFC 3339, such as 2027-01-31T06:00:00Z)")
 }
 
 func (p *proposing) check() error {
 	if p.reason == "" {
 		return usagef("--reason is missing: custodians sign it with the proposal")
 	}
+	if p.notBefore == "" {
+		return nil
+	}
+	var err error
+	if p.release, err = time.Parse(time.RFC3339, p.notBefore); err != nil {
+		return usagef("--not-before %q is no time such as 2027-01-31T06:00:00Z", p.notBefore)
+	}
 	return nil
 }
 
 func (p *proposing) request(action kms.Action, target string, params wire.ProposalParameters) wire.OpenProposalRequest {
-	return wire.OpenProposalRequest{Action: string(action), Target: target, Reason: p.reason, Parameters: params, ExpiresInMS: p.expires.Milliseconds()}
+	return wire.OpenProposalRequest{Action: string(action), Target: target, Reason: p.reason, Parameters: params, ExpiresInMS: p.expires.Milliseconds(), NotBefore: p.release}
 }
 
 // propose opens a proposal and shows it.

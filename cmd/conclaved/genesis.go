@@ -21,6 +21,7 @@ import (
 	"github.com/conclave-kms/conclave/kms/approval"
 	"github.com/conclave-kms/conclave/kms/engine"
 	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/kms/wire"
 	"github.com/conclave-kms/conclave/pqc"
 )
 
@@ -72,6 +73,9 @@ type rulePlan struct {
 	Delay              Duration `toml:"delay,omitzero"`
 	Lifetime           Duration `toml:"lifetime,omitzero"`
 	Veto               []string `toml:"veto"`
+
+	Need      *wire.Group `toml:"need,omitempty"`      // as in the API: need, custodians, sites, groups
+	NotBefore time.Time   `toml:"not_before,omitzero"` // nothing is carried out earlier
 }
 
 // build reads everything that the plan names.
@@ -176,14 +180,11 @@ func (p policyPlan) build() approval.Policy {
 	out := approval.Policy{Name: p.Name, Revision: 1, Attested: p.Attested}
 	for _, r := range p.Rules {
 		for _, action := range r.Actions {
-			rule := approval.Rule{
-				Action: kms.Action(action), Direct: r.Direct, Approvals: r.Approvals, Sites: r.Sites, Required: r.Required,
-				ProposerMayApprove: r.ProposerMayApprove, Delay: r.Delay.Milliseconds(),
-				Lifetime: r.Lifetime.Milliseconds(), Veto: r.Veto,
-			}
-			for _, l := range [][]string{rule.Direct, rule.Required, rule.Veto} {
-				slices.Sort(l)
-			}
+			rule := engine.RuleFromWire(wire.Rule{
+				Action: action, Direct: r.Direct, Approvals: r.Approvals, Sites: r.Sites, Required: r.Required,
+				ProposerMayApprove: r.ProposerMayApprove, DelayMS: r.Delay.Milliseconds(),
+				LifetimeMS: r.Lifetime.Milliseconds(), Veto: r.Veto, Need: r.Need, NotBefore: r.NotBefore,
+			})
 			out.Rules = append(out.Rules, rule)
 		}
 	}

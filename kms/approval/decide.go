@@ -29,7 +29,7 @@ func (r Rule) Decide(proposer string, custodians func(id string) (Custodian, boo
 		return Decision{Missing: []string{"a proposer with a valid identity"}}
 	}
 	counted := make(map[string]bool, len(approvals))
-	sites := make(map[string]bool)
+	sites := make(map[string]int)
 	for _, id := range approvals {
 		c, ok := custodians(id)
 		if !ok || c.ID != id || c.Revoked || counted[id] {
@@ -39,7 +39,7 @@ func (r Rule) Decide(proposer string, custodians func(id string) (Custodian, boo
 			continue
 		}
 		counted[id] = true
-		sites[c.Site] = true
+		sites[c.Site]++
 	}
 	d := Decision{Approvals: len(counted), Sites: len(sites)}
 	if n := int(r.Approvals) - d.Approvals; n > 0 {
@@ -49,9 +49,12 @@ func (r Rule) Decide(proposer string, custodians func(id string) (Custodian, boo
 		d.Missing = append(d.Missing, fmt.Sprintf("custodians of %d more %s", n, word(n, "site")))
 	}
 	for _, s := range r.Required {
-		if !sites[s] {
+		if sites[s] == 0 {
 			d.Missing = append(d.Missing, "a custodian of site "+s)
 		}
+	}
+	if t := (tally{counted, sites}); r.Need != nil && !r.Need.met(t) {
+		d.Missing = append(d.Missing, r.Need.missing(t)...)
 	}
 	d.Met = len(d.Missing) == 0
 	return d

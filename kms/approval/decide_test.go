@@ -75,7 +75,8 @@ func (w world) dumb(r Rule, proposer int, approvals uint) bool {
 			continue
 		}
 		s := w.sitesOf(set)
-		if bits.OnesCount(set) >= int(r.Approvals) && bits.OnesCount(s) >= int(r.Sites) && requiredMask(r)&^s == 0 {
+		if bits.OnesCount(set) >= int(r.Approvals) && bits.OnesCount(s) >= int(r.Sites) && requiredMask(r)&^s == 0 &&
+			(r.Need == nil || w.dumbGroup(r.Need, set)) {
 			return true
 		}
 	}
@@ -110,9 +111,13 @@ func genRule(t *rapid.T, label string) Rule {
 	r := Rule{
 		Action: kms.ActionRotate, Approvals: a, Sites: s, Required: req,
 		ProposerMayApprove: rapid.Bool().Draw(t, label+" proposer may"),
+		NotBefore:          rapid.SampledFrom([]int64{0, 0, 1, 1 << 40}).Draw(t, label+" not before"),
 		Delay:              rapid.Int64Range(0, 1000).Draw(t, label+" delay"),
 		Lifetime:           rapid.Int64Range(MinLifetime, MaxLifetime).Draw(t, label+" lifetime"),
 		Veto:               rapid.SampledFrom([][]string{nil, {"c0"}, {"c0", "c3"}, {"c1"}}).Draw(t, label+" veto"),
+	}
+	if rapid.Bool().Draw(t, label+" has a group") {
+		r.Need = genGroup(t, 3)
 	}
 	if err := r.Validate(); err != nil {
 		t.Fatal(err)
@@ -198,7 +203,7 @@ func TestPossibleAgainstDumbVersion(t *testing.T) {
 		w, r := genWorld(t), genRule(t, "rule")
 		r.Veto = nil
 		err := Policy{Name: "p", Rules: []Rule{r}}.Possible(w.all())
-		if want := w.dumb(r, -1, 1<<len(w.site)-1); (err == nil) != want {
+		if want := w.dumb(r, -1, 1<<len(w.site)-1) && !w.strangers(r); (err == nil) != want {
 			t.Fatalf("Possible says %v, the dumb version %v", err, want)
 		}
 	})
@@ -212,7 +217,7 @@ func TestStricterIsStricterThanBoth(t *testing.T) {
 		if err := s.Validate(); err != nil {
 			t.Fatalf("stricter of two valid rules with short delays: %v", err)
 		}
-		if s.Delay < max(a.Delay, b.Delay) || s.Lifetime > min(a.Lifetime, b.Lifetime) || s.Action != a.Action {
+		if s.Delay < max(a.Delay, b.Delay) || s.Lifetime > min(a.Lifetime, b.Lifetime) || s.NotBefore < max(a.NotBefore, b.NotBefore) || s.Action != a.Action {
 			t.Fatalf("times or action: %+v", s)
 		}
 		for _, v := range slices.Concat(a.Veto, b.Veto) {

@@ -33,6 +33,12 @@ func (p Policy) Validate() error {
 		if err := r.Validate(); err != nil {
 			return kms.Errorf(kms.Invalid, "policy %s: %v", p.Name, err)
 		}
+		if r.Need == nil {
+			continue
+		}
+		if err := r.Need.checkSize(); err != nil {
+			return kms.Errorf(kms.Invalid, "policy %s: rule for %q: %v", p.Name, r.Action, err)
+		}
 	}
 	for _, a := range decides {
 		if _, ok := p.Rule(a); !ok && !slices.Contains(kms.LaterActions, a) {
@@ -70,7 +76,7 @@ func (p Policy) Possible(custodians []Custodian) error {
 		if len(r.Direct) > 0 {
 			continue
 		}
-		if why := r.impossible(len(active), bySite, known); why != "" {
+		if why := r.impossible(tally{active, bySite}, known); why != "" {
 			return kms.Errorf(kms.Invalid, "policy %s: rule for %q %s", p.Name, r.Action, why)
 		}
 	}
@@ -79,7 +85,8 @@ func (p Policy) Possible(custodians []Custodian) error {
 
 // impossible says why no set of the custodians counted could meet the rule, or
 // returns "".
-func (r Rule) impossible(active int, bySite map[string]int, known map[string]bool) string {
+func (r Rule) impossible(all tally, known map[string]bool) string {
+	active, bySite := len(all.custodians), all.sites
 	if !r.Quorum() {
 		return "has no thresholds"
 	}
@@ -105,6 +112,9 @@ func (r Rule) impossible(active int, bySite map[string]int, known map[string]boo
 		if !known[v] {
 			return fmt.Sprintf("gives a veto to %s, who is no custodian", v)
 		}
+	}
+	if r.Need != nil {
+		return r.Need.impossible(all, known)
 	}
 	return ""
 }

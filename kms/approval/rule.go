@@ -58,12 +58,17 @@ func (r Rule) Validate() error {
 	if err := checkNames("veto custodian", r.Veto); err != nil {
 		return bad("%v", err)
 	}
+	if r.Need != nil {
+		if err := r.Need.validate(1); err != nil {
+			return bad("%v", err)
+		}
+	}
 	return r.validateTimes(bad)
 }
 
 func (r Rule) validateDirect(bad func(string, ...any) error) error {
 	if r.Approvals != 0 || r.Sites != 0 || len(r.Required) != 0 || r.ProposerMayApprove ||
-		r.Delay != 0 || r.Lifetime != 0 || len(r.Veto) != 0 {
+		r.Delay != 0 || r.Lifetime != 0 || len(r.Veto) != 0 || r.Need != nil || r.NotBefore != 0 {
 		return bad("it is direct and has parts of a quorum; choose one")
 	}
 	if r.Action == kms.ActionDestroy {
@@ -93,6 +98,12 @@ func (r Rule) validateTimes(bad func(string, ...any) error) error {
 	if r.Action == kms.ActionDestroy && r.Delay < MinDestroyDelay {
 		return bad("delay is %d ms; destruction waits 7 to 30 days (%d to %d ms)", r.Delay, MinDestroyDelay, MaxDelay)
 	}
+	if r.NotBefore < 0 || r.NotBefore > maxTime {
+		return bad("not-before %d is no time", r.NotBefore)
+	}
+	if r.NotBefore != 0 && r.Action == kms.ActionRecover {
+		return bad("a recovery cannot wait for a day that is set now")
+	}
 	if r.Delay >= r.Lifetime {
 		return bad("delay %d ms is not shorter than lifetime %d ms, so that nothing could ever be carried out", r.Delay, r.Lifetime)
 	}
@@ -116,7 +127,7 @@ func checkNames(what string, names []string) error {
 }
 
 // Stricter returns the rule that accepts only what both r and other accept,
-// field by field; its Action is r's. A quorum is stricter than a direct rule; of
+// field by field, and the groups of both; its Action is r's. A quorum is stricter than a direct rule; of
 // two direct rules the roles common to both remain. The result can fail
 // Validate (no common role; a delay as long as the lifetime): then the change
 // cannot be made in one step.
@@ -148,6 +159,8 @@ func (r Rule) Stricter(other Rule) Rule {
 		Delay:              max(r.Delay, other.Delay),
 		Lifetime:           min(r.Lifetime, other.Lifetime),
 		Veto:               union(r.Veto, other.Veto),
+		Need:               both(r.Need, other.Need),
+		NotBefore:          max(r.NotBefore, other.NotBefore),
 	}
 	// Required sites count as sites, and every site takes an approval.
 	s.Sites = max(s.Sites, uint32(len(s.Required)))

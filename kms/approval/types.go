@@ -7,7 +7,8 @@ import "github.com/conclave-kms/conclave/kms"
 
 // Rule says who may let an action happen. It is either direct (Direct lists the
 // roles that may act alone) or a quorum (Approvals and Sites at least 1); a rule
-// that is neither or both is refused, never read as "no approval needed".
+// that is neither or both is refused, never read as "no approval needed". Need comes on
+// top of the thresholds and never in place of them.
 type Rule struct {
 	Action             kms.Action `cbor:"action" json:"action"`
 	Direct             []string   `cbor:"direct" json:"direct,omitempty"`       // roles, sorted
@@ -15,9 +16,11 @@ type Rule struct {
 	Sites              uint32     `cbor:"sites" json:"sites,omitempty"`         // S: distinct sites among them
 	Required           []string   `cbor:"required" json:"required,omitempty"`   // sites that must be among them, sorted
 	ProposerMayApprove bool       `cbor:"proposer-may-approve" json:"proposer_may_approve,omitempty"`
-	Delay              int64      `cbor:"delay" json:"delay_ms,omitempty"`       // cool-off after the quorum, milliseconds
-	Lifetime           int64      `cbor:"lifetime" json:"lifetime_ms,omitempty"` // longest life of a proposal, milliseconds
-	Veto               []string   `cbor:"veto" json:"veto,omitempty"`            // custodians whose rejection ends it at once, sorted
+	Delay              int64      `cbor:"delay" json:"delay_ms,omitempty"`                  // cool-off after the quorum, milliseconds
+	Lifetime           int64      `cbor:"lifetime" json:"lifetime_ms,omitempty"`            // longest life of a proposal, milliseconds
+	Veto               []string   `cbor:"veto" json:"veto,omitempty"`                       // custodians whose rejection ends it at once, sorted
+	Need               *Group     `cbor:"need,omitempty" json:"need,omitempty"`             // of a quorum: a group that must be met besides
+	NotBefore          int64      `cbor:"not-before,omitempty" json:"not_before,omitempty"` // of a quorum: nothing is carried out earlier, Unix milliseconds
 }
 
 // Policy is a named, numbered set of rules, at most one for an action.

@@ -331,7 +331,7 @@ func (w *replay) checkExecution(d Decision, out *decided) error {
 	}
 	// The cluster's clock at a command is at most Window past its signed time, and
 	// at the opening at most Window before the proposal's creation.
-	earliest := max(out.content.NotBefore-state.Window, out.content.Created+out.rule.Delay-2*state.Window)
+	earliest := max(out.content.NotBefore-state.Window, out.rule.NotBefore-state.Window, out.content.Created+out.rule.Delay-2*state.Window)
 	if out.execution.Time < earliest {
 		return refuse(kms.Conflict, nil, "%s is signed %d ms too early for the delay or the earliest time", what, earliest-out.execution.Time)
 	}

@@ -136,10 +136,14 @@ func (w *replay) verifyDecision(e Evidence, r *Report) (decided, error) {
 }
 
 func required(r approval.Rule) string {
-	if len(r.Required) == 0 {
-		return ""
+	s := ""
+	if len(r.Required) > 0 {
+		s = ", among them " + list(r.Required)
 	}
-	return ", among them " + list(r.Required)
+	if r.Need != nil {
+		s += ", and besides " + r.Need.Words()
+	}
+	return s
 }
 
 // verifyTarget verifies what belongs to a decision about a key: the keyring and

@@ -33,7 +33,12 @@ func (a *Agent) announce(ctx context.Context, st *state.State) time.Duration {
 func waiting(st *state.State) []string {
 	var l []string
 	for _, k := range state.Program("").Kinds {
-		if lacking := st.Lacking(k); len(lacking) > 0 {
+		lacking := st.Lacking(k)
+		switch {
+		case len(lacking) == 0:
+		case k.Type == state.TypeFeature:
+			l = append(l, fmt.Sprintf("%s wait for %s", state.Feature(k.Version), strings.Join(lacking, ", ")))
+		default:
 			l = append(l, fmt.Sprintf("commands of type %d version %d wait for %s", k.Type, k.Version, strings.Join(lacking, ", ")))
 		}
 	}

@@ -187,7 +187,7 @@ func parameters(st *state.State, p approval.Proposal, q wire.ProposalParameters)
 func policyParams(st *state.State, p approval.Proposal, q wire.ProposalParameters) approval.PolicyParams {
 	rules := make([]approval.Rule, len(q.Rules))
 	for i, r := range q.Rules {
-		rules[i] = ruleFromWire(r)
+		rules[i] = RuleFromWire(r)
 	}
 	slices.SortFunc(rules, func(a, b approval.Rule) int { return strings.Compare(string(a.Action), string(b.Action)) })
 	params := approval.PolicyParams{Rules: rules}
@@ -211,15 +211,6 @@ func nextRootFromWire(n wire.NextRoot) approval.NodeParams {
 			ImportKind: r.ImportKind, Import: r.Import, Attestation: r.Attestation,
 		},
 		Possession: n.Possession, Leave: n.Leave,
-	}
-}
-
-func ruleFromWire(r wire.Rule) approval.Rule {
-	sorted := func(s []string) []string { return slices.Sorted(slices.Values(s)) }
-	return approval.Rule{
-		Action: kms.Action(r.Action), Direct: sorted(r.Direct), Approvals: r.Approvals, Sites: r.Sites,
-		Required: sorted(r.Required), ProposerMayApprove: r.ProposerMayApprove, Delay: r.DelayMS,
-		Lifetime: r.LifetimeMS, Veto: sorted(r.Veto),
 	}
 }
 

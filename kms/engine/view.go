@@ -41,50 +41,6 @@ func custodianView(c approval.Custodian) wire.Custodian {
 	return v
 }
 
-func policyView(p approval.Policy) wire.Policy {
-	v := wire.Policy{Name: p.Name, Revision: p.Revision, Rules: []wire.Rule{}, Attested: p.Attested}
-	for _, r := range p.Rules {
-		v.Rules = append(v.Rules, ruleView(r))
-		v.Summary = append(v.Summary, ruleSentence(r))
-	}
-	if p.Attested {
-		v.Summary = append(v.Summary, "keyrings under it: the hardware of every resident node must be attested")
-	}
-	return v
-}
-
-func ruleView(r approval.Rule) wire.Rule {
-	return wire.Rule{
-		Action: string(r.Action), Direct: r.Direct, Approvals: r.Approvals, Sites: r.Sites, Required: r.Required,
-		ProposerMayApprove: r.ProposerMayApprove, DelayMS: r.Delay, LifetimeMS: r.Lifetime, Veto: r.Veto,
-	}
-}
-
-// ruleSentence says what a rule says.
-func ruleSentence(r approval.Rule) string {
-	if len(r.Direct) > 0 {
-		return fmt.Sprintf("%s: a single %s may do it", r.Action, strings.Join(r.Direct, " or "))
-	}
-	var b strings.Builder
-	fmt.Fprintf(&b, "%s: %s from %s", r.Action, count(int(r.Approvals), "approval"), count(int(r.Sites), "site"))
-	if len(r.Required) > 0 {
-		fmt.Fprintf(&b, ", among them %s", strings.Join(r.Required, " and "))
-	}
-	if r.ProposerMayApprove {
-		b.WriteString(", the proposer's counts")
-	}
-	if r.Delay > 0 {
-		fmt.Fprintf(&b, ", then a delay of %s", duration(r.Delay))
-	}
-	if len(r.Veto) > 0 {
-		fmt.Fprintf(&b, "; %s may veto", strings.Join(r.Veto, " or "))
-	}
-	if r.Lifetime > 0 {
-		fmt.Fprintf(&b, "; open for at most %s", duration(r.Lifetime))
-	}
-	return b.String()
-}
-
 func count(n int, what string) string {
 	if n == 1 {
 		return "1 " + what
@@ -207,7 +163,7 @@ func proposalView(st *state.State, p state.Proposal) (wire.Proposal, error) {
 		rv := ruleView(r)
 		v.Rule = &rv
 		if p.AuthorisedAt > 0 {
-			v.ExecutableAt = at(max(content.NotBefore, p.AuthorisedAt+r.Delay))
+			v.ExecutableAt = at(max(content.NotBefore, r.NotBefore, p.AuthorisedAt+r.Delay))
 		}
 	}
 	for _, vote := range p.Votes {

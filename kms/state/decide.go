@@ -12,7 +12,7 @@ import (
 // RuleFor returns the rule that decides a proposal under the policies in force:
 // the rule of the named policy for the action. To change a policy takes the
 // stricter of the old and the new rule for the action policy, and besides it the
-// approvals, sites, required sites and vetoes of every quorum rule that changes,
+// approvals, sites, required sites, groups and vetoes of every quorum rule that changes,
 // before and after: otherwise a small quorum could lower a large one first. To add
 // or replace a custodian takes those of every quorum rule there is: otherwise a
 // small quorum could make the custodians that a large one lacks. To revoke one, or to
@@ -173,7 +173,7 @@ func rulePolicyChange(policy func(string) (approval.Policy, bool), rule approval
 	return rule, nil
 }
 
-// atLeast returns the rule with the thresholds and vetoes of other, where that is a
+// atLeast returns the rule with the thresholds, groups and vetoes of other besides its own, where that is a
 // quorum. Its times stay: a delay of other's could outlast the rule's lifetime.
 func atLeast(rule, other approval.Rule) approval.Rule {
 	if !other.Quorum() {
@@ -181,7 +181,7 @@ func atLeast(rule, other approval.Rule) approval.Rule {
 	}
 	return rule.Stricter(approval.Rule{
 		Action: rule.Action, Approvals: other.Approvals, Sites: other.Sites, Required: other.Required,
-		ProposerMayApprove: other.ProposerMayApprove, Veto: other.Veto, Lifetime: rule.Lifetime,
+		ProposerMayApprove: other.ProposerMayApprove, Veto: other.Veto, Need: other.Need, Lifetime: rule.Lifetime,
 	})
 }
 

@@ -166,7 +166,8 @@ var decoders = map[CommandKind]func(Envelope) (operation, error){
 	{TypeKeepSeed, 1}:       decode[KeepSeed],
 	{TypeReportUse, 1}:      decode[ReportUse],
 
-	{TypeSuspendCredential, 1}: decode[SuspendCredential],
+	{TypeSuspendCredential, 1}:          decode[SuspendCredential],
+	{TypeFeature, uint16(FeatureRules)}: decode[feature],
 }
 
 // parseCommand decodes the payload and validates its shape.

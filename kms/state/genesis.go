@@ -261,7 +261,7 @@ func checkPolicy(p approval.Policy, custodians []approval.Custodian, sites []Sit
 		if slices.Contains(quorumOnly, r.Action) && !r.Quorum() {
 			return kms.Errorf(kms.Invalid, "policy %s: the rule for %q must be a quorum", p.Name, r.Action)
 		}
-		for _, req := range r.Required {
+		for _, req := range slices.Concat(r.Required, r.GroupSites()) {
 			if !slices.ContainsFunc(sites, func(s Site) bool { return s.ID == req }) {
 				return kms.Errorf(kms.Invalid, "policy %s: rule for %q requires site %q, which does not exist", p.Name, r.Action, req)
 			}

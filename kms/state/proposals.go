@@ -16,7 +16,7 @@ func (p Proposal) expired(clock int64) bool { return clock >= p.Content.Expires 
 
 // executable returns the time from which an authorised proposal may be carried out.
 func (p Proposal) executable(rule approval.Rule) int64 {
-	return max(p.Content.NotBefore, p.AuthorisedAt+rule.Delay)
+	return max(p.Content.NotBefore, rule.NotBefore, p.AuthorisedAt+rule.Delay)
 }
 
 func checkProposalID(id string) error {
@@ -58,6 +58,9 @@ func (c OpenProposal) apply(t *tx) error {
 		return err
 	}
 	if err := t.knowsKEKRotation(content.Target); err != nil {
+		return err
+	}
+	if err := t.knowsContent(content); err != nil {
 		return err
 	}
 	p := Proposal{
@@ -114,8 +117,28 @@ func (t *tx) checkProposer(p approval.Proposal) error {
 	if p.Proposer != who {
 		return kms.Errorf(kms.Denied, "the proposal names %s as proposer, but comes from %s", p.Proposer, who)
 	}
-	_, err := t.before.reader().identity(who)
-	return err
+	id, err := t.before.reader().identity(who)
+	if err != nil {
+		return err
+	}
+	return t.checkNamesake(id)
+}
+
+// checkNamesake refuses a proposer who has the name of a custodian of another site:
+// approvals are held against the proposer by name.
+func (t *tx) checkNamesake(id kms.Identity) error {
+	if id.Role != "custodian" || t.replay || !t.before.Knows(FeatureRules) {
+		return nil
+	}
+	r := t.before.reader()
+	c, ok := r.custodian(id.Name)
+	if !ok {
+		return nil
+	}
+	if s, _, _ := r.site(c.Site); s.TrustDomain != id.TrustDomain {
+		return kms.Errorf(kms.Denied, "%s is not custodian %s, who is of site %s", id, c.ID, c.Site)
+	}
+	return nil
 }
 
 // checkTimes holds the proposal's times against the clock and the rule. A direct
@@ -132,6 +155,8 @@ func (t *tx) checkTimes(p approval.Proposal, rule approval.Rule) error {
 		return kms.Errorf(kms.Invalid, "the proposal expires later than the policy's lifetime of %d ms allows", lifetime)
 	case t.clock >= p.Expires:
 		return kms.Errorf(kms.Expired, "the proposal has expired; open a new one")
+	case rule.NotBefore >= p.Expires:
+		return kms.Errorf(kms.Invalid, "the proposal expires before the policy's time of release; open it later, at most %d ms before that time", lifetime)
 	case p.NotBefore >= p.Expires || t.clock+rule.Delay >= p.Expires:
 		return kms.Errorf(kms.Invalid, "the proposal expires before its delay can be over")
 	}

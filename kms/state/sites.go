@@ -136,7 +136,7 @@ func (r reader) siteUnused(id string) error {
 	}
 	for _, p := range r.policies() {
 		for _, rule := range p.Rules {
-			if slices.Contains(rule.Required, id) {
+			if slices.Contains(rule.Required, id) || slices.Contains(rule.GroupSites(), id) {
 				return kms.Errorf(kms.Conflict, "policy %s requires site %s for %q; change it first", p.Name, id, rule.Action)
 			}
 		}

@@ -64,6 +64,12 @@ func TestSite(t *testing.T) {
 	revoke := w.Propose(kms.ActionCustodian, "custodian/pl-1", approval.CustodianParams{Custodian: leaving})
 	w.Approve(revoke, "de-1", "pl-1")
 	w.Execute(revoke)
+	any := grouped(approval.Group{Need: 1, Sites: []approval.SiteWeight{{Name: "fr", Weight: 1, Approvals: 1}, {Name: "pl", Weight: 1, Approvals: 1}}})
+	w.Carry(kms.ActionPolicy, "policy/strict", any)
+	if r := w.Apply(w.Command(fr, state.OpenProposal{Proposal: p.Marshal()}, statetest.As(p.Proposer))); r.Kind != kms.Conflict || !strings.Contains(r.Message, "policy strict") {
+		t.Error(r.Err())
+	}
+	w.Carry(kms.ActionPolicy, "policy/strict", approval.PolicyParams{Rules: statetest.Policies(3)[1].Rules})
 	before := w.State()
 	w.Carry(kms.ActionSite, "site/pl", remove)
 	if _, there := w.State().Site("pl"); there || len(w.State().Sites()) != 4 {

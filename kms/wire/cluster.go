@@ -214,13 +214,38 @@ type Policy struct {
 // Rule says who may let an action happen: either direct or a quorum. Field for
 // field it is approval.Rule, whose comments say more.
 type Rule struct {
-	Action             string   `json:"action"`
-	Direct             []string `json:"direct,omitempty"`    // roles that may act alone, sorted
-	Approvals          uint32   `json:"approvals,omitempty"` // distinct custodians
-	Sites              uint32   `json:"sites,omitempty"`     // distinct sites among them
-	Required           []string `json:"required,omitempty"`  // sites that must be among them, sorted
-	ProposerMayApprove bool     `json:"proposer_may_approve,omitempty"`
-	DelayMS            int64    `json:"delay_ms,omitempty"`    // cool-off after the quorum
-	LifetimeMS         int64    `json:"lifetime_ms,omitempty"` // longest life of a proposal
-	Veto               []string `json:"veto,omitempty"`        // custodians whose rejection ends it, sorted
+	Action             string    `json:"action"`
+	Direct             []string  `json:"direct,omitempty"`    // roles that may act alone, sorted
+	Approvals          uint32    `json:"approvals,omitempty"` // distinct custodians
+	Sites              uint32    `json:"sites,omitempty"`     // distinct sites among them
+	Required           []string  `json:"required,omitempty"`  // sites that must be among them, sorted
+	ProposerMayApprove bool      `json:"proposer_may_approve,omitempty"`
+	DelayMS            int64     `json:"delay_ms,omitempty"`    // cool-off after the quorum
+	LifetimeMS         int64     `json:"lifetime_ms,omitempty"` // longest life of a proposal
+	Veto               []string  `json:"veto,omitempty"`        // custodians whose rejection ends it, sorted
+	Need               *Group    `json:"need,omitempty"`        // a group that must be met besides
+	NotBefore          time.Time `json:"not_before,omitzero"`   // nothing is carried out earlier
+}
+
+// Group is met when the weights of those of its members that are met add up to Need. In
+// a request a weight of 0 is 1. Field for field it is approval.Group.
+type Group struct {
+	Need       uint32       `json:"need"`
+	Weight     uint32       `json:"weight,omitempty"`     // in the group above; the outermost has none
+	Custodians []Weight     `json:"custodians,omitempty"` // who approve
+	Sites      []SiteWeight `json:"sites,omitempty"`      // that many custodians of which approve
+	Groups     []Group      `json:"groups,omitempty"`     // that are met
+}
+
+// Weight is what a custodian's approval weighs in a group.
+type Weight struct {
+	Name   string `json:"name"`
+	Weight uint32 `json:"weight,omitempty"`
+}
+
+// SiteWeight is what a site weighs in a group once so many of its custodians approve.
+type SiteWeight struct {
+	Name      string `json:"name"`
+	Weight    uint32 `json:"weight,omitempty"`
+	Approvals uint32 `json:"approvals"`
 }
