@@ -115,6 +115,7 @@ const (
 	ActionKeyring    Action = "keyring" // create a keyring
 	ActionCreate     Action = "create"  // create a key
 	ActionRotate     Action = "rotate"
+	ActionActivate   Action = "activate" // one version becomes primary without all its receipts
 	ActionSuspend    Action = "suspend"
 	ActionResume     Action = "resume"
 	ActionDeactivate Action = "deactivate" // one version stops decrypting
@@ -133,13 +134,13 @@ const (
 // by the policy called Governance. A policy must have a rule for every action
 // it decides.
 var (
-	KeyActions        = []Action{ActionCreate, ActionRotate, ActionSuspend, ActionResume, ActionDeactivate, ActionCompromise, ActionDestroy}
+	KeyActions        = []Action{ActionCreate, ActionRotate, ActionActivate, ActionSuspend, ActionResume, ActionDeactivate, ActionCompromise, ActionDestroy}
 	GovernanceActions = []Action{ActionKeyring, ActionPolicy, ActionCustodian, ActionNode, ActionSite, ActionRecoveryKey, ActionRecover}
 )
 
 // LaterActions came after the first release, so a policy may lack a rule for one:
 // then nobody can do it until the policy has one.
-var LaterActions = []Action{ActionSite, ActionRecoveryKey, ActionRecover}
+var LaterActions = []Action{ActionActivate, ActionSite, ActionRecoveryKey, ActionRecover}
 
 // Governance is the name of the policy that decides GovernanceActions.
 const Governance = "governance"

@@ -140,6 +140,7 @@ func (a *app) keyCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "key", Short: "Create and look at keys; propose rotation, suspension and the rest"}
 	cmd.AddCommand(a.keyCreateCommand(), a.keyListCommand(), a.keyShowCommand(),
 		a.proposeOnKey("rotate", "Propose a new version", false),
+		a.proposeOnKey("activate", "Propose that a new version becomes primary without all its receipts", true),
 		a.proposeOnKey("suspend", "Propose that the key refuses every operation until it is resumed", false),
 		a.proposeOnKey("resume", "Propose that a suspended key serves again", false),
 		a.proposeOnKey("deactivate", "Propose that an old version stops decrypting", true),

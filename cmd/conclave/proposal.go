@@ -200,7 +200,7 @@ func parameters(p approval.Proposal) []string {
 // decoded returns the parameters of a proposal's action, nil where it has none.
 func decoded(p approval.Proposal) (any, error) {
 	switch p.Action {
-	case kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
+	case kms.ActionActivate, kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
 		return p.VersionParams()
 	case kms.ActionPolicy:
 		return p.PolicyParams()
@@ -257,6 +257,9 @@ func warning(p approval.Proposal) string {
 	}
 	if n, err := p.NodeParams(); p.Action == kms.ActionNode && err == nil {
 		return nodeWarning(n)
+	}
+	if p.Action == kms.ActionActivate {
+		return "nodes whose receipts are MISSING may be unable to use the key"
 	}
 	if v, err := p.VersionParams(); err == nil && v.Version == 0 && slices.Contains([]kms.Action{kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy}, p.Action) {
 		return "it is about THE WHOLE KEY, every version"

@@ -106,7 +106,7 @@ func checkReason(s string) error {
 
 // targetKinds are the actions that can be proposed, with what they are about.
 var targetKinds = map[kms.Action]string{
-	kms.ActionRotate: TargetKey, kms.ActionSuspend: TargetKey, kms.ActionResume: TargetKey,
+	kms.ActionRotate: TargetKey, kms.ActionActivate: TargetKey, kms.ActionSuspend: TargetKey, kms.ActionResume: TargetKey,
 	kms.ActionDeactivate: TargetKey, kms.ActionCompromise: TargetKey, kms.ActionDestroy: TargetKey,
 	kms.ActionPolicy: TargetPolicy, kms.ActionCustodian: TargetCustodian, kms.ActionNode: TargetNode,
 	kms.ActionSite: TargetSite, kms.ActionRecoveryKey: TargetRecovery, kms.ActionRecover: TargetCluster,
@@ -127,7 +127,7 @@ func (p Proposal) validateAction(bad func(string, ...any) error) error {
 		return bad("action %q has a target of the form %s/..., not %q", p.Action, want, p.Target)
 	}
 	switch p.Action {
-	case kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
+	case kms.ActionActivate, kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
 		v, err := p.VersionParams()
 		if err != nil {
 			return bad("%v", err)
@@ -184,7 +184,7 @@ func (p Proposal) validateAction(bad func(string, ...any) error) error {
 	return nil
 }
 
-// VersionParams decodes the parameters of deactivate, compromise and destroy.
+// VersionParams decodes the parameters of activate, deactivate, compromise and destroy.
 func (p Proposal) VersionParams() (VersionParams, error) { return params[VersionParams](p) }
 
 // PolicyParams decodes the parameters of the action policy.

@@ -40,11 +40,11 @@ func sampleProposal(a kms.Action) Proposal {
 		Reason: "Yearly rotation.\nSee the minutes of 1 January.",
 	}
 	switch a {
-	case kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
+	case kms.ActionActivate, kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
 		p.Parameters = canon.Marshal(VersionParams{Version: 2})
 	case kms.ActionPolicy:
 		p.Target, p.Policy = "policy/two-nations", kms.Governance
-		p.Parameters = canon.Marshal(PolicyParams{Rules: policyOf("two-nations", kms.KeyActions).Rules})
+		p.Parameters = canon.Marshal(PolicyParams{Rules: policyOf("two-nations", firstActions()).Rules})
 	case kms.ActionCustodian:
 		p.Target, p.Policy = "custodian/fr-1", kms.Governance
 		p.Parameters = canon.Marshal(CustodianParams{Custodian: sampleCustodian()})
@@ -58,8 +58,13 @@ func sampleProposal(a kms.Action) Proposal {
 	return p
 }
 
+// firstActions are what every policy of keys has a rule for.
+func firstActions() []kms.Action {
+	return slices.DeleteFunc(slices.Clone(kms.KeyActions), func(a kms.Action) bool { return slices.Contains(kms.LaterActions, a) })
+}
+
 var proposable = []kms.Action{
-	kms.ActionRotate, kms.ActionSuspend, kms.ActionResume, kms.ActionDeactivate, kms.ActionCompromise,
+	kms.ActionRotate, kms.ActionActivate, kms.ActionSuspend, kms.ActionResume, kms.ActionDeactivate, kms.ActionCompromise,
 	kms.ActionDestroy, kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite,
 }
 

@@ -98,7 +98,7 @@ func TestPolicyValidate(t *testing.T) {
 	for name, change := range map[string]func(p *Policy){
 		"no name":                   func(p *Policy) { p.Name = "" },
 		"no rules":                  func(p *Policy) { p.Rules = nil },
-		"a rule missing":            func(p *Policy) { p.Rules = p.Rules[1:] },
+		"a rule missing":            func(p *Policy) { p.Rules = p.Rules[:len(p.Rules)-1] },
 		"a rule twice":              func(p *Policy) { p.Rules = append(p.Rules[:1:1], p.Rules...) },
 		"not sorted":                func(p *Policy) { slices.Reverse(p.Rules) },
 		"a bad rule":                func(p *Policy) { p.Rules[2].Sites = 0 },

@@ -70,7 +70,7 @@ type Proposal struct {
 // Targets are "key/KEYRING/KEY", "keyring/NAME", "policy/NAME", "custodian/ID", "node/ID", "site/ID",
 // "recovery/NAME".
 
-// VersionParams are the parameters of deactivate, compromise and destroy.
+// VersionParams are the parameters of activate, deactivate, compromise and destroy.
 type VersionParams struct {
 	Version uint32 `cbor:"version" json:"version"` // 0: the whole key (destroy only)
 }

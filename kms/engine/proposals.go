@@ -148,7 +148,7 @@ func parameters(st *state.State, p approval.Proposal, q wire.ProposalParameters)
 	var only wire.ProposalParameters // what the action may have
 	var encoded []byte
 	switch p.Action {
-	case kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
+	case kms.ActionActivate, kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
 		only.Version = q.Version
 		encoded = canon.Marshal(approval.VersionParams{Version: q.Version})
 	case kms.ActionPolicy:

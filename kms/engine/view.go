@@ -212,7 +212,7 @@ func contentView(p approval.Proposal) (wire.ProposalContent, error) {
 		NotBefore: at(p.NotBefore), Expires: at(p.Expires), Reason: p.Reason,
 	}
 	switch p.Action {
-	case kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
+	case kms.ActionActivate, kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
 		x, err := p.VersionParams()
 		if err != nil {
 			return v, err

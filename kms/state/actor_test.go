@@ -108,7 +108,7 @@ func (a *actor) propose(t *rapid.T, node, target string, version uint32) []byte 
 	action := rapid.SampledFrom(append([]kms.Action{kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionNode, kms.ActionNode, kms.ActionNode}, kms.KeyActions[1:]...)).Draw(t, "action")
 	var params any
 	switch action {
-	case kms.ActionDeactivate, kms.ActionCompromise:
+	case kms.ActionActivate, kms.ActionDeactivate, kms.ActionCompromise:
 		params = approval.VersionParams{Version: version}
 	case kms.ActionDestroy:
 		params = approval.VersionParams{Version: version - 1}
@@ -116,6 +116,9 @@ func (a *actor) propose(t *rapid.T, node, target string, version uint32) []byte 
 		target = "policy/standard"
 		rules := statetest.Policies(3)[1].Rules
 		rules[5].Delay = int64(version) * 1000
+		if rapid.Bool().Draw(t, "activate") {
+			rules = append(withActivate().Rules[:1:1], rules...)
+		}
 		params = approval.PolicyParams{Rules: rules}
 	case kms.ActionCustodian:
 		target = "custodian/jp-2"

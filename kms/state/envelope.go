@@ -166,8 +166,9 @@ var decoders = map[CommandKind]func(Envelope) (operation, error){
 	{TypeKeepSeed, 1}:       decode[KeepSeed],
 	{TypeReportUse, 1}:      decode[ReportUse],
 
-	{TypeSuspendCredential, 1}:          decode[SuspendCredential],
-	{TypeFeature, uint16(FeatureRules)}: decode[feature],
+	{TypeSuspendCredential, 1}:             decode[SuspendCredential],
+	{TypeFeature, uint16(FeatureRules)}:    decode[feature],
+	{TypeFeature, uint16(FeatureActivate)}: decode[feature],
 }
 
 // parseCommand decodes the payload and validates its shape.

@@ -142,7 +142,7 @@ func (t *tx) suspend(keyring, name string, on bool) error {
 	return nil
 }
 
-// changeVersions deactivates, compromises or destroys one version, or destroys all
+// changeVersions activates, deactivates, compromises or destroys one version, or destroys all
 // where n is 0.
 func (t *tx) changeVersions(keyring, name string, n uint32, action kms.Action) error {
 	r := t.reader()
@@ -160,6 +160,9 @@ func (t *tx) changeVersions(keyring, name string, n uint32, action kms.Action) e
 		return kms.Errorf(kms.NotFound, "there is no version %d of key %s", n, path)
 	case n == k.Primary && action != kms.ActionCompromise:
 		return kms.Errorf(kms.Conflict, "version %d of key %s is the primary one; rotate first", n, path)
+	}
+	if action == kms.ActionActivate {
+		return t.activateNow(k, v)
 	}
 	next := follows(v.State, action)
 	if !v.State.CanBecome(next) {

@@ -16,7 +16,8 @@ type Feature uint16
 
 // The features.
 const (
-	FeatureRules Feature = 1 // approval.Rule.Need and NotBefore; who a proposer is not
+	FeatureRules    Feature = 1 // approval.Rule.Need and NotBefore; who a proposer is not
+	FeatureActivate Feature = 2 // kms.ActionActivate, as an action and in rules
 )
 
 // feature is the command of every feature.
@@ -60,12 +61,17 @@ func (f Feature) String() string {
 	switch f {
 	case FeatureRules:
 		return "groups and times of release in rules"
+	case FeatureActivate:
+		return "the action activate"
 	}
 	return "feature " + decimal(uint64(f))
 }
 
 // knowsContent refuses a proposal with fields that older programs cannot parse.
 func (t *tx) knowsContent(p approval.Proposal) error {
+	if p.Action == kms.ActionActivate {
+		return t.need(FeatureActivate)
+	}
 	if p.Action != kms.ActionPolicy {
 		return nil
 	}
@@ -75,7 +81,14 @@ func (t *tx) knowsContent(p approval.Proposal) error {
 	}
 	for _, r := range params.Rules {
 		if r.Need != nil || r.NotBefore != 0 {
-			return t.need(FeatureRules)
+			if err := t.need(FeatureRules); err != nil {
+				return err
+			}
+		}
+		if r.Action == kms.ActionActivate {
+			if err := t.need(FeatureActivate); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

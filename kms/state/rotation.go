@@ -154,9 +154,32 @@ func (t *tx) activate(k Keyring, v Version) {
 	if v.State != kms.PreActive || r.overtaken(v) || !r.proven(k, v.Receipts, asked) {
 		return
 	}
+	key, _ := r.key(v.Keyring, v.Key)
+	t.makePrimary(key, v)
+}
+
+// activateNow makes a pre-active version primary although receipts for it are missing:
+// a quorum has decided that the nodes without it are not to be waited for. They give
+// theirs when they can open it.
+func (t *tx) activateNow(key Key, v Version) error {
+	path := kms.KeyPath(v.Keyring, v.Key)
+	switch {
+	case key.Suspended:
+		return kms.Errorf(kms.Conflict, "key %s is suspended; resume it first", path)
+	case v.State != kms.PreActive:
+		return kms.Errorf(kms.Conflict, "version %d of key %s is %s; only a pre-active one can be activated", v.Version, path, v.State)
+	case t.reader().overtaken(v):
+		return kms.Errorf(kms.Conflict, "a later version of key %s has been active, so version %d stays as it is", path, v.Version)
+	case len(v.Receipts) == 0:
+		return kms.Errorf(kms.Conflict, "no node has shown yet that it can open version %d of key %s", v.Version, path)
+	}
+	t.makePrimary(key, v)
+	return nil
+}
+
+func (t *tx) makePrimary(key Key, v Version) {
 	v.State, v.Activated = kms.Active, t.clock
 	insert(t.Txn, tableVersion, v)
-	key, _ := r.key(v.Keyring, v.Key)
 	key.Primary, key.Rotated = v.Version, t.clock
 	t.bump(key)
 	t.event(Event{Type: EventVersionActivated, Keyring: v.Keyring, Key: v.Key, Version: v.Version, Proposal: v.Proposal})
