@@ -246,7 +246,7 @@ class World:
         need(not m.removed, "an execution is signed by a node that was removed by then")
         need(x.root >= m.last, "an execution is signed with a root that was given up by then")
         m.last = x.root
-        earliest = max(p["not-before"] - commands.WINDOW, p["created"] + rule["delay"] - 2 * commands.WINDOW)
+        earliest = max(p["not-before"] - commands.WINDOW, rule["not-before"] - commands.WINDOW, p["created"] + rule["delay"] - 2 * commands.WINDOW)
         need(x.envelope["time"] >= earliest, "an execution is signed too early")
         return x
 

@@ -17,7 +17,38 @@ def possible(policy, custodians):
         need(max(r["approvals"], from_sites) <= len(active), "a rule needs more custodians than there are")
         need(from_sites <= len(sites), "a rule needs more sites than have custodians")
         need(set(r["required"]) <= sites, "a rule requires a site without custodians")
-        need(set(r["veto"]) <= {c["id"] for c in custodians}, "a rule gives a veto to nobody")
+        known = {c["id"] for c in custodians}
+        need(set(r["veto"]) <= known, "a rule gives a veto to nobody")
+        if r["need"]:
+            need(set(shapes.group_names(r["need"], "custodians")) <= known, "a group names nobody")
+            need(weighs(r["need"], [c["id"] for c in active], [c["site"] for c in active]), "a group cannot be met")
+
+
+def weighs(group, custodians, sites):
+    """Whether approvals of these custodians, with their sites one by one, meet a group."""
+    met_members = [c["weight"] for c in group["custodians"] if c["name"] in custodians]
+    met_members += [s["weight"] for s in group["sites"] if sites.count(s["name"]) >= s["approvals"]]
+    met_members += [g["weight"] for g in group["groups"] if weighs(g, custodians, sites)]
+    return sum(met_members) >= group["need"]
+
+
+def terms(group):
+    """The groups all of which a group asks for."""
+    if group is None:
+        return []
+    only = not group["custodians"] and not group["sites"] and all(g["weight"] == 1 for g in group["groups"])
+    return group["groups"] if only and group["need"] == len(group["groups"]) else [{**group, "weight": 1}]
+
+
+def joined(a, b):
+    """The group that asks for both."""
+    parts = []
+    for t in terms(a) + terms(b):
+        if t not in parts:
+            parts.append(t)
+    if len(parts) < 2:
+        return {**parts[0], "weight": 0} if parts else None
+    return {"need": len(parts), "weight": 0, "custodians": [], "sites": [], "groups": parts}
 
 
 def restorable(policies, custodians, without=None):
@@ -39,7 +70,10 @@ def met(rule, proposer, custodians, approvers):
         own = role == "custodian" and who == c and not rule["proposer-may-approve"]
         if c in custodians and not custodians[c]["revoked"] and not own:
             counted.add(c)
-    sites = {custodians[c]["site"] for c in counted}
+    each = [custodians[c]["site"] for c in counted]
+    sites = set(each)
+    if rule["need"] and not weighs(rule["need"], counted, each):
+        return False
     return len(counted) >= rule["approvals"] and len(sites) >= rule["sites"] and set(rule["required"]) <= sites
 
 
@@ -48,7 +82,8 @@ def stricter(rule, other):
     if not quorum(rule) or not quorum(other):
         raise Refused(f"there is no quorum for {rule['action']!r}")
     both = dict(rule)
-    for f in ("approvals", "sites", "delay"):
+    both["need"] = joined(rule["need"], other["need"])
+    for f in ("approvals", "sites", "delay", "not-before"):
         both[f] = max(rule[f], other[f])
     for f in ("required", "veto"):
         both[f] = sorted(set(rule[f]) | set(other[f]))
@@ -63,11 +98,12 @@ def at_least(rule, other):
     """rule with the thresholds and vetoes of other, not its times, if that is a quorum."""
     if other is None or not quorum(other):
         return rule
-    return stricter(rule, {**other, "delay": 0, "lifetime": rule["lifetime"]})
+    return stricter(rule, {**other, "delay": 0, "not-before": 0, "lifetime": rule["lifetime"]})
 
 
 def thresholds(n, sites, required=()):
-    return {"direct": [], "approvals": n, "sites": sites, "required": list(required), "veto": [], "proposer-may-approve": True}
+    return {"direct": [], "approvals": n, "sites": sites, "required": list(required), "veto": [], "proposer-may-approve": True,
+            "need": None, "not-before": 0}
 
 
 def with_site(rule, site):

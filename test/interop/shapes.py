@@ -12,19 +12,26 @@ import signatures
 from canon import Refused, Struct, array, boolean, data, int64, text, uint
 
 GOVERNANCE = "governance"
-KEY_ACTIONS = ["create", "rotate", "suspend", "resume", "deactivate", "compromise", "destroy"]
+KEY_ACTIONS = ["create", "rotate", "activate", "suspend", "resume", "deactivate", "compromise", "destroy"]
 GOVERNANCE_ACTIONS = ["keyring", "policy", "custodian", "node", "site", "recovery-key", "recover"]
-LATER_ACTIONS = ["site", "recovery-key", "recover"]
+LATER_ACTIONS = ["activate", "site", "recovery-key", "recover"]
 ROLES = ["auditor", "custodian", "node", "operator", "service"]
 QUORUM_ONLY = ["policy", "custodian", "node", "site", "recovery-key", "recover"]
 MAX_TIME = 253402300799999
 DAY = 24 * 3600 * 1000
 KEM_MAX = 4 << 10
 
+WEIGHT = Struct({"name": text, "weight": uint(32)})
+SITE_WEIGHT = Struct({"name": text, "weight": uint(32), "approvals": uint(32)})
+GROUP = Struct({
+    "need": uint(32), "weight": uint(32), "custodians": array(WEIGHT), "sites": array(SITE_WEIGHT),
+    "groups": array(lambda v: GROUP(v)),
+}, {"weight": 0, "custodians": [], "sites": [], "groups": []})
 RULE = Struct({
     "action": text, "direct": array(text), "approvals": uint(32), "sites": uint(32), "required": array(text),
     "proposer-may-approve": boolean, "delay": int64, "lifetime": int64, "veto": array(text),
-})
+    "need": GROUP, "not-before": int64,
+}, {"need": None, "not-before": 0})
 POLICY = Struct({"name": text, "revision": uint(64), "rules": array(RULE), "attested": boolean})
 CREDENTIAL = Struct({"id": text, "suite": uint(16), "public-key": data, "suspended": boolean}, {"suspended": False})
 CUSTODIAN = Struct({"id": text, "site": text, "credentials": array(CREDENTIAL), "revoked": boolean, "revision": uint(64)})
@@ -61,7 +68,7 @@ PARAMETERS = {
     }),
 }
 VERSION = Struct({"version": uint(32)})
-for _a in ("deactivate", "compromise", "destroy"):
+for _a in ("activate", "deactivate", "compromise", "destroy"):
     PARAMETERS[_a] = VERSION
 
 NODE = Struct({
@@ -78,7 +85,7 @@ SIGNED_GENESIS = Struct({"genesis": data, "signatures": array(Struct({"node": te
 
 # Targets by action; a rotation may also be of a keyring's KEK.
 TARGETS = {
-    "rotate": "key", "suspend": "key", "resume": "key", "deactivate": "key", "compromise": "key", "destroy": "key",
+    "rotate": "key", "activate": "key", "suspend": "key", "resume": "key", "deactivate": "key", "compromise": "key", "destroy": "key",
     "policy": "policy", "custodian": "custodian", "node": "node", "site": "site", "recovery-key": "recovery", "recover": "cluster",
 }
 
@@ -144,7 +151,8 @@ def quorum(r):
 def rule(r):
     need(r["action"] in KEY_ACTIONS + GOVERNANCE_ACTIONS, "a rule is about an action that there is not")
     if r["direct"]:
-        rest = (r["approvals"], r["sites"], r["delay"], r["lifetime"], len(r["required"]), len(r["veto"]), r["proposer-may-approve"])
+        rest = (r["approvals"], r["sites"], r["delay"], r["lifetime"], len(r["required"]), len(r["veto"]), r["proposer-may-approve"],
+                r["need"], r["not-before"])
         need(not any(rest), "a rule is direct and has parts of a quorum")
         need(r["action"] != "destroy", "a destruction cannot be direct")
         need(all(x in ROLES for x in r["direct"]), "a rule names a role that there is not")
@@ -154,9 +162,33 @@ def rule(r):
     names(r["required"])
     need(len(r["required"]) <= r["sites"], "a rule requires more sites than it counts")
     names(r["veto"])
+    if r["need"]:
+        need(r["need"]["weight"] == 0, "the outermost group of a rule has a weight")
+        group(r["need"], 5)
+    need(0 <= r["not-before"] <= MAX_TIME, "a rule's time of release is no time")
+    need(r["action"] != "recover" or not r["not-before"], "a recovery cannot wait for a day")
     need(60_000 <= r["lifetime"] <= 90 * DAY and 0 <= r["delay"] <= 30 * DAY, "a rule's times are out of bounds")
     need(r["action"] != "destroy" or r["delay"] >= 7 * DAY, "a destruction waits at least seven days")
     need(r["delay"] < r["lifetime"], "a rule's delay outlasts its lifetime")
+
+
+def group_names(g, kind):
+    """The names of the custodians, or sites, in a group and those in it."""
+    return [] if g is None else [m["name"] for m in g[kind]] + [n for i in g["groups"] for n in group_names(i, kind)]
+
+
+def group(g, levels):
+    """The shape of a group with at most so many levels; returns how many it has, and members."""
+    need(levels > 0, "groups are nested too deep")
+    need(g["need"] > 0, "a group needs nothing")
+    for members in (g["custodians"], g["sites"]):
+        names([m["name"] for m in members])
+    members = g["custodians"] + g["sites"] + g["groups"]
+    need(all(1 <= m["weight"] <= 1000 for m in members), "a member of a group has no weight that it may have")
+    need(all(1 <= s["approvals"] <= 1000 for s in g["sites"]), "a site in a group takes no number of approvals that it may take")
+    need(sum(m["weight"] for m in members) >= g["need"], "a group needs more than its members weigh")
+    inner = [group(i, levels - 1) for i in g["groups"]]
+    return 1 + max((d for d, _ in inner), default=0), len(members) + sum(n for _, n in inner)
 
 
 def policy(p_name, rules, attested):
@@ -168,6 +200,9 @@ def policy(p_name, rules, attested):
     need(all(a < b for a, b in zip(actions, actions[1:])), f"policy {p_name}: the rules are not sorted by action")
     for r in rules:
         rule(r)
+        if r["need"]:
+            depth, members = group(r["need"], 5)
+            need(depth <= 4 and members <= 256, f"policy {p_name} has a group that is too large")
     need(all(a in actions or a in LATER_ACTIONS for a in decides), f"policy {p_name} lacks a rule")
 
 
@@ -373,5 +408,5 @@ def genesis(g):
     for p in g["policies"]:
         need(p["revision"] == 1, "a policy of the genesis has another revision")
         policy(p["name"], p["rules"], p["attested"])
-        need(all(s in sites for r in p["rules"] for s in r["required"]), "a policy requires a site that does not exist")
+        need(all(s in sites for r in p["rules"] for s in r["required"] + group_names(r["need"], "sites")), "a policy requires a site that does not exist")
     need(any(p["name"] == GOVERNANCE for p in g["policies"]), "the genesis has no governance policy")

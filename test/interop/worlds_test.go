@@ -33,6 +33,7 @@ var worlds = map[string]func(t *testing.T) *statetest.World{
 	"recovery":   recovery,
 	"attested":   attested,
 	"tokens":     tokens,
+	"groups":     groups,
 }
 
 // samples builds the evidence of every world, world by world.
