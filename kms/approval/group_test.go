@@ -180,29 +180,34 @@ func TestDecideWithGroupsExhaustively(t *testing.T) {
 	cases := 0
 	for _, w := range groupWorlds[3:] {
 		flat := w.flat()
-		n := uint32(len(w.site))
-		for i, x := range slices.Concat(flat[:len(flat):len(flat)], joined(flat, 1+len(flat)/12)) {
+		n, sets, records := uint32(len(w.site)), [][]string{}, map[string]Custodian{}
+		for set := range uint(1) << n {
+			sets = append(sets, ids(set))
+		}
+		for i, x := range slices.Concat(flat[:len(flat):len(flat)], joined(flat, 1+len(flat)/8)) {
 			r := Rule{Action: kms.ActionRotate, Approvals: uint32(i)%n + 1, ProposerMayApprove: i%7 == 0, Lifetime: MinLifetime, Need: &x.g}
 			r.Sites = min(r.Approvals, uint32(i)%3+1)
 			if i%4 == 0 {
 				r.Required = siteNames[i/4%4 : i/4%4+1]
 			}
 			w.revoked = uint(i % 11 * 13 % (1 << n))
+			for _, c := range w.all() {
+				records[c.ID] = c
+			}
 			proposer := i%(len(w.site)+1) - 1
-			for set := uint(0); set < 1<<len(w.site); set++ {
+			for set, approvals := range sets {
 				cases++
-				counted, bare := set&^w.revoked, r
-				if proposer >= 0 && !r.ProposerMayApprove {
-					counted &^= 1 << proposer
-				}
-				bare.Need = nil
-				d := r.Decide(proposerID(proposer), w.custodian, ids(set))
-				if want := w.dumb(bare, proposer, set) && x.table[counted]; d.Met != want || d.Met != (len(d.Missing) == 0) {
+				counted := w.counted(r, proposer, uint(set))
+				s := w.sitesOf(counted)
+				want := bits.OnesCount(counted) >= int(r.Approvals) && bits.OnesCount(s) >= int(r.Sites) && requiredMask(r)&^s == 0 && x.table[counted]
+				d := r.Decide(proposerID(proposer), func(id string) (Custodian, bool) { c, ok := records[id]; return c, ok }, approvals)
+				if d.Met != want || d.Met != (len(d.Missing) == 0) {
 					t.Fatalf("%+v %+v proposer %d revoked %b approvals %b: %+v, want %v", r, x.g, proposer, w.revoked, set, d, want)
 				}
 			}
 		}
 	}
+	t.Logf("%d cases", cases)
 	if cases < 50_000 {
 		t.Fatalf("only %d cases", cases)
 	}

@@ -117,7 +117,7 @@ func TestSimulateIsBounded(t *testing.T) {
 	}
 	r = Rule{Action: kms.ActionDestroy, Approvals: 1, Sites: 1, Need: &Group{Need: 20, Custodians: last}}
 	s = Simulate(r, cs, proposerID(-1))
-	if len(s.Quorums) != 1 || len(s.Quorums[0]) != 20 || !s.More || len(s.LockedOutBy) != 20 || !s.AnyVeto {
+	if len(s.Quorums) != 1 || len(s.Quorums[0]) != 20 || !s.More || len(s.LockedOutBy) != 24 || !s.AnyVeto {
 		t.Errorf("%+v", s)
 	}
 }

@@ -29,7 +29,12 @@ func TestGroupOfARule(t *testing.T) {
 	_, err := w.at("de").engine.OpenProposal(bg, caller("operator", "de"), req)
 	wantKind(t, err, kms.Invalid) // nobody has announced to know groups
 	w.settle(as)
-	p := w.carry(as, kms.ActionPolicy, "policy/grouped", req.Parameters)
+	p := w.propose(kms.ActionPolicy, "policy/grouped", req.Parameters)
+	p = w.vote(p, approval.Approve, "fr-a", "de-a", "jp-a")
+	for range siteIDs {
+		w.settle(as)
+		w.clock.Advance(2 * time.Second)
+	}
 	i := slices.IndexFunc(p.Content.Parameters.Rules, func(r wire.Rule) bool { return r.Action == string(kms.ActionRotate) })
 	got := p.Content.Parameters.Rules[i]
 	want := &wire.Group{Need: 2, Custodians: []wire.Weight{{Name: "de-a", Weight: 1}, {Name: "jp-a", Weight: 2}}, Sites: []wire.SiteWeight{{Name: "fr", Weight: 1, Approvals: 1}}}

@@ -34,7 +34,7 @@ func TestGroupDecides(t *testing.T) {
 	if got := strings.Join(d.Missing, "; "); got != "1 of: fr-1, 2 custodians of site jp" {
 		t.Errorf("it lacks %q", got)
 	}
-	refused(t, w, kms.NeedsApproval, w.Command("node-fr-1", state.Execute{Proposal: set}))
+	refused(t, w, kms.NeedsApproval, w.Command("node-fr-1", state.Execute{Proposal: set}, statetest.Expect(1)))
 	w.Approve(set, "jp-2")
 	progress(t, w, set, "authorised")
 	w.Execute(set)

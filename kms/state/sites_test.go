@@ -64,8 +64,8 @@ func TestSite(t *testing.T) {
 	revoke := w.Propose(kms.ActionCustodian, "custodian/pl-1", approval.CustodianParams{Custodian: leaving})
 	w.Approve(revoke, "de-1", "pl-1")
 	w.Execute(revoke)
-	any := grouped(approval.Group{Need: 1, Sites: []approval.SiteWeight{{Name: "fr", Weight: 1, Approvals: 1}, {Name: "pl", Weight: 1, Approvals: 1}}})
-	w.Carry(kms.ActionPolicy, "policy/strict", any)
+	either := grouped(approval.Group{Need: 1, Sites: []approval.SiteWeight{{Name: "fr", Weight: 1, Approvals: 1}, {Name: "pl", Weight: 1, Approvals: 1}}})
+	w.Carry(kms.ActionPolicy, "policy/strict", either)
 	if r := w.Apply(w.Command(fr, state.OpenProposal{Proposal: p.Marshal()}, statetest.As(p.Proposer))); r.Kind != kms.Conflict || !strings.Contains(r.Message, "policy strict") {
 		t.Error(r.Err())
 	}
