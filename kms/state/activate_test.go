@@ -95,3 +95,25 @@ func TestActivateWaitsForAllNodes(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestActivateWithoutWitness: the receipt of a node that is gone does not show that
+// anybody can open the version.
+func TestActivateWithoutWitness(t *testing.T) {
+	w := small(t)
+	w.GiveReceipts()
+	w.JoinWhole("node-fr-2", "fr")
+	w.Carry(kms.ActionPolicy, "policy/standard", withActivate())
+	id := w.Propose(kms.ActionRotate, mail, nil)
+	w.ApproveAll(id)
+	w.Commit(id)
+	w.Do("node-fr-2", w.ReceiptCommand("node-fr-2", "europe", "mail", 2))
+	propose := func() []byte {
+		p := w.Proposal(kms.ActionActivate, mail, approval.VersionParams{Version: 2})
+		return w.Command("node-fr-1", state.OpenProposal{Proposal: p.Marshal()}, statetest.As(p.Proposer))
+	}
+	if err := w.State().Check(propose()); err != nil {
+		t.Errorf("while the node is there: %v", err)
+	}
+	w.RemoveNode("node-fr-2", false)
+	refused(t, w, kms.Conflict, propose())
+}

@@ -100,12 +100,13 @@ func restored(t *rapid.T, s *state.State) *state.State {
 	return got
 }
 
-// activated reports whether a quorum decided not to wait for a version's receipts.
+// activated reports whether it was a quorum's decision not to wait for a version's
+// receipts that made it primary: one about this version, carried out at that time.
 func activated(s *state.State, v state.Version) bool {
 	return slices.ContainsFunc(s.Proposals(), func(p state.Proposal) bool {
 		params, err := p.Content.VersionParams()
 		return err == nil && p.Content.Action == kms.ActionActivate && p.Progress == state.Executed &&
-			p.Content.Target == approval.KeyTarget(v.Keyring, v.Key) && params.Version == v.Version
+			p.Content.Target == approval.KeyTarget(v.Keyring, v.Key) && params.Version == v.Version && p.ClosedAt == v.Activated
 	})
 }
 

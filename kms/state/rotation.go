@@ -160,17 +160,21 @@ func (t *tx) activate(k Keyring, v Version) {
 
 // activateNow makes a pre-active version primary although receipts for it are missing:
 // a quorum has decided that the nodes without it are not to be waited for. They give
-// theirs when they can open it.
+// theirs when they can open it. One node that is still there must have given its own.
 func (t *tx) activateNow(key Key, v Version) error {
-	path := kms.KeyPath(v.Keyring, v.Key)
+	r, path := t.reader(), kms.KeyPath(v.Keyring, v.Key)
+	ring, _ := r.keyring(v.Keyring)
+	shown := slices.ContainsFunc(r.residents(ring.Residency), func(n Node) bool {
+		return slices.ContainsFunc(v.Receipts, func(x Receipt) bool { return x.Node == n.ID })
+	})
 	switch {
 	case key.Suspended:
 		return kms.Errorf(kms.Conflict, "key %s is suspended; resume it first", path)
 	case v.State != kms.PreActive:
 		return kms.Errorf(kms.Conflict, "version %d of key %s is %s; only a pre-active one can be activated", v.Version, path, v.State)
-	case t.reader().overtaken(v):
+	case r.overtaken(v):
 		return kms.Errorf(kms.Conflict, "a later version of key %s has been active, so version %d stays as it is", path, v.Version)
-	case len(v.Receipts) == 0:
+	case !shown:
 		return kms.Errorf(kms.Conflict, "no node has shown yet that it can open version %d of key %s", v.Version, path)
 	}
 	t.makePrimary(key, v)
