@@ -11,13 +11,13 @@ import (
 const TypeFeature Type = 29
 
 // Feature is the version of the kind that stands for it. Numbers are part of the log:
-// append only.
+// append only. 2 is for credentials, 3 for changes of keyrings, 4 for export and import, 5 for retirement.
 type Feature uint16
 
 // The features.
 const (
 	FeatureRules    Feature = 1 // approval.Rule.Need and NotBefore; who a proposer is not
-	FeatureActivate Feature = 2 // kms.ActionActivate, as an action and in rules
+	FeatureActivate Feature = 6 // kms.ActionActivate, as an action and in rules
 )
 
 // feature is the command of every feature.
