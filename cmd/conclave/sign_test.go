@@ -136,7 +136,7 @@ func everyAction(t *testing.T) (*statetest.World, map[kms.Action]string) {
 	w.CreateKey("coalition", "orders", kms.Encrypt)
 	w.GiveReceipts()
 	ids := map[kms.Action]string{kms.ActionRotate: w.Rotate("coalition", "orders"), "rotate a KEK": w.RotateKEK("coalition")}
-	w.Rotate("coalition", "orders")
+	ids[kms.ActionActivate] = activate(w, target)
 	ids[kms.ActionSuspend] = w.Carry(kms.ActionSuspend, target, nil)
 	ids[kms.ActionResume] = w.Carry(kms.ActionResume, target, nil)
 	ids[kms.ActionDeactivate] = w.Carry(kms.ActionDeactivate, target, approval.VersionParams{Version: 1})
@@ -155,6 +155,22 @@ func everyAction(t *testing.T) (*statetest.World, map[kms.Action]string) {
 	w.Execute(destroy)
 	ids[kms.ActionDestroy] = destroy
 	return w, ids
+}
+
+// activate has a rule for it, with a group, and version 3 of a key activated with one
+// receipt.
+func activate(w *statetest.World, target string) string {
+	standard, _ := w.State().Policy("standard")
+	need := &approval.Group{Need: 2, Custodians: []approval.Weight{{Name: "de-1", Weight: 1}}, Sites: []approval.SiteWeight{{Name: "fr", Weight: 1, Approvals: 1}}}
+	rule := approval.Rule{Action: kms.ActionActivate, Approvals: 2, Sites: 2, Lifetime: standard.Rules[0].Lifetime, Need: need}
+	w.Carry(kms.ActionPolicy, "policy/standard", approval.PolicyParams{Rules: slices.Insert(slices.Clone(standard.Rules), 0, rule)})
+	id := w.Propose(kms.ActionRotate, target, nil)
+	w.ApproveAll(id)
+	w.Commit(id)
+	w.Do("node-de-1", w.ReceiptCommand("node-de-1", "coalition", "orders", 3))
+	id = w.Carry(kms.ActionActivate, target, approval.VersionParams{Version: 3})
+	w.GiveReceipts()
+	return id
 }
 
 // TestShowEqualsEvidence: what conclave proposal show prints of what custodians sign, as a

@@ -72,7 +72,7 @@ func rich(t testing.TB) *statetest.World {
 	rules[5].Delay = time.Hour.Milliseconds()
 	w.Carry(kms.ActionPolicy, "policy/standard", approval.PolicyParams{Rules: rules})
 	w.Carry(kms.ActionPolicy, "policy/grouped", grouped(approval.Group{Need: 1, Groups: []approval.Group{
-		{Need: 2, Weight: 1, Custodians: []approval.Weight{{Name: "fr-1", Weight: 1}, {Name: "de-1", Weight: 2}}, Sites: []approval.SiteWeight{{Name: "jp", Weight: 1, Approvals: 1}}}}}))
+		{Need: 2, Weight: 1, Custodians: []approval.Weight{{Name: "de-1", Weight: 2}, {Name: "fr-1", Weight: 1}}, Sites: []approval.SiteWeight{{Name: "jp", Weight: 1, Approvals: 1}}}}}))
 	unfinished(w)
 	w.Do("node-fr-1", w.UseCommand("coalition", "mail", 2, w.Now()))
 	w.Do("node-de-1", w.UseCommand("europe", "seal", 1, w.Now()))
