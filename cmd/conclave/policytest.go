@@ -145,7 +145,7 @@ func inForce(ctx context.Context, cl *client.Client) (c coalition, err error) {
 	for _, x := range custodians {
 		record := approval.Custodian{ID: x.ID, Site: x.Site, Revoked: x.Revoked, Revision: x.Revision}
 		for _, k := range x.Credentials {
-			record.Credentials = append(record.Credentials, approval.Credential{ID: k.ID, Suite: k.Suite, PublicKey: k.PublicKey})
+			record.Credentials = append(record.Credentials, approval.Credential{ID: k.ID, Suite: k.Suite, PublicKey: k.PublicKey, Suspended: k.Suspended})
 		}
 		c.custodians = append(c.custodians, record)
 	}

@@ -20,7 +20,7 @@ type LossKind string
 // The kinds of losses.
 const (
 	LossCustodian  LossKind = "custodian"
-	LossCredential LossKind = "credential" // a custodian's only one
+	LossCredential LossKind = "credential" // the only one of a custodian that counts
 	LossSite       LossKind = "site"       // all its custodians
 )
 
@@ -55,7 +55,7 @@ func Simulate(r Rule, custodians []Custodian, proposer string) Simulation {
 		m.records[c.ID] = c
 	}
 	for _, c := range custodians {
-		if m.decide([]string{c.ID}).Approvals > 0 {
+		if c.canVote() && m.decide([]string{c.ID}).Approvals > 0 {
 			m.ids = append(m.ids, c.ID)
 		}
 	}
@@ -112,7 +112,7 @@ func (m *model) losses() (lost []Loss) {
 			continue
 		}
 		lost = append(lost, Loss{LossCustodian, id})
-		if len(m.records[id].Credentials) == 1 {
+		if m.records[id].counting() == 1 {
 			lost = append(lost, Loss{LossCredential, id})
 		}
 	}

@@ -126,7 +126,11 @@ func TestSimulateDirectAndCredentials(t *testing.T) {
 	if s := Simulate(Rule{Action: kms.ActionCreate, Direct: []string{"operator"}}, nil, ""); !s.Possible || !slices.Equal(s.Direct, []string{"operator"}) {
 		t.Errorf("%+v", s)
 	}
-	cs := []Custodian{{ID: "a", Site: "de", Credentials: make([]Credential, 1)}, {ID: "b", Site: "fr", Credentials: make([]Credential, 2)}}
+	k1, k2, off := Credential{ID: "1"}, Credential{ID: "2"}, Credential{ID: "3", Suspended: true}
+	cs := []Custodian{
+		{ID: "a", Site: "de", Credentials: []Credential{k1, off}}, {ID: "b", Site: "fr", Credentials: []Credential{k1, k2}},
+		{ID: "c", Site: "fr", Credentials: []Credential{off}}, {ID: "d", Site: "de", Credentials: []Credential{k1}, Revoked: true},
+	}
 	s := Simulate(Rule{Action: kms.ActionRotate, Approvals: 2, Sites: 2}, cs, proposerID(-1))
 	var lost []string
 	for _, l := range s.LockedOutBy {
@@ -134,6 +138,9 @@ func TestSimulateDirectAndCredentials(t *testing.T) {
 	}
 	if got := strings.Join(lost, ", "); got != "site de, site fr, custodian a, the only credential of a, custodian b" {
 		t.Errorf("%s", got)
+	}
+	if !slices.Equal(s.Approvers, []string{"a", "b"}) {
+		t.Errorf("%v can approve; the only credential of c is suspended, d is revoked", s.Approvers)
 	}
 	if s := Simulate(Rule{Action: kms.ActionRotate}, cs, proposerID(-1)); s.Possible || len(s.Missing) == 0 {
 		t.Errorf("a rule that is none: %+v", s)

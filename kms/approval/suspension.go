@@ -113,6 +113,16 @@ func (c Custodian) canVote() bool {
 	return !c.Revoked && (len(c.Credentials) == 0 || slices.ContainsFunc(c.Credentials, func(k Credential) bool { return c.Active(k.ID) }))
 }
 
+// counting returns how many of the custodian's credentials count.
+func (c Custodian) counting() (n int) {
+	for _, k := range c.Credentials {
+		if c.Active(k.ID) {
+			n++
+		}
+	}
+	return n
+}
+
 // checkActive says why a credential of the custodian does not count.
 func (c Custodian) checkActive(credential string) (Credential, error) {
 	i := slices.IndexFunc(c.Credentials, func(k Credential) bool { return k.ID == credential })
