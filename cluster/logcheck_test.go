@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"bytes"
 	"errors"
 	"os"
 	"path/filepath"
@@ -56,6 +57,62 @@ func TestCheckStore(t *testing.T) {
 	}
 	if found == 0 {
 		t.Error("no damage was found")
+	}
+}
+
+// Keys out of order are found in pages of both kinds, before bbolt looks for free pages.
+func TestCheckPagesOrder(t *testing.T) {
+	path := filepath.Join(t.TempDir(), logFile)
+	store, err := openBolt(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var logs []*raft.Log
+	for i := range uint64(1000) {
+		logs = append(logs, &raft.Log{Index: i + 1, Data: make([]byte, 100)})
+	}
+	if err := errors.Join(store.StoreLogs(logs), store.Close()); err != nil {
+		t.Fatal(err)
+	}
+	good, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := checkPages(bytes.NewReader(good)); err != nil {
+		t.Fatalf("whole: %v", err)
+	}
+	found := map[uint16]int{}
+	size := os.Getpagesize()
+	for at := 2 * size; at+size <= len(good); at += size {
+		kind, count := order.Uint16(good[at+8:]), order.Uint16(good[at+10:])
+		key := func(b []byte, i int) []byte {
+			e := at + pageHeader + i*elementSize
+			pos := int(order.Uint32(b[e:]))
+			if kind == pageLeaf {
+				pos = int(order.Uint32(b[e+4:]))
+			}
+			return b[e+pos : e+pos+8]
+		}
+		if kind != pageBranch && kind != pageLeaf || count < 3 { // the root lists two names
+			continue
+		}
+		for _, i := range []int{0, int(count) - 1} {
+			bad := bytes.Clone(good)
+			if i == 0 {
+				copy(key(bad, 0), key(good, 1))
+			} else {
+				copy(key(bad, i), bytes.Repeat([]byte{0xFF}, 8)) // beyond what the page above says of it
+			}
+			if err := checkPages(bytes.NewReader(bad)); err != nil {
+				if !strings.Contains(err.Error(), "out of order") {
+					t.Fatal(err)
+				}
+				found[kind]++
+			}
+		}
+	}
+	if found[pageLeaf] < 20 || found[pageBranch] < 1 {
+		t.Errorf("found %v", found)
 	}
 }
 

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -9,9 +10,9 @@ import (
 )
 
 // pages is a bbolt file read for its structure alone: that every page which can be
-// reached is where it should be, and that what it lists lies within it. bbolt takes that
-// for granted: it panics where it does not hold, partly in goroutines of its own, or
-// runs through memory. The layout is that of bbolt's file format 2, in the machine's byte order.
+// reached is where it should be, and that what it lists lies within it and is in order.
+// bbolt takes that for granted: it panics where it does not hold, partly in goroutines of
+// its own or while they go on reading, or runs through memory. The layout is that of bbolt's file format 2, in the machine's byte order.
 type pages struct {
 	file io.ReaderAt
 	size uint64 // of a page in bytes
@@ -40,7 +41,14 @@ func checkPages(file io.ReaderAt) error {
 	if err != nil {
 		return err
 	}
-	return p.page(root)
+	return p.page(root, span{})
+}
+
+// span is where keys may lie: not before low, and before high; nil is no bound.
+type span struct{ low, high []byte }
+
+func (s span) has(key []byte) bool {
+	return bytes.Compare(key, s.low) >= 0 && (s.high == nil || bytes.Compare(key, s.high) < 0)
 }
 
 // meta reads the two pages that describe the file and returns the root. bbolt is content
@@ -69,8 +77,8 @@ func (p *pages) meta() (root uint64, err error) {
 	return root, nil
 }
 
-// page checks a page and all below it.
-func (p *pages) page(id uint64) error {
+// page checks a page and all below it, whose keys lie in a span.
+func (p *pages) page(id uint64, in span) error {
 	bad := func(what string) error { return fmt.Errorf("page %d is damaged: %s", id, what) }
 	if id < 2 || id >= p.end {
 		return bad("there is none of that number")
@@ -96,27 +104,53 @@ func (p *pages) page(id uint64) error {
 	if pageHeader+count*elementSize > uint64(len(b)) || flags == pageBranch && count == 0 {
 		return bad("it lists more than it can hold")
 	}
-	return p.elements(b, flags, count, bad)
+	if flags == pageBranch {
+		return p.branch(b, count, in, bad)
+	}
+	return p.leaf(b, count, in, bad)
 }
 
-// elements checks what a page, or a bucket inside a value, lists.
-func (p *pages) elements(b []byte, flags uint16, count uint64, bad func(string) error) error {
+// branch checks what a page lists of other pages.
+func (p *pages) branch(b []byte, count uint64, in span, bad func(string) error) error {
+	keys, below := make([][]byte, count), make([]uint64, count)
+	for i := range count {
+		at := pageHeader + i*elementSize
+		pos, ksize := uint64(order.Uint32(b[at:])), uint64(order.Uint32(b[at+4:]))
+		if at+pos+ksize > uint64(len(b)) {
+			return bad("a key lies beyond its end")
+		}
+		keys[i], below[i] = b[at+pos:at+pos+ksize], order.Uint64(b[at+8:])
+		if !in.has(keys[i]) || i > 0 && bytes.Compare(keys[i-1], keys[i]) >= 0 {
+			return bad("its keys are out of order")
+		}
+	}
+	for i, id := range below {
+		s := span{keys[i], in.high}
+		if i+1 < len(keys) {
+			s.high = keys[i+1]
+		}
+		if err := p.page(id, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// leaf checks what a page, or a bucket inside a value, lists.
+func (p *pages) leaf(b []byte, count uint64, in span, bad func(string) error) error {
+	var last []byte
 	for i := range count {
 		at := pageHeader + i*elementSize
 		e := b[at:]
-		if flags == pageBranch {
-			if at+uint64(order.Uint32(e))+uint64(order.Uint32(e[4:])) > uint64(len(b)) {
-				return bad("a key lies beyond its end")
-			}
-			if err := p.page(order.Uint64(e[8:])); err != nil {
-				return err
-			}
-			continue
-		}
 		inner, pos, ksize, vsize := order.Uint32(e), uint64(order.Uint32(e[4:])), uint64(order.Uint32(e[8:])), uint64(order.Uint32(e[12:]))
 		if inner > elementInner || pos < (count-i)*elementSize || ksize == 0 || at+pos+ksize+vsize > uint64(len(b)) {
 			return bad("an entry lies beyond its end")
 		}
+		key := b[at+pos : at+pos+ksize]
+		if !in.has(key) || last != nil && bytes.Compare(last, key) >= 0 {
+			return bad("its keys are out of order")
+		}
+		last = key
 		if inner == 0 {
 			continue
 		}
@@ -133,7 +167,7 @@ func (p *pages) bucket(v []byte, bad func(string) error) error {
 		return bad("a part of the file is cut short")
 	}
 	if root := order.Uint64(v); root != 0 {
-		return p.page(root)
+		return p.page(root, span{})
 	}
 	v = v[16:]
 	if len(v) < pageHeader || order.Uint16(v[8:]) != pageLeaf {
@@ -143,5 +177,5 @@ func (p *pages) bucket(v []byte, bad func(string) error) error {
 	if pageHeader+count*elementSize > uint64(len(v)) {
 		return bad("a part of the file lists more than it can hold")
 	}
-	return p.elements(v, pageLeaf, count, bad)
+	return p.leaf(v, count, span{}, bad)
 }
