@@ -1,5 +1,6 @@
 // Command bench measures a development cluster on this machine: what a request
-// costs as a ratio to a bare TLS server in the same run, key creations through
+// costs as a ratio to a bare TLS server in the same run, what a durable access log leaves
+// of the throughput without one, key creations through
 // three nodes, the devices' raw rates, and what encryption with a key of protection
 // hardware gets out of a token.
 //
@@ -89,6 +90,9 @@ func nodes(ctx context.Context, binaries harness.Binaries, dir string, span time
 		fmt.Printf("%-34s %8.1f MiB\n", "resident memory when idle, "+n.ID, mib)
 	}
 	if err := requests(ctx, c, span); err != nil {
+		return err
+	}
+	if err := accessLog(ctx, c, filepath.Dir(dir), span); err != nil {
 		return err
 	}
 	return creations(ctx, c, span)
