@@ -328,6 +328,9 @@ func (n *node) openEngine(context.Context) error {
 	n.engine, err = engine.New(engine.Config{
 		Node: n.cfg.Node, Cluster: n.cluster, Cache: n.cache, Root: n.root, Signer: n.device, Device: n.device, Log: sink.Copied{Log: n.access, Sinks: n.sinks},
 		Logger: n.log, Metrics: n.registry, Hold: n.cluster.Probation, Raft: n.raft, Version: version, Importers: importers(), SigningSuite: n.signingSuite(), Seed: n.keptSeed(), Certificate: n.certificate,
+		Past: func(since time.Time, f func(audit.Entry)) (bool, error) {
+			return audit.ReadSince(filepath.Join(n.cfg.DataDir, "access"), since, f)
+		},
 	})
 	return err
 }

@@ -78,6 +78,10 @@ type Config struct {
 	Raft    func() wire.Raft     // the consensus layer's view for Status; nil: none
 	Version string               // of the program, for Status
 
+	// Past, optional, reads this node's access log from a time on, and reports whether it
+	// reaches back before that. With it the node knows what it used before it was stopped.
+	Past func(since time.Time, f func(audit.Entry)) (reaches bool, err error)
+
 	Certificate *x509.Certificate // this node's own, for Drift; nil: not known
 }
 

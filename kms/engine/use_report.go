@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/audit"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/wire"
 )
@@ -71,6 +72,8 @@ func (u *uses) since(reported map[usedVersion]int64) (l []state.VersionUse) {
 // useReports is what an agent has reported.
 type useReports struct {
 	next     time.Time
+	from     time.Time             // the node's count is whole from here on
+	doubtful bool                  // at the start the node did not know whether its disk was put back
 	reported map[usedVersion]int64 // hour
 }
 
@@ -85,13 +88,17 @@ func (a *Agent) reportUse(ctx context.Context, st *state.State) time.Duration {
 	}
 	now := a.e.now()
 	if r.reported == nil {
-		r.reported, r.next = map[usedVersion]int64{}, a.e.started.Add(reportFirst)
+		r.reported, r.next, r.from = map[usedVersion]int64{}, a.e.started.Add(reportFirst), a.e.started
+		r.doubtful = a.e.held() != nil
 	}
 	if wait := r.next.Sub(now); wait > 0 {
 		return wait
 	}
 	return a.attempt(ctx, "use", "use", 0, func(ctx context.Context) error {
 		// The time first: what is used from here on is in the next report.
+		if r.from.Equal(a.e.started) && !r.doubtful {
+			r.from = a.e.recall(ctx, st)
+		}
 		until := a.e.now().Add(-inFlight)
 		if err := a.sendUses(ctx, until); err != nil {
 			return err
@@ -99,6 +106,41 @@ func (a *Agent) reportUse(ctx context.Context, st *state.State) time.Duration {
 		r.next = a.e.now().Add(reportEvery)
 		return nil
 	})
+}
+
+// recall notes what this node used after its last report and before it started anew, as
+// its access log has it, and returns the time from which its count is whole: that of the last
+// report, or that of the start where the log does not tell.
+func (e *Engine) recall(ctx context.Context, st *state.State) time.Time {
+	last := st.UsesReported(e.node)
+	if e.cfg.Past == nil || last == 0 || last >= e.started.UnixMilli() {
+		return e.started
+	}
+	reaches, err := e.cfg.Past(time.UnixMilli(last), func(x audit.Entry) { e.recalled(st, x) })
+	if err != nil || !reaches {
+		e.log.WarnContext(ctx, "what this node used before it started is not known: its access log does not tell", "since", at(last), "error", err)
+		return e.started
+	}
+	return time.UnixMilli(last)
+}
+
+// recalled notes the uses in an entry of the access log. A rewrap and a batch of several
+// versions do not name all that they used, so they count for every version of the key.
+func (e *Engine) recalled(st *state.State, x audit.Entry) {
+	ring, name, err := kms.SplitKeyPath(x.Resource)
+	if _, data := purposes[Action(x.Action)]; err != nil || !data && Action(x.Action) != ActExportMaterial {
+		return
+	}
+	k, ok := st.Key(ring, name)
+	if !ok {
+		return
+	}
+	hour := hourOf(time.UnixMilli(x.Time))
+	for _, v := range st.Versions(ring, name) {
+		if v.Version == x.Version || x.Version == 0 || Action(x.Action) == ActRewrap {
+			note(e.uses.of(kms.KeyID(k.ID), v.Version), hour)
+		}
+	}
 }
 
 // sendUses reports what is new, in as many commands as it takes. Only the last one says
@@ -110,7 +152,7 @@ func (a *Agent) sendUses(ctx context.Context, until time.Time) error {
 		c := state.ReportUse{Used: used[:n]}
 		if used = used[n:]; len(used) == 0 {
 			c.Until = until.UnixMilli()
-			c.From = min(a.e.started.UnixMilli(), c.Until) // should the clock have been set back
+			c.From = min(a.useReports.from.UnixMilli(), c.Until) // should the clock have been set back
 		}
 		if _, err := a.e.submit(ctx, attempt{}, c); err != nil {
 			return err

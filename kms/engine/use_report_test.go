@@ -9,6 +9,7 @@ import (
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/approval"
+	"github.com/conclave-kms/conclave/kms/audit"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/wire"
 )
@@ -115,4 +116,75 @@ func TestManyUses(t *testing.T) {
 	if l := e.uses.since(a.useReports.reported); len(l) != 0 {
 		t.Errorf("%d versions would be reported again", len(l))
 	}
+}
+
+// TestUseBeforeARestart: what a node used after its last report is found in its access log
+// when it starts anew; where the log does not tell, the time before is unknown.
+func TestUseBeforeARestart(t *testing.T) {
+	w := newWorld(t, "")
+	as := w.agents()
+	w.keyring("r", "fr")
+	w.key("r", "data", kms.Encrypt)
+	w.settle(as)
+	pass := func(d time.Duration) {
+		for ; d > 0; d -= 20 * time.Minute {
+			w.clock.Advance(20 * time.Minute)
+			w.tick()
+			w.settle(as)
+		}
+	}
+	fr, service := w.at("fr"), caller("service", "fr")
+	pass(2 * time.Hour)
+	began := fr.engine.started.UnixMilli()
+	old := check[wire.EncryptResponse](t)(fr.engine.Encrypt(bg, service, "r", "data", wire.EncryptRequest{Plaintext: []byte("x")})).Ciphertext
+	w.carry(as, kms.ActionRotate, approval.KeyTarget("r", "data"), wire.ProposalParameters{})
+	pass(2 * time.Hour)
+	covered := func(want int64, what string) {
+		t.Helper()
+		u := w.cluster.State().LastUse("r", "data", 2)
+		if v, _ := w.cluster.State().Version("r", "data", 2); !u.Known() || u.Since != max(want, v.Created, u.Last) {
+			t.Errorf("%s: %+v, want since %d", what, u, max(want, v.Created, u.Last))
+		}
+	}
+	covered(began, "before the restart")
+	restart := func(past func(time.Time, func(audit.Entry)) (bool, error)) {
+		cfg := fr.engine.cfg
+		cfg.Past = past
+		fr.engine = must(New(cfg))
+		as["fr-1"] = must(NewAgent(fr.engine, AgentConfig{Watch: w.cluster, After: w.clock.After}))
+	}
+	// It rewraps something just before it ends: the entry names version 2 alone.
+	pass(2 * time.Hour)
+	check[wire.EncryptResponse](t)(fr.engine.Rewrap(bg, service, "r", "data", wire.RewrapRequest{Ciphertext: old}))
+	last := w.clock.Now()
+	w.clock.Advance(2 * time.Hour)
+	restart(func(since time.Time, f func(audit.Entry)) (reaches bool, err error) {
+		for _, e := range fr.log.all() {
+			if e.Time < since.UnixMilli() {
+				reaches = true
+			} else {
+				f(e)
+			}
+		}
+		return reaches, nil
+	})
+	pass(time.Hour)
+	for _, v := range []uint32{1, 2} {
+		if u := w.cluster.State().LastUse("r", "data", v); u.Last != (hourOf(last)+1)*state.UseHour {
+			t.Errorf("version %d, used at %d before the restart: %+v", v, last.UnixMilli(), u)
+		}
+	}
+	covered(began, "after a restart with a log that tells")
+	w.clock.Advance(10 * time.Minute)
+	restart(func(time.Time, func(audit.Entry)) (bool, error) { return false, nil })
+	again := fr.engine.started.UnixMilli()
+	pass(3 * time.Hour)
+	covered(again, "after a restart with another log")
+}
+
+// all are the entries of a log.
+func (l *memoryLog) all() []audit.Entry {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.entries)
 }

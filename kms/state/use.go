@@ -26,8 +26,8 @@ const (
 // between what times it has counted without a gap. Only what has changed is in it.
 type ReportUse struct {
 	// From and Until, in Unix milliseconds of the node's clock, are the time that the
-	// report with those before it covers: whatever was used in it is reported. A node counts
-	// in memory, so From is not before its start. Until is 0 where more follows.
+	// report with those before it covers: whatever was used in it is reported. From is that
+	// of the report before where nothing was missed since. Until is 0 where more follows.
 	From  int64        `cbor:"from"`
 	Until int64        `cbor:"until"`
 	Used  []VersionUse `cbor:"used"` // sorted by key, then version
@@ -141,10 +141,17 @@ type Use struct {
 // Known reports whether every node that can use the version has been heard.
 func (u Use) Known() bool { return len(u.Silent) == 0 }
 
+// UsesReported returns the time, in Unix milliseconds, until when a node has reported what it
+// used, 0 if it never did.
+func (s *State) UsesReported(node string) int64 {
+	x, _ := find[use](s.read(), tableUse, byID, coverKey(node))
+	return x.Until
+}
+
 // LastUse returns what is known of the last use of a version: by encrypting, decrypting,
 // signing, verifying and the like, or fetching its public key, at any node, removed ones
-// too. A node counts in memory: when it starts anew, what it used before is unknown, and Since
-// is not before its start. A node that has not reported for UseSilence is silent.
+// too. Where a node has started anew and cannot tell what it used before, Since is not before
+// its start. A node that has not reported for UseSilence is silent.
 func (s *State) LastUse(keyring, key string, version uint32) Use {
 	return s.reader().lastUse(keyring, key, version, s.clock)
 }

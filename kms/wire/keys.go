@@ -116,7 +116,7 @@ type KeyVersion struct {
 }
 
 // VersionUse is what the nodes have reported of a version's use, to the hour. They do so
-// every hour, and count anew when they start.
+// every hour.
 type VersionUse struct {
 	Last        time.Time `json:"last,omitzero"`         // end of the hour of the last use that was reported
 	Known       bool      `json:"known"`                 // every node that can use it has reported lately; else it may have been used at any time
