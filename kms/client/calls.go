@@ -43,6 +43,11 @@ func (c *Client) Status(ctx context.Context) (wire.Status, error) {
 	return get[wire.Status](ctx, c, "/v1/status")
 }
 
+// Alarms reports what is wrong, as far as the node knows.
+func (c *Client) Alarms(ctx context.Context) (wire.Alarms, error) {
+	return get[wire.Alarms](ctx, c, "/v1/alarms")
+}
+
 // Drift reports what is not as it should be, as far as the node knows.
 func (c *Client) Drift(ctx context.Context) (wire.Drift, error) {
 	return get[wire.Drift](ctx, c, "/v1/drift")

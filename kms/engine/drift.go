@@ -50,7 +50,7 @@ func (e *Engine) Drift(ctx context.Context, c Caller) (wire.Drift, error) {
 		}
 		d.suites(shown)
 		d.nodes()
-		d.certificates()
+		d.certificates(func(time.Duration) time.Duration { return certificateAhead })
 		return d.report(), nil
 	})
 }
@@ -73,12 +73,8 @@ func (d *drift) find(f wire.Finding, format string, args ...any) {
 
 // keyring looks at a keyring's KEK and keys.
 func (d *drift) keyring(kr state.Keyring) {
+	d.rotateKEK(kr)
 	target := approval.KeyringTarget(kr.Name)
-	if gone, wanted := d.st.RotationWanted(kr.Name); wanted {
-		removal, _ := d.st.Removal(gone)
-		d.find(wire.Finding{Kind: wire.DriftRotateKEK, Act: true, Subject: target, Version: kr.KEK, Nodes: []string{gone}, Since: at(removal.Time)},
-			"node %s was removed and could open the KEK: %s", gone, d.rotate(target, "propose conclave keyring rotate "+kr.Name))
-	}
 	for _, k := range d.st.KEKs(kr.Name) {
 		if k.Retired() {
 			continue
@@ -91,6 +87,18 @@ func (d *drift) keyring(kr state.Keyring) {
 	}
 }
 
+// rotateKEK looks whether a removed node can open a keyring's KEK.
+func (d *drift) rotateKEK(kr state.Keyring) {
+	gone, wanted := d.st.RotationWanted(kr.Name)
+	if !wanted {
+		return
+	}
+	target := approval.KeyringTarget(kr.Name)
+	removal, _ := d.st.Removal(gone)
+	d.find(wire.Finding{Kind: wire.DriftRotateKEK, Act: true, Subject: target, Version: kr.KEK, Nodes: []string{gone}, Since: at(removal.Time)},
+		"node %s was removed and could open the KEK: %s", gone, d.rotate(target, "propose conclave keyring rotate "+kr.Name))
+}
+
 // rotate says what is to be done for a rotation: approve the proposal that is open, or
 // open one.
 func (d *drift) rotate(target, otherwise string) string {
@@ -101,12 +109,20 @@ func (d *drift) rotate(target, otherwise string) string {
 	return "proposal " + open[0].ID + " to rotate it is open"
 }
 
-func (d *drift) key(k state.Key) {
-	target := approval.KeyTarget(k.Keyring, k.Name)
-	if due := rotationDue(k); due > 0 && d.now >= due {
-		d.find(wire.Finding{Kind: wire.DriftOverdue, Act: true, Subject: target, Version: k.Primary, Since: at(due)},
-			"its rotation is overdue: %s", d.rotate(target, "propose conclave key rotate "+kms.KeyPath(k.Keyring, k.Name)))
+// overdue looks whether a key should have been rotated.
+func (d *drift) overdue(k state.Key) {
+	due := rotationDue(k)
+	if due == 0 || d.now < due {
+		return
 	}
+	target := approval.KeyTarget(k.Keyring, k.Name)
+	d.find(wire.Finding{Kind: wire.DriftOverdue, Act: true, Subject: target, Version: k.Primary, Since: at(due)},
+		"its rotation is overdue: %s", d.rotate(target, "propose conclave key rotate "+kms.KeyPath(k.Keyring, k.Name)))
+}
+
+func (d *drift) key(k state.Key) {
+	d.overdue(k)
+	target := approval.KeyTarget(k.Keyring, k.Name)
 	for _, v := range d.st.Versions(k.Keyring, k.Name) {
 		if v.State.Gone() {
 			continue
@@ -225,18 +241,19 @@ func (d *drift) nodes() {
 }
 
 // certificates looks at the sites' CAs and at this node's own certificate, the only ones
-// that a node knows.
-func (d *drift) certificates() {
+// that a node knows. ahead says of a certificate's validity how long before its end it is
+// reported.
+func (d *drift) certificates(ahead func(validity time.Duration) time.Duration) {
 	for _, s := range d.st.Sites() {
 		for _, der := range s.CAs {
 			if c, err := x509.ParseCertificate(der); err == nil {
-				d.certificate(approval.TargetSite+"/"+s.ID, "a CA of the site", c)
+				d.certificate(approval.TargetSite+"/"+s.ID, "a CA of the site", c, ahead)
 			}
 		}
 	}
 	own := "this node's own certificate"
 	if c := d.e.cfg.Certificate; c != nil {
-		d.certificate(approval.NodeTarget(d.e.node), own, c)
+		d.certificate(approval.NodeTarget(d.e.node), own, c, ahead)
 		own = ""
 	}
 	d.out.Unknown = append(d.out.Unknown, "when the certificates of other nodes expire: ask each node", "when the certificates of operators, services, custodians and auditors expire: their CAs know")
@@ -245,13 +262,13 @@ func (d *drift) certificates() {
 	}
 }
 
-func (d *drift) certificate(subject, what string, c *x509.Certificate) {
+func (d *drift) certificate(subject, what string, c *x509.Certificate, ahead func(time.Duration) time.Duration) {
 	left := c.NotAfter.UnixMilli() - d.now
 	f := wire.Finding{Kind: wire.DriftCertificate, Act: true, Subject: subject, Since: c.NotAfter.UTC()}
 	switch {
 	case left < 0:
 		d.find(f, "%s (%s) has expired", what, c.Subject)
-	case left < certificateAhead.Milliseconds():
+	case left < ahead(c.NotAfter.Sub(c.NotBefore)).Milliseconds():
 		d.find(f, "%s (%s) expires in %s", what, c.Subject, (time.Duration(left) * time.Millisecond).Round(time.Hour))
 	}
 }

@@ -103,6 +103,7 @@ type Engine struct {
 	inUse     inUse
 	uses      uses
 	started   time.Time
+	standing  standing // alarms
 }
 
 // New checks the configuration and returns an Engine. Errors: kms.Invalid.

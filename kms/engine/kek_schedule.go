@@ -51,12 +51,10 @@ func (a *Agent) proposedKEK(st *state.State, ring string, index uint64) bool {
 
 // open opens a proposal as this node.
 func (a *Agent) open(ctx context.Context, st *state.State, q wire.OpenProposalRequest) error {
-	n, _ := st.Node(a.e.node)
-	site, ok := st.Site(n.Site)
-	if !ok {
+	self := a.e.self(st)
+	if self.TrustDomain == "" {
 		return kms.Errorf(kms.Internal, "node %s has no site", a.e.node)
 	}
-	self := kms.Identity{TrustDomain: site.TrustDomain, Role: "node", Name: n.ID}
 	p, err := a.e.newProposal(st, Caller{Identity: self}, q)
 	if err != nil {
 		return err

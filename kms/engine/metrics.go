@@ -78,13 +78,14 @@ var (
 	deviceDesc   = prometheus.NewDesc("conclave_device_up", "1 when the hardware root answers.", nil, nil)
 	skewDesc     = prometheus.NewDesc("conclave_clock_offset_seconds", "This node's clock minus the cluster's, which is a few seconds old.", nil, nil)
 	silenceDesc  = prometheus.NewDesc("conclave_node_silence_seconds", "Cluster time since a node last signed its time; absent for a node that never did.", []string{"node"}, nil)
+	standingDesc = prometheus.NewDesc("conclave_alarms", "Alarms that are on, by kind; GET /v1/alarms names them.", []string{"kind"}, nil)
 	lookupsDesc  = prometheus.NewDesc("conclave_cache_lookups_total", "Lookups of opened keys.", []string{"outcome"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (g gauges) Describe(c chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{freshDesc, indexDesc, keyringsDesc, keysDesc, overdueDesc, openDesc, pendingDesc, logDesc, cachedDesc, lookupsDesc,
-		deviceDesc, skewDesc, silenceDesc} {
+		deviceDesc, skewDesc, silenceDesc, standingDesc} {
 		c <- d
 	}
 }
@@ -104,12 +105,27 @@ func (g gauges) Collect(c chan<- prometheus.Metric) {
 	put(openDesc, prometheus.GaugeValue, float64(len(st.ProposalsOpen())))
 	put(pendingDesc, prometheus.GaugeValue, float64(len(st.Pending(g.e.node))))
 	put(logDesc, prometheus.GaugeValue, oneIf(g.e.logFailed.Load()))
+	g.alarms(put)
 	put(cachedDesc, prometheus.GaugeValue, float64(cache.KEKs), "kek")
 	put(cachedDesc, prometheus.GaugeValue, float64(cache.Keys), "key")
 	put(cachedDesc, prometheus.GaugeValue, float64(cache.Handles), "handle")
 	put(lookupsDesc, prometheus.CounterValue, float64(cache.Hits), "hit")
 	put(lookupsDesc, prometheus.CounterValue, float64(cache.Misses), "miss")
 	g.health(st, put)
+}
+
+// alarms counts those that are on; a kind without any is 0.
+func (g gauges) alarms(put func(*prometheus.Desc, prometheus.ValueType, float64, ...string)) {
+	on := map[string]int{}
+	for _, kind := range alarmKinds {
+		on[kind] = 0
+	}
+	for _, x := range g.e.Standing() {
+		on[x.Kind]++
+	}
+	for kind, n := range on {
+		put(standingDesc, prometheus.GaugeValue, float64(n), kind)
+	}
 }
 
 // deviceWait is how long a scrape waits for the device.

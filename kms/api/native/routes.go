@@ -159,6 +159,9 @@ func routes() []route {
 		read("/v1/drift", "drift", "What is not as it should be, as far as this node knows", func(c *call) (wire.Drift, error) {
 			return c.engine.Drift(c.Context(), c.caller)
 		}),
+		read("/v1/alarms", "alarms", "What is wrong, as far as this node knows", func(c *call) (wire.Alarms, error) {
+			return c.engine.Alarms(c.Context(), c.caller)
+		}),
 		read("/v1/recoveries", "listRecoveries", "The times that custodians had the cluster go on from a backup", func(c *call) (wire.Recoveries, error) {
 			return c.engine.Recoveries(c.Context(), c.caller)
 		}),
