@@ -33,6 +33,7 @@ type Config struct {
 	Cache   CacheConfig   `toml:"cache"`
 	Log     LogConfig     `toml:"log"`
 	Audit   AuditConfig   `toml:"audit"`
+	Notify  NotifyConfig  `toml:"notify"`
 
 	NextDevice *DeviceConfig `toml:"next_device"` // that takes the place of the device; see conclaved rekey
 }
@@ -154,7 +155,7 @@ func loadConfig(path string) (Config, error) {
 		}
 		paths = append(paths, d.paths()...)
 	}
-	paths = append(paths, c.Audit.paths()...)
+	paths = append(append(paths, c.Audit.paths()...), c.Notify.paths()...)
 	dir := filepath.Dir(path)
 	for _, p := range paths {
 		if *p != "" && !filepath.IsAbs(*p) && !strings.HasPrefix(*p, "fd:") {
@@ -224,6 +225,9 @@ func (c *Config) check() (field, why string) {
 		return field, why
 	}
 	if field, why = c.Audit.check(); field != "" {
+		return field, why
+	}
+	if field, why = c.Notify.check(); field != "" {
 		return field, why
 	}
 	if field, why = c.Device.check("device"); field != "" {

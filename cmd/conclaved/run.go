@@ -30,6 +30,7 @@ import (
 	"github.com/conclave-kms/conclave/kms/audit"
 	"github.com/conclave-kms/conclave/kms/engine"
 	"github.com/conclave-kms/conclave/kms/keyring"
+	"github.com/conclave-kms/conclave/kms/notify"
 	"github.com/conclave-kms/conclave/kms/sink"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/wire"
@@ -98,7 +99,8 @@ type node struct {
 	root        *keyring.Root
 	cache       *keyring.Cache
 	access      *audit.Log
-	sinks       []*sink.Queue // of copies of the access log
+	sinks       []*sink.Queue  // of copies of the access log
+	outbox      *notify.Outbox // nil: there are no webhooks
 	clusterLog  *audit.ClusterLog
 	cluster     *cluster.Node
 	certificate *x509.Certificate // its own
@@ -150,7 +152,7 @@ func runOnce(ctx context.Context, cfg Config, log *slog.Logger, roots *heldRoots
 			err = errors.Join(err, n.closers[i]())
 		}
 	}()
-	start := []func(context.Context) error{n.useRoot, n.openLogs, n.openCluster, n.openEngine}
+	start := []func(context.Context) error{n.useRoot, n.openLogs, n.openCluster, n.openEngine, n.openOutbox}
 	serve := n.serve
 	if roots.present == nil {
 		start, serve = start[:3], n.wait
@@ -399,6 +401,11 @@ func (n *node) serve(ctx context.Context) error {
 		}
 	})
 	wg.Go(func() { n.watchRoot(ctx) })
+	if n.outbox != nil {
+		wg.Go(func() {
+			(&notifier{node: n.cfg.Node, log: n.log, outbox: n.outbox, alarms: n.engine, cluster: n.cluster}).run(ctx)
+		})
+	}
 	wg.Go(func() {
 		if err := server.Serve(tlsListener); !errors.Is(err, http.ErrServerClosed) {
 			n.fail(fmt.Errorf("api: %w", err))

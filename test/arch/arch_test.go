@@ -85,6 +85,7 @@ var allowed = map[string][]string{
 	"kms/state/statetest":     {"kms", "kms/canon", "kms/approval", "kms/attest", "kms/note", "kms/secret", "kms/state", "pqc"},
 	"kms/audit":               {"kms", "kms/canon", "kms/approval", "kms/attest", "kms/note", "kms/state", "kms/tlog", "pqc"},
 	"kms/sink":                {"kms/audit"},
+	"kms/notify":              {"kms", "kms/secret", "kms/state", "kms/wire"},
 	"kms/backup":              {"kms", "kms/canon", "kms/parallel", "kms/state", "pqc"},
 	"kms/keyring":             {"kms", "kms/canon", "kms/secret", "pqc"},
 	"kms/engine":              {"kms", "kms/canon", "kms/secret", "kms/approval", "kms/note", "kms/state", "kms/audit", "kms/backup", "kms/keyring", "kms/wire", "pqc"},
