@@ -30,7 +30,7 @@ The exit code is 1 when there is an alarm, 0 when there is none.`,
 				if err := a.show(cmd, v, func(w io.Writer) { alarmsTable(w, v) }); err != nil || len(v.Alarms) == 0 {
 					return err
 				}
-				return fmt.Errorf("%d alarms", len(v.Alarms))
+				return fmt.Errorf("alarms: %d", len(v.Alarms))
 			})
 		},
 	}

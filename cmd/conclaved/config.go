@@ -35,6 +35,8 @@ type Config struct {
 	Audit   AuditConfig   `toml:"audit"`
 	Notify  NotifyConfig  `toml:"notify"`
 
+	Anomaly *AnomalyConfig `toml:"anomaly"` // nil: the node does not look for any
+
 	NextDevice *DeviceConfig `toml:"next_device"` // that takes the place of the device; see conclaved rekey
 }
 
@@ -228,6 +230,9 @@ func (c *Config) check() (field, why string) {
 		return field, why
 	}
 	if field, why = c.Notify.check(); field != "" {
+		return field, why
+	}
+	if field, why = c.Anomaly.check(); field != "" {
 		return field, why
 	}
 	if field, why = c.Device.check("device"); field != "" {

@@ -105,6 +105,7 @@ type node struct {
 	cluster     *cluster.Node
 	certificate *x509.Certificate // its own
 	engine      *engine.Engine
+	watcher     *watcher // nil: it does not look for anomalies
 	registry    *prometheus.Registry
 	failed      chan error
 	inForce     chan struct{} // closed when the state has shown the root that the node runs on
@@ -152,7 +153,7 @@ func runOnce(ctx context.Context, cfg Config, log *slog.Logger, roots *heldRoots
 			err = errors.Join(err, n.closers[i]())
 		}
 	}()
-	start := []func(context.Context) error{n.useRoot, n.openLogs, n.openCluster, n.openEngine, n.openOutbox}
+	start := []func(context.Context) error{n.useRoot, n.openLogs, n.openCluster, n.openOutbox, n.openEngine}
 	serve := n.serve
 	if roots.present == nil {
 		start, serve = start[:3], n.wait
@@ -323,6 +324,9 @@ func (n *node) fail(err error) {
 
 func (n *node) openEngine(context.Context) error {
 	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	if err := n.watchAccess(); err != nil {
+		return err
+	}
 	if err := n.registry.Register(sinkCounters(n.sinks)); err != nil {
 		return err
 	}
@@ -334,6 +338,9 @@ func (n *node) openEngine(context.Context) error {
 			return audit.ReadSince(filepath.Join(n.cfg.DataDir, "access"), since, f)
 		},
 	})
+	if n.watcher != nil && err == nil {
+		n.watcher.note = n.engine.NoteAnomaly // before there is anything to observe
+	}
 	return err
 }
 

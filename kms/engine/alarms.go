@@ -29,6 +29,7 @@ const (
 const (
 	actAlarmBegins Action = "alarm:begin"
 	actAlarmEnds   Action = "alarm:end"
+	actAnomaly     Action = "anomaly"
 )
 
 // alarmKinds are the findings of a drift report that are alarms.
@@ -162,6 +163,12 @@ func (e *Engine) note(ctx context.Context, st *state.State, act Action, subject 
 	return e.cfg.Log.Append(context.WithoutCancel(ctx), audit.Entry{
 		Time: e.now().UnixMilli(), Node: e.node, Principal: e.self(st).String(), Action: string(act), Resource: subject, Outcome: "ok", Context: what, Count: 1,
 	})
+}
+
+// NoteAnomaly writes into this node's access log that something in it was unusual: the
+// subject, and in words what. Errors: those of the log.
+func (e *Engine) NoteAnomaly(ctx context.Context, subject string, what map[string]string) error {
+	return e.note(ctx, e.cluster.State(), actAnomaly, subject, what)
 }
 
 // self is this node's own identity, with no trust domain where the state does not know

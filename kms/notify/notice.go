@@ -15,13 +15,15 @@ import (
 	"github.com/conclave-kms/conclave/kms/wire"
 )
 
-// KindProposal is the kind of a notice of a proposal that waits for approvals. That of an
-// alarm's is the alarm's.
-const KindProposal = "proposal"
+// The kinds of notices that are of no alarm.
+const (
+	KindProposal = "proposal" // it waits for approvals
+	KindAnomaly  = "anomaly"  // something unusual in an access log
+)
 
 // Kinds are those of all notices.
 func Kinds() []string {
-	return []string{KindProposal, wire.AlarmOverdue, wire.AlarmRotateKEK, wire.AlarmNode, wire.AlarmCertificate}
+	return []string{KindProposal, KindAnomaly, wire.AlarmOverdue, wire.AlarmRotateKEK, wire.AlarmNode, wire.AlarmCertificate}
 }
 
 // Notice is one thing that somebody should know. Nodes that see the same thing give it

@@ -167,3 +167,18 @@ func TestFile(t *testing.T) {
 		t.Errorf("%d sent, %v", q.Sent(), err)
 	}
 }
+
+func TestTo(t *testing.T) {
+	var got []int
+	q := To("here", func(_ context.Context, entries []audit.Entry) {
+		for _, e := range entries {
+			got = append(got, e.Count)
+		}
+	}, quiet)
+	for i := range 5 {
+		q.Put(entry(i))
+	}
+	if err := q.Close(); err != nil || !slices.Equal(got, []int{0, 1, 2, 3, 4}) || q.Sent() != 5 || q.Name() != "here" {
+		t.Errorf("%v, %d sent, %v", got, q.Sent(), err)
+	}
+}

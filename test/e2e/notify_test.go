@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -81,24 +82,30 @@ func (r *receiver) serve(w http.ResponseWriter, q *http.Request) {
 	}
 }
 
-// next returns the next notice of a kind about a subject.
-func (r *receiver) next(t *testing.T, kind, subject string) notified {
+// until returns the next notice that is the one.
+func (r *receiver) until(t *testing.T, what string, is func(notified) bool) notified {
 	t.Helper()
 	patience := time.After(2 * time.Minute)
 	for {
 		select {
 		case n := <-r.took:
-			if n.body.Data.Kind == kind && n.body.Data.Subject == subject {
+			if is(n) {
 				return n
 			}
 		case <-patience:
-			t.Fatalf("no notice of %s %s came", kind, subject)
+			t.Fatalf("no notice of %s came", what)
 		}
 	}
 }
 
-// TestNotices: a webhook that fails some times is told of a proposal, once, and of a node
-// that is down; what is on stands in the alarms, the metrics and the access log.
+// next returns the next notice of a kind about a subject.
+func (r *receiver) next(t *testing.T, kind, subject string) notified {
+	t.Helper()
+	return r.until(t, kind+" "+subject, func(n notified) bool { return n.body.Data.Kind == kind && n.body.Data.Subject == subject })
+}
+
+// TestNotices: a webhook that fails some times is told of a proposal, once, of somebody who
+// is denied often, and of an overdue rotation, which is an alarm.
 func TestNotices(t *testing.T) {
 	t.Parallel()
 	bin := binaries(t)
@@ -124,7 +131,7 @@ func TestNotices(t *testing.T) {
 	if err := os.WriteFile(key, []byte("whsec_"+base64.StdEncoding.EncodeToString([]byte(webhookSecret))+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := fr.Configure(map[string]any{"notify.desk": map[string]any{"url": r.URL + "/conclave", "key": key}}); err != nil {
+	if _, err := fr.Configure(map[string]any{"notify.desk": map[string]any{"url": r.URL + "/conclave", "key": key}, "anomaly.denials": 3}); err != nil {
 		t.Fatal(err)
 	}
 	restart := func() {
@@ -150,23 +157,28 @@ func TestNotices(t *testing.T) {
 	}
 	restart()
 	third := s.propose(kms.ActionRotate, "coalition", "other")
-	for n := range r.took {
-		if n.body.Data.Proposal == third.ID {
-			break
-		}
+	r.until(t, "the third proposal", func(n notified) bool {
 		if n.id == first.id { // the second may come twice, under one id
-			t.Fatalf("told again: %+v", n)
+			t.Errorf("told again: %+v", n)
 		}
+		return n.body.Data.Proposal == third.ID
+	})
+	for range 3 { // an auditor may not encrypt
+		_, err := s.client("fr", "auditor").Key("coalition", "told").Encrypt(ctx, wire.EncryptRequest{Plaintext: wire.Secret("x")})
+		refused(t, "an auditor's encryption", err, kms.Denied)
 	}
-	if err := c.Nodes["jp"].Kill(ctx); err != nil {
+	r.next(t, "anomaly", "spiffe://fr.example/auditor/demo")
+	_, err = s.client("fr", "operator").CreateKey(ctx, "coalition", wire.CreateKeyRequest{Name: "due", Purpose: string(kms.Encrypt), RotationPeriodMS: 1})
+	if err != nil {
 		t.Fatal(err)
 	}
-	r.next(t, wire.AlarmNode, "node/jp-1")
-	if v, err := s.client("fr", "auditor").Alarms(ctx); err != nil || len(v.Alarms) != 1 || v.Alarms[0].Subject != "node/jp-1" {
+	r.next(t, wire.AlarmOverdue, "key/coalition/due")
+	if v, err := s.client("fr", "auditor").Alarms(ctx); err != nil || len(v.Alarms) == 0 || v.Alarms[0].Kind != wire.AlarmOverdue || v.Alarms[0].Subject != "key/coalition/due" {
 		t.Errorf("%+v, %v", v, err)
 	}
-	if err := c.Nodes["jp"].Start(ctx); err != nil {
-		t.Fatal(err)
+	res, err := c.CLI(ctx, c.Env("fr"), "alarms")
+	if err != nil || res.Code != 1 || !strings.Contains(res.Stdout, "key/coalition/due") || !strings.Contains(res.Stderr, "alarms: ") {
+		t.Errorf("conclave alarms: %d, %q, %q, %v", res.Code, res.Stdout, res.Stderr, err)
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
