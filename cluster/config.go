@@ -70,6 +70,10 @@ type Config struct {
 	// them durable here. An error cancels the snapshot.
 	OnSnapshot func() error
 
+	// Records, optional, returns what this node keeps of the cluster log from a leaf on,
+	// in one piece of at most 4 MiB, for another node that asks with FetchRecords.
+	Records func(leaf uint64) ([]byte, error)
+
 	// Applied, optional, is the index of the last command that this node has applied in
 	// former runs, as far as its caller has kept that: no leader takes what is committed back.
 	Applied uint64

@@ -39,6 +39,8 @@ const (
 
 	opMark   op = 20 // Raw: the caller's mark, to be kept
 	opRecall op = 21 // Info: keptMark of the caller
+
+	opRecords op = 22 // Info: what Config.Records gives from leaf Size on
 )
 
 // status says how a request ended.

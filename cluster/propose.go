@@ -260,6 +260,8 @@ func (n *Node) answer(ctx context.Context, peer string, req request) response {
 		}
 	case opHash:
 		resp.Hash = n.hashes.at(req.Size)
+	case opRecords:
+		resp.Info, err = n.answerRecords(req.Size)
 	default:
 		err = kms.Errorf(kms.Invalid, "node %s asked for operation %d, which this release does not know", peer, req.Op)
 	}

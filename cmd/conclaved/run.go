@@ -240,7 +240,7 @@ func (n *node) openCluster(ctx context.Context) error {
 	n.cluster, err = cluster.Open(ctx, cluster.Config{
 		NodeID: n.cfg.Node, DataDir: filepath.Join(n.cfg.DataDir, "raft"), Listener: listener, Genesis: signed, Certificate: cert,
 		Sign: n.device.Sign, SigningSuite: uint16(n.signingSuite()), Signing: n.roots.own().public, Site: n.cfg.Site, Introduced: known, Logger: n.log, Counter: n.counter(ctx, kms.ClusterID(signed.Genesis)), Applied: n.clusterLog.Last(),
-		Timing: n.cfg.Cluster.timing(), Profile: n.cfg.Cluster.profile(), PreferSites: n.cfg.Cluster.PreferSites, OnApply: n.applied, OnRestore: n.restored, OnSnapshot: n.clusterLog.Sync,
+		Timing: n.cfg.Cluster.timing(), Profile: n.cfg.Cluster.profile(), PreferSites: n.cfg.Cluster.PreferSites, OnApply: n.applied, OnRestore: n.restored, OnSnapshot: n.clusterLog.Sync, Records: n.clusterLog.Pack,
 	})
 	if err != nil {
 		return err
@@ -309,7 +309,7 @@ func sameHistory(log *audit.ClusterLog, index uint64, root func() []byte) error 
 }
 
 func (n *node) restored(st *state.State) {
-	if err := n.clusterLog.Restored(st.Index(), st.LogSize()); err != nil {
+	if err := n.clusterLog.Restored(st.Index(), st.LogSize(), st.LogRoot()); err != nil {
 		n.fail(fmt.Errorf("the cluster log cannot be written: %w", err))
 	}
 }
@@ -413,6 +413,7 @@ func (n *node) serve(ctx context.Context) error {
 			(&notifier{node: n.cfg.Node, log: n.log, outbox: n.outbox, alarms: n.engine, cluster: n.cluster}).run(ctx)
 		})
 	}
+	wg.Go(func() { filler{node: n.cfg.Node, log: n.log, own: n.clusterLog, others: n.cluster}.run(ctx) })
 	wg.Go(func() {
 		if err := server.Serve(tlsListener); !errors.Is(err, http.ErrServerClosed) {
 			n.fail(fmt.Errorf("api: %w", err))

@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"os"
@@ -23,15 +24,19 @@ type ClusterLog struct {
 
 	mu     sync.Mutex
 	writer segmentWriter
-	frames uint64 // records in all segments
-	parts  []part
-	last   uint64 // Raft index of the last command, or of the last gap's end
-	size   uint64 // leaves of the tree, those of gaps included
-	merkle *merkle
+	frames uint64     // records in all segments
+	parts  []part     // by leaf; the last one grows
+	fills  []*gapFill // gaps that are not filled yet, in order
+	last   uint64     // Raft index of the last command, or of the last gap's end
+	size   uint64     // leaves of the tree, those of gaps included
+	merkle *merkle    // nil: there is a gap
+	before *merkle    // the tree up to the first gap that is not filled
 	gaps   []Gap
 	buf    []byte
 	failed error
 	closed bool
+
+	filling sync.Mutex // held while gaps are filled; mu may be taken within
 }
 
 // Gap is a stretch of the cluster log that this node does not hold, because it
@@ -40,6 +45,8 @@ type Gap struct {
 	From uint64 // first Raft index missing
 	To   uint64 // last one, that of the snapshot
 	Size uint64 // leaves of the cluster log at To
+
+	Root [sha256.Size]byte // of these leaves; zero if it is not known
 }
 
 // Record is an applied command.
@@ -53,9 +60,13 @@ type Record struct {
 //
 //	1 ‖ index 8 ‖ length of raw 4 ‖ raw ‖ leaf
 //	2 ‖ from 8 ‖ to 8 ‖ size 8
+//	3 ‖ from 8 ‖ to 8 ‖ size 8 ‖ root 32
+//
+// A gap of kind 2 is one that an earlier release recorded.
 const (
 	recordCommand = 1
 	recordGap     = 2
+	recordGapRoot = 3
 )
 
 // OpenClusterLog opens the store of the cluster log in dir, making it if it is
@@ -82,11 +93,12 @@ func openClusterLog(dir string, o Options) (*ClusterLog, error) {
 		tiles:   ts,
 		records: records{kind: clusterKind, dir: dir},
 		writer:  segmentWriter{disk: o.disk, dir: dir, kind: clusterKind, limit: o.SegmentSize},
-		parts:   []part{{}},
 		merkle:  &m,
+		before:  &m,
 	}
+	l.parts = []part{{from: &l.records}}
 	t, err := walkCluster(dir, func(r Record) error { l.add(r.Index, r.Leaf); ts.relieve(); return nil },
-		func(g Gap) error { l.skip(g); return nil })
+		func(g Gap) error { l.skip(g); return l.refill() })
 	if err == nil {
 		err = l.writer.open(t)
 	}
@@ -112,12 +124,30 @@ func (l *ClusterLog) add(index uint64, leaf []byte) {
 }
 
 func (l *ClusterLog) skip(g Gap) {
+	dir := fillDir(l.writer.dir, l.size)
+	l.fills = append(l.fills, &gapFill{first: l.size, n: g.Size - l.size, from: g.From, to: g.To, root: g.Root, part: len(l.parts), dir: dir,
+		writer:  segmentWriter{disk: l.writer.disk, dir: dir, kind: clusterKind, limit: l.writer.limit},
+		records: records{kind: clusterKind, dir: dir}})
+	l.frames++
+	l.parts = append(l.parts, part{leaf: l.size}, part{leaf: g.Size, record: l.frames, from: &l.records})
 	l.gaps = append(l.gaps, g)
 	l.last, l.size = g.To, g.Size
-	l.frames++
-	l.parts = append(l.parts, part{leaf: l.size, record: l.frames})
 	l.merkle = nil
-	l.tiles.drop(kms.Errorf(kms.Unavailable, "this node took over a snapshot and does not hold the cluster log from its beginning"))
+}
+
+// refill takes a gap that was just read, if it was filled before, into the tree.
+func (l *ClusterLog) refill() error {
+	f := l.fills[len(l.fills)-1]
+	if _, err := os.Stat(f.dir); len(l.fills) > 1 || f.root == [sha256.Size]byte{} || err != nil {
+		return nil
+	}
+	if f.begin(*l.before) != nil || f.have < f.n {
+		return nil // it goes on being filled
+	}
+	if f.verify() != nil {
+		return f.reset()
+	}
+	return l.join(f)
 }
 
 // Recovered says what was removed when the log was opened, or is empty.
@@ -134,13 +164,10 @@ func (l *ClusterLog) Append(index uint64, raw, leaf []byte) error {
 	if index <= l.last {
 		return nil
 	}
-	if len(raw) == 0 || len(leaf) == 0 || 13+len(raw)+len(leaf) > maxRecord {
-		return kms.Errorf(kms.Invalid, "command %d has %d bytes and its leaf %d; together 2 to %d fit the cluster log", index, len(raw), len(leaf), maxRecord-13)
+	p, err := encodeCommand(l.buf[:0], index, raw, leaf)
+	if err != nil {
+		return err
 	}
-	p := append(l.buf[:0], recordCommand)
-	p = binary.BigEndian.AppendUint64(p, index)
-	p = binary.BigEndian.AppendUint32(p, uint32(len(raw)))
-	p = append(append(p, raw...), leaf...)
 	if err := l.put(p); err != nil {
 		return err
 	}
@@ -148,11 +175,22 @@ func (l *ClusterLog) Append(index uint64, raw, leaf []byte) error {
 	return nil
 }
 
+// encodeCommand appends a command's record to p.
+func encodeCommand(p []byte, index uint64, raw, leaf []byte) ([]byte, error) {
+	if len(raw) == 0 || len(leaf) == 0 || 13+len(raw)+len(leaf) > maxRecord {
+		return nil, kms.Errorf(kms.Invalid, "command %d has %d bytes and its leaf %d; together 2 to %d fit the cluster log", index, len(raw), len(leaf), maxRecord-13)
+	}
+	p = append(p, recordCommand)
+	p = binary.BigEndian.AppendUint64(p, index)
+	p = binary.BigEndian.AppendUint32(p, uint32(len(raw)))
+	return append(append(p, raw...), leaf...), nil
+}
+
 // Restored announces that the node took over a snapshot of the state at a Raft
-// index, where the cluster log had size leaves (State.LogSize). What the store
-// lacks up to there is recorded as a gap; nothing is, if it has it all. Errors
-// as for Append.
-func (l *ClusterLog) Restored(index, size uint64) error {
+// index, where the cluster log had size leaves (State.LogSize) and a root
+// (State.LogRoot). What the store lacks up to there is recorded as a gap; nothing is, if
+// it has it all. Errors as for Append.
+func (l *ClusterLog) Restored(index, size uint64, root []byte) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if index <= l.last || size == l.size {
@@ -161,11 +199,15 @@ func (l *ClusterLog) Restored(index, size uint64) error {
 	if size < l.size {
 		return kms.Errorf(kms.Invalid, "the snapshot at index %d has %d leaves, fewer than the %d of the cluster log at index %d: it is of another history", index, size, l.size, l.last)
 	}
-	g := Gap{From: l.last + 1, To: index, Size: size}
-	p := append(l.buf[:0], recordGap)
+	if len(root) != sha256.Size {
+		return kms.Errorf(kms.Invalid, "the root of the snapshot's log has %d bytes", len(root))
+	}
+	g := Gap{From: l.last + 1, To: index, Size: size, Root: [sha256.Size]byte(root)}
+	p := append(l.buf[:0], recordGapRoot)
 	p = binary.BigEndian.AppendUint64(p, g.From)
 	p = binary.BigEndian.AppendUint64(p, g.To)
 	p = binary.BigEndian.AppendUint64(p, g.Size)
+	p = append(p, root...)
 	if err := l.put(p); err != nil {
 		return err
 	}
@@ -251,12 +293,17 @@ func (l *ClusterLog) Gaps() []Gap {
 // Close syncs and closes the log. It may be called more than once.
 func (l *ClusterLog) Close() error {
 	err := l.Sync()
+	l.filling.Lock()
+	defer l.filling.Unlock()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
 		return nil
 	}
 	l.closed = true
+	for _, f := range l.fills {
+		err = errors.Join(err, f.writer.close())
+	}
 	l.tiles.close()
 	return errors.Join(err, l.writer.close(), l.lock.Close())
 }
@@ -312,12 +359,10 @@ func decodeCluster(p []byte) (Record, Gap, error) {
 		}
 		r.Raw, r.Leaf = rest[:n:n], rest[n:]
 		return r, Gap{}, nil
-	case len(p) == 25 && p[0] == recordGap:
-		return Record{}, Gap{
-			From: binary.BigEndian.Uint64(p[1:]),
-			To:   binary.BigEndian.Uint64(p[9:]),
-			Size: binary.BigEndian.Uint64(p[17:]),
-		}, nil
+	case len(p) == 25 && p[0] == recordGap, len(p) == 25+sha256.Size && p[0] == recordGapRoot:
+		g := Gap{From: binary.BigEndian.Uint64(p[1:]), To: binary.BigEndian.Uint64(p[9:]), Size: binary.BigEndian.Uint64(p[17:])}
+		copy(g.Root[:], p[25:])
+		return Record{}, g, nil
 	}
 	return Record{}, Gap{}, errors.New("a record of the cluster log has no known form")
 }

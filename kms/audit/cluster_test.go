@@ -66,17 +66,17 @@ func TestClusterLog(t *testing.T) {
 	if want := dumbRoot([][]byte{leaf(2), leaf(3), leaf(6), leaf(7), leaf(8)}); !ok || !bytes.Equal(root, want) {
 		t.Errorf("root %x, want %x", root, want)
 	}
-	if err := l.Restored(8, 5); err != nil || len(l.Gaps()) != 0 {
+	if err := l.Restored(8, 5, root); err != nil || len(l.Gaps()) != 0 {
 		t.Errorf("a snapshot of what is there: %v, %v", err, l.Gaps())
 	}
-	if err := l.Restored(20, 4); !errors.Is(err, kms.Invalid) {
+	if err := l.Restored(20, 4, root); !errors.Is(err, kms.Invalid) {
 		t.Errorf("a snapshot of another history: %v", err)
 	}
-	if err := l.Restored(20, 11); err != nil {
+	if err := l.Restored(20, 11, root); err != nil {
 		t.Fatal(err)
 	}
 	appendAll(t, l, 20, 21, 22)
-	want := []Gap{{From: 9, To: 20, Size: 11}}
+	want := []Gap{{From: 9, To: 20, Size: 11, Root: [32]byte(root)}}
 	check := func(l *ClusterLog) {
 		t.Helper()
 		if _, ok := l.Root(); ok || l.Size() != 13 || l.Last() != 22 || !reflect.DeepEqual(l.Gaps(), want) {

@@ -210,7 +210,7 @@ func TestClusterProofs(t *testing.T) {
 		provable(t, l, leaves)
 	}
 	size := uint64(len(leaves))
-	if err := l.Restored(l.Last()+50, size+10); err != nil {
+	if err := l.Restored(l.Last()+50, size+10, make([]byte, 32)); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 {
@@ -227,7 +227,7 @@ func TestClusterProofs(t *testing.T) {
 		check(size, 1, nil)
 		check(size+9, 1, nil)
 		check(size+10, 20, leaves[size:size+20])
-		if _, err := l.Hashes(0, 0, 1); !errors.Is(err, kms.Unavailable) {
+		if _, err := l.Hashes(0, size, 1); !errors.Is(err, kms.Unavailable) {
 			t.Errorf("hashes after a gap: %v", err)
 		}
 		if err := l.Close(); err != nil {

@@ -38,14 +38,15 @@ func hashChildren(left, right []byte) []byte {
 // merkle is a growing tree of which the right border is kept, and by tiles, where
 // there are any, what proofs need.
 type merkle struct {
-	r     *compact.Range
-	tiles *tiles
-	visit compact.VisitFn
+	factory *compact.RangeFactory
+	r       *compact.Range
+	tiles   *tiles
+	visit   compact.VisitFn
 }
 
 func newMerkle(t *tiles) merkle {
-	f := compact.RangeFactory{Hash: hashChildren}
-	m := merkle{r: f.NewEmptyRange(0), tiles: t}
+	f := &compact.RangeFactory{Hash: hashChildren}
+	m := merkle{factory: f, r: f.NewEmptyRange(0), tiles: t}
 	if t != nil {
 		m.visit = t.take
 	}
