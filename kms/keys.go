@@ -93,6 +93,10 @@ const (
 	OnHost   Generated = "host"   // in locked memory of the origin node, from the device's randomness, wiped at once
 )
 
+// Imported is said, in place of where it was made, of material that was brought from
+// outside, at any protection level.
+const Imported Generated = "imported"
+
 // ImportTPM is the import kind of a TPM 2.0 (TPM2_Import), whose import key is its
 // storage key.
 const ImportTPM = "tpm2-import"
@@ -121,6 +125,7 @@ const (
 	ActionDeactivate Action = "deactivate" // one version stops decrypting
 	ActionCompromise Action = "compromise" // one version is marked compromised
 	ActionDestroy    Action = "destroy"    // one version, or the whole key
+	ActionImport     Action = "import"     // make a key of material from outside
 	ActionPolicy     Action = "policy"     // replace a policy
 	ActionCustodian  Action = "custodian"  // add, replace or revoke a custodian
 	ActionNode       Action = "node"       // a node joins, is promoted or removed, or gets another hardware root
@@ -134,13 +139,13 @@ const (
 // by the policy called Governance. A policy must have a rule for every action
 // it decides.
 var (
-	KeyActions        = []Action{ActionCreate, ActionRotate, ActionActivate, ActionSuspend, ActionResume, ActionDeactivate, ActionCompromise, ActionDestroy}
+	KeyActions        = []Action{ActionCreate, ActionRotate, ActionActivate, ActionSuspend, ActionResume, ActionDeactivate, ActionCompromise, ActionDestroy, ActionImport}
 	GovernanceActions = []Action{ActionKeyring, ActionPolicy, ActionCustodian, ActionNode, ActionSite, ActionRecoveryKey, ActionRecover}
 )
 
 // LaterActions came after the first release, so a policy may lack a rule for one:
 // then nobody can do it until the policy has one.
-var LaterActions = []Action{ActionActivate, ActionSite, ActionRecoveryKey, ActionRecover}
+var LaterActions = []Action{ActionActivate, ActionImport, ActionSite, ActionRecoveryKey, ActionRecover}
 
 // Governance is the name of the policy that decides GovernanceActions.
 const Governance = "governance"

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -138,7 +139,7 @@ func keyringDetail(w io.Writer, k wire.Keyring) {
 
 func (a *app) keyCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "key", Short: "Create and look at keys; propose rotation, suspension and the rest"}
-	cmd.AddCommand(a.keyCreateCommand(), a.keyListCommand(), a.keyShowCommand(),
+	cmd.AddCommand(a.keyCreateCommand(), a.keyImportCommand(), a.keyListCommand(), a.keyShowCommand(),
 		a.proposeOnKey("rotate", "Propose a new version", false),
 		a.proposeOnKey("activate", "Propose that a new version becomes primary without all its receipts", true),
 		a.proposeOnKey("suspend", "Propose that the key refuses every operation until it is resumed", false),
@@ -232,8 +233,8 @@ func keyDetail(w io.Writer, k wire.Key) {
 	}
 	row(w)
 	head := []any{"VERSION", "STATE", "PRIMARY", "CREATED", "ACTIVATED", "LAST USE", "RECEIPTS", "AUTHORISED BY"}
-	hardware := k.Protection == string(kms.Hardware)
-	if hardware {
+	made := k.Protection == string(kms.Hardware) || slices.ContainsFunc(k.Versions, func(v wire.KeyVersion) bool { return v.Generated != "" })
+	if made {
 		head = append(head, "MADE IN")
 	}
 	row(w, head...)
@@ -247,7 +248,7 @@ func keyDetail(w io.Writer, k wire.Key) {
 			receipts = append(receipts, r.Node+" "+mark)
 		}
 		cells := []any{v.Version, v.State, map[bool]string{true: "yes", false: "-"}[v.Primary], when(v.Created), when(v.Activated), lastUse(v.Use), or(strings.Join(receipts, ", "), "-"), or(v.Proposal, "-")}
-		if hardware {
+		if made {
 			cells = append(cells, madeIn(v))
 		}
 		row(w, cells...)
@@ -269,13 +270,16 @@ func lastUse(u *wire.VersionUse) string {
 	return "before " + when(u.Last)
 }
 
-// madeIn says where the material of a version of protection hardware was generated.
+// madeIn says where the material of a version of protection hardware, or of an imported
+// one, was generated.
 func madeIn(v wire.KeyVersion) string {
 	switch kms.Generated(v.Generated) {
 	case kms.InDevice:
 		return "device"
 	case kms.OnHost:
 		return "locked memory, then wiped"
+	case kms.Imported:
+		return "imported"
 	}
 	return or(v.Generated, "-")
 }

@@ -58,8 +58,8 @@ func (a *app) policySetCommand() *cobra.Command {
 		Short: "Propose the rules of a policy, in place of all that it has, or a new policy",
 		Long: `Propose the rules of a policy. FILE is JSON as conclave policy show NAME -o json prints
 it: take that, change the rules, and propose it. The stricter of the old and the new
-rules decides about the change. Rules for what later releases brought (activate, site,
-recover, recovery-key) are added so; while a policy has no rule for an action nobody may do it.
+rules decides about the change. Rules for what later releases brought (activate, import,
+site, recover, recovery-key) are added so; while a policy has no rule for an action nobody may do it.
 
 A rule's "need" is a group that must be met besides its approvals and sites: its members
 that are met must weigh at least its need. Members are custodians, sites with the number

@@ -202,6 +202,8 @@ func decoded(p approval.Proposal) (any, error) {
 	switch p.Action {
 	case kms.ActionActivate, kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
 		return p.VersionParams()
+	case kms.ActionImport:
+		return p.ImportParams()
 	case kms.ActionPolicy:
 		return p.PolicyParams()
 	case kms.ActionCustodian:
@@ -257,6 +259,9 @@ func warning(p approval.Proposal) string {
 	}
 	if n, err := p.NodeParams(); p.Action == kms.ActionNode && err == nil {
 		return nodeWarning(n)
+	}
+	if p.Action == kms.ActionImport {
+		return "somebody outside the cluster HAS the key, and may keep it"
 	}
 	if p.Action == kms.ActionActivate {
 		return "nodes whose receipts are MISSING may be unable to use the key"

@@ -136,6 +136,8 @@ func everyAction(t *testing.T) (*statetest.World, map[kms.Action]string) {
 	w.CreateKey("coalition", "orders", kms.Encrypt)
 	w.GiveReceipts()
 	ids := map[kms.Action]string{kms.ActionRotate: w.Rotate("coalition", "orders"), "rotate a KEK": w.RotateKEK("coalition")}
+	w.AllowImport()
+	ids[kms.ActionImport] = w.ImportKey("coalition", "brought", kms.Sign)
 	ids[kms.ActionActivate] = activate(w, target)
 	ids[kms.ActionSuspend] = w.Carry(kms.ActionSuspend, target, nil)
 	ids[kms.ActionResume] = w.Carry(kms.ActionResume, target, nil)

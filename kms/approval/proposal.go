@@ -108,6 +108,7 @@ func checkReason(s string) error {
 var targetKinds = map[kms.Action]string{
 	kms.ActionRotate: TargetKey, kms.ActionActivate: TargetKey, kms.ActionSuspend: TargetKey, kms.ActionResume: TargetKey,
 	kms.ActionDeactivate: TargetKey, kms.ActionCompromise: TargetKey, kms.ActionDestroy: TargetKey,
+	kms.ActionImport: TargetKey,
 	kms.ActionPolicy: TargetPolicy, kms.ActionCustodian: TargetCustodian, kms.ActionNode: TargetNode,
 	kms.ActionSite: TargetSite, kms.ActionRecoveryKey: TargetRecovery, kms.ActionRecover: TargetCluster,
 }
@@ -134,6 +135,10 @@ func (p Proposal) validateAction(bad func(string, ...any) error) error {
 		}
 		if v.Version == 0 && p.Action != kms.ActionDestroy {
 			return bad("action %q needs the version that it is about", p.Action)
+		}
+	case kms.ActionImport:
+		if err := p.validateImport(); err != nil {
+			return bad("%v", err)
 		}
 	case kms.ActionPolicy:
 		pp, err := p.PolicyParams()

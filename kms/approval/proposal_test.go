@@ -42,6 +42,9 @@ func sampleProposal(a kms.Action) Proposal {
 	switch a {
 	case kms.ActionActivate, kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
 		p.Parameters = canon.Marshal(VersionParams{Version: 2})
+	case kms.ActionImport:
+		p.Revision = 0
+		p.Parameters = canon.Marshal(ImportParams{Node: "fr-1", Purpose: kms.Encrypt, Algorithm: kms.AES256GCM, RotationPeriod: 7_776_000_000, Sealed: bytes.Repeat([]byte{0x5e}, 32)})
 	case kms.ActionPolicy:
 		p.Target, p.Policy = "policy/two-nations", kms.Governance
 		p.Parameters = canon.Marshal(PolicyParams{Rules: policyOf("two-nations", firstActions()).Rules})
@@ -65,7 +68,7 @@ func firstActions() []kms.Action {
 
 var proposable = []kms.Action{
 	kms.ActionRotate, kms.ActionActivate, kms.ActionSuspend, kms.ActionResume, kms.ActionDeactivate, kms.ActionCompromise,
-	kms.ActionDestroy, kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite,
+	kms.ActionDestroy, kms.ActionImport, kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite,
 }
 
 func TestProposalRoundTrip(t *testing.T) {

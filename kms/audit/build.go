@@ -68,11 +68,11 @@ func governs(p state.Proposal) bool {
 	return slices.Contains([]kms.Action{kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite}, p.Content.Action)
 }
 
-// decisionsBefore returns a proposal and the governing ones executed before a place
+// decisionsBefore returns a proposal and those that belong to its evidence, executed before a place
 // in the log, in the order of their execution.
 func decisionsBefore(s *state.State, index uint64, p state.Proposal) []state.Proposal {
 	all := slices.DeleteFunc(s.Proposals(), func(x state.Proposal) bool {
-		return x.ID != p.ID && (!governs(x) || x.Progress != state.Executed || x.Executed >= index)
+		return x.ID != p.ID && (!belongs(x, p) || x.Progress != state.Executed || x.Executed >= index)
 	})
 	slices.SortFunc(all, func(a, b state.Proposal) int { return cmp.Compare(a.Executed, b.Executed) })
 	return all
@@ -135,6 +135,9 @@ func addTarget(s *state.State, p state.Proposal, e *Evidence) error {
 		return kms.Errorf(kms.NotFound, "there is no key %s", name)
 	}
 	e.Keyring, e.Key = ring.Statement, key.Statement
+	if v, ok := s.Version(ringName, keyName, 1); ok && v.Proposal != "" {
+		e.Key = nil // the decision to import it has the command
+	}
 	if p.Content.Action != kms.ActionRotate {
 		return nil
 	}

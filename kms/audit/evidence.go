@@ -25,7 +25,7 @@ type Evidence struct {
 	Cluster    string     `json:"cluster"`              // kms.ClusterID of the genesis
 	Genesis    []byte     `json:"genesis"`              // state.SignedGenesis
 	Recoveries [][]byte   `json:"recoveries,omitempty"` // approved statements of the recoveries before, where the cluster went on from a backup
-	Governance []Decision `json:"governance"`           // on policies, custodians and nodes' hardware, all before Decision, as executed
+	Governance []Decision `json:"governance"`           // on policies, custodians and nodes' hardware, and the import of the target key, all before Decision, as executed
 	Decision   Decision   `json:"decision"`             // what the evidence is for
 	Later      []Decision `json:"later,omitempty"`      // as Governance, after Decision, where a receipt is signed with a hardware root approved since
 	Keyring    []byte     `json:"keyring,omitempty"`    // the command that created the keyring of the target key
@@ -40,7 +40,7 @@ type Decision struct {
 	Proposal  []byte               `json:"proposal"`           // exact bytes
 	Open      []byte               `json:"open"`               // the command that opened it
 	Votes     []approval.Statement `json:"votes"`              // those that counted when it was carried out, sorted by custodian
-	Execution []byte               `json:"execution"`          // Execute, or CommitRotation for a rotation
+	Execution []byte               `json:"execution"`          // Execute, CommitRotation for a rotation, ImportKey for an import
 	Adoption  []byte               `json:"adoption,omitempty"` // for a node's hardware root: the command by which the node adopted it
 
 	Suspensions [][]byte `json:"suspensions,omitempty"` // commands that suspended credentials after the decision before and before this one's execution

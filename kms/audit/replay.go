@@ -27,6 +27,7 @@ type replay struct {
 	policies   map[string]approval.Policy
 	past       map[string][]approval.Policy // every revision so far, by name
 	collected  uint64                       // while evidence is built: where in the log the last decision in it was executed
+	imports    map[string]decided           // decisions by which keys were imported, by path
 }
 
 // newReplay verifies the genesis.
@@ -42,6 +43,7 @@ func newReplay(signed state.SignedGenesis) (*replay, error) {
 		custodians: make(map[string]approval.Custodian),
 		policies:   make(map[string]approval.Policy),
 		past:       make(map[string][]approval.Policy),
+		imports:    make(map[string]decided),
 	}
 	for _, n := range g.Nodes {
 		w.nodes[n.ID] = &member{site: n.Site, revision: n.Revision, roots: []root{{n.Root, n.HardwareRoot()}}}
@@ -167,6 +169,7 @@ type decided struct {
 	adoption  []byte
 	commit    state.CommitRotation // for a rotation of a key
 	kek       state.CommitKEK      // for a rotation of a KEK
+	imported  state.ImportKey      // for an import
 }
 
 // decide verifies a decision under the custodians and policies in force.
@@ -298,20 +301,7 @@ func (w *replay) mayAct(principal string, rule approval.Rule) error {
 // proposal, about this revision, by a node itself, not too early.
 func (w *replay) checkExecution(d Decision, out *decided) error {
 	what := "the execution of proposal " + out.id
-	var proposal string
-	var err error
-	kind, _, _ := approval.ParseTarget(out.content.Target)
-	if kind == approval.TargetKeyring {
-		out.execution, out.kek, err = command[state.CommitKEK](w, what, d.Execution)
-		proposal = out.kek.Proposal
-	} else if out.content.Action == kms.ActionRotate {
-		out.execution, out.commit, err = command[state.CommitRotation](w, what, d.Execution)
-		proposal = out.commit.Proposal
-	} else {
-		var c state.Execute
-		out.execution, c, err = command[state.Execute](w, what, d.Execution)
-		proposal = c.Proposal
-	}
+	proposal, err := w.executedBy(what, d, out)
 	switch {
 	case err != nil:
 		return err
@@ -338,7 +328,28 @@ func (w *replay) checkExecution(d Decision, out *decided) error {
 	return nil
 }
 
-// govern applies a verified decision on a policy, a custodian, a node or a site.
+// executedBy verifies the command that carried a decision out, of the type that its
+// action asks for, and returns the proposal that it names.
+func (w *replay) executedBy(what string, d Decision, out *decided) (proposal string, err error) {
+	kind, _, _ := approval.ParseTarget(out.content.Target)
+	switch {
+	case kind == approval.TargetKeyring:
+		out.execution, out.kek, err = command[state.CommitKEK](w, what, d.Execution)
+		return out.kek.Proposal, err
+	case out.content.Action == kms.ActionRotate:
+		out.execution, out.commit, err = command[state.CommitRotation](w, what, d.Execution)
+		return out.commit.Proposal, err
+	case out.content.Action == kms.ActionImport:
+		out.execution, out.imported, err = command[state.ImportKey](w, what, d.Execution)
+		return out.imported.Proposal, err
+	}
+	var c state.Execute
+	out.execution, c, err = command[state.Execute](w, what, d.Execution)
+	return c.Proposal, err
+}
+
+// govern applies a verified decision on a policy, a custodian, a node or a site, or takes
+// note of an import.
 func (w *replay) govern(d decided) error {
 	_, name, err := approval.ParseTarget(d.content.Target)
 	if err != nil {
@@ -366,6 +377,8 @@ func (w *replay) govern(d decided) error {
 		return w.changeSite(name, d)
 	case kms.ActionRecoveryKey:
 		return w.setRecoveryKey(d)
+	case kms.ActionImport:
+		return w.importKey(name, d)
 	}
 	return refuse(kms.Invalid, nil, "proposal %s is about %q, which changes neither policies, custodians, nodes nor sites", d.id, d.content.Action)
 }

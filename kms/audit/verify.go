@@ -45,6 +45,9 @@ func VerifyEvidence(e Evidence, cluster string) (Report, error) {
 	if err := w.verifyTarget(e, out, &r); err != nil {
 		return r, err
 	}
+	if err := w.noStrayImport(); err != nil {
+		return r, err
+	}
 	if n := len(w.history.ahead); n > 0 {
 		return r, refuse(kms.Invalid, nil, "the evidence holds %d recoveries that nothing in it belongs to", n)
 	}
@@ -95,6 +98,10 @@ func (w *replay) replayGovernance(d Decision, r *Report) error {
 		return err
 	}
 	r.reportSuspensions(out)
+	if out.content.Action == kms.ActionImport {
+		r.passed("Proposal %s to import %s was authorised by %s.", out.id, out.content.Target, authority(out))
+		return nil
+	}
 	r.passed("Proposal %s to change %s was authorised by %s and is in force.", out.id, out.content.Target, authority(out))
 	w.reportAdoption(out, r)
 	return nil
@@ -181,6 +188,12 @@ func (w *replay) verifyTarget(e Evidence, out decided, r *Report) error {
 	if err != nil {
 		return err
 	}
+	if r.Content.Action == kms.ActionImport {
+		if err := w.govern(out); err != nil {
+			return err
+		}
+		r.Version = 1
+	}
 	key, err := w.verifyKey(e, ring, created, out, keyName, r)
 	if err != nil {
 		return err
@@ -239,6 +252,9 @@ func (w *replay) verifyKeyring(e Evidence, name string, r *Report) (state.Create
 
 func (w *replay) verifyKey(e Evidence, ring state.CreateKeyring, created signed, out decided, name string, r *Report) (state.CreateKey, error) {
 	path := kms.KeyPath(ring.Name, name)
+	if d, imported := w.imports[path]; imported {
+		return w.verifyImported(e, ring, created, d, out, r)
+	}
 	if len(e.Key) == 0 {
 		r.Notes = append(r.Notes, "The creation of key "+path+" is not in this file: it is erased when version 1 is destroyed.")
 		return state.CreateKey{Keyring: ring.Name, Name: name, ID: e.KeyID}, w.inOrder("the opening of proposal "+out.id, created, out.open)

@@ -120,6 +120,11 @@ func (c *Client) CreateKey(ctx context.Context, keyring string, req wire.CreateK
 	return post[wire.Key](ctx, c, "/v1/keyrings/"+url.PathEscape(keyring)+"/keys", req, opts...)
 }
 
+// ImportKey hands in the sealed material of a key whose import is approved.
+func (c *Client) ImportKey(ctx context.Context, keyring, key string, req wire.ImportKeyRequest, opts ...Option) (wire.Key, error) {
+	return post[wire.Key](ctx, c, "/v1/keyrings/"+url.PathEscape(keyring)+"/keys/"+url.PathEscape(key)+"/import", req, opts...)
+}
+
 // Proposals lists the proposals that a query selects, newest first: all pages where it
 // sets no limit, else as many.
 func (c *Client) Proposals(ctx context.Context, q wire.ProposalQuery) ([]wire.Proposal, error) {

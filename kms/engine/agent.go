@@ -172,6 +172,9 @@ func (a *Agent) work(ctx context.Context) time.Duration {
 		if _, progress, ok := st.Decision(p.ID); !ok || progress != string(state.Authorised) {
 			continue
 		}
+		if p.Content.Action == kms.ActionImport {
+			continue // whoever has the material hands it in
+		}
 		rank, eligible := a.rank(st, p)
 		if !eligible {
 			continue

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -188,6 +189,7 @@ func plainText(s string, n int) bool {
 type request struct {
 	caller  Caller
 	act     Action
+	logged  Action // what the access log calls it, where not act
 	res     resource
 	fresh   func() time.Duration // age of the state that the request acts on
 	found   found                // the records of res
@@ -307,7 +309,7 @@ var errLogFailed error = &kms.Error{
 // caller's going away does not stop it.
 func (e *Engine) record(ctx context.Context, rq *request, at time.Time, outcome error) error {
 	entry := audit.Entry{
-		Time: at.UnixMilli(), Node: e.node, Principal: rq.caller.principal(), Action: string(rq.act),
+		Time: at.UnixMilli(), Node: e.node, Principal: rq.caller.principal(), Action: string(cmp.Or(rq.logged, rq.act)),
 		Resource: rq.res.name(), Version: rq.version, Request: rq.caller.RequestID,
 		Outcome: "ok", Context: rq.context, Count: max(rq.count, 1),
 	}

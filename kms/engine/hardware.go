@@ -45,6 +45,12 @@ func (e *Engine) newDeviceVersion(ctx context.Context, st *state.State, kr state
 	if made.Generated == kms.OnHost {
 		defer e.cfg.Cache.Scrub()
 	}
+	return deviceVersion(ctx, made, b, nodes, checked)
+}
+
+// deviceVersion is a version of protection hardware as it goes into a command. It
+// destroys the version's material.
+func deviceVersion(ctx context.Context, made *keyring.NewVersion, b keyring.KeyBinding, nodes, checked []state.Node) (v newMaterial, err error) {
 	defer made.Material.Destroy()
 	v.public, v.generated = made.Public, made.Generated
 	for _, c := range made.Copies {

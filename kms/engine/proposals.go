@@ -67,7 +67,7 @@ func (e *Engine) newProposal(st *state.State, c Caller, q wire.OpenProposalReque
 		p.NotBefore = q.NotBefore.UnixMilli()
 	}
 	var err error
-	if p.Policy, p.Revision, err = target(st, q.Target); err != nil {
+	if p.Policy, p.Revision, err = target(st, p.Action, q.Target); err != nil {
 		return p, err
 	}
 	policy, ok := st.Policy(p.Policy)
@@ -97,8 +97,9 @@ func (e *Engine) newProposal(st *state.State, c Caller, q wire.OpenProposalReque
 }
 
 // target returns the policy that decides about a target and the target's present
-// revision, 0 for a policy, custodian, node or site that is to be added.
-func target(st *state.State, s string) (policy string, revision uint64, err error) {
+// revision, 0 for a policy, custodian, node or site that is to be added, and for a key
+// that is to be imported.
+func target(st *state.State, action kms.Action, s string) (policy string, revision uint64, err error) {
 	kind, name, err := approval.ParseTarget(s)
 	if err != nil {
 		return "", 0, err
@@ -114,7 +115,10 @@ func target(st *state.State, s string) (policy string, revision uint64, err erro
 			return "", 0, noKeyring(ring)
 		}
 		k, ok := st.Key(ring, key)
-		if !ok {
+		switch {
+		case ok && action == kms.ActionImport:
+			return "", 0, kms.Errorf(kms.Exists, "there is a key %q in keyring %q already", key, ring)
+		case !ok && action != kms.ActionImport:
 			return "", 0, noKey(ring, key)
 		}
 		return kr.Policy, k.Revision, nil
@@ -173,6 +177,13 @@ func parameters(st *state.State, p approval.Proposal, q wire.ProposalParameters)
 		only.Site = q.Site
 		encoded = canon.Marshal(approval.SiteParams{Change: approval.SiteChange(q.Site.Change), TrustDomain: q.Site.TrustDomain, CAs: q.Site.CAs})
 	}
+	if p.Action == kms.ActionImport {
+		if q.Import == nil {
+			return nil, kms.Errorf(kms.Invalid, "parameters.import is missing")
+		}
+		only.Import = q.Import
+		encoded = canon.Marshal(importFromWire(*q.Import))
+	}
 	if p.Action == kms.ActionRecoveryKey {
 		only.Recovery, encoded = q.Recovery, q.Recovery
 	}
@@ -212,6 +223,11 @@ func nextRootFromWire(n wire.NextRoot) approval.NodeParams {
 		},
 		Possession: n.Possession, Leave: n.Leave,
 	}
+}
+
+func importFromWire(i wire.ImportedKey) approval.ImportParams {
+	return approval.ImportParams{Node: i.Node, Purpose: kms.Purpose(i.Purpose), Algorithm: kms.Algorithm(i.Algorithm),
+		RotationPeriod: i.RotationPeriodMS, PublicKey: i.PublicKey, Sealed: i.Sealed}
 }
 
 func custodianFromWire(c wire.Custodian) approval.Custodian {

@@ -122,6 +122,9 @@ func versionView(st *state.State, k state.Key, v state.Version) wire.KeyVersion 
 		Version: v.Version, State: string(v.State), Primary: v.Version == k.Primary, KEK: v.KEK, PublicKey: v.PublicKey,
 		Created: at(v.Created), Activated: at(v.Activated), Proposal: v.Proposal, Generated: string(v.Generated),
 	}
+	if v.Version == 1 && v.Proposal != "" {
+		out.Generated = string(kms.Imported)
+	}
 	for _, n := range receiptsFrom(st, k, v) {
 		out.Receipts = append(out.Receipts, wire.Receipt{Node: n.ID, Site: n.Site,
 			Received: slices.ContainsFunc(v.Receipts, func(r state.Receipt) bool { return r.Node == n.ID })})
@@ -245,6 +248,13 @@ func contentView(p approval.Proposal) (wire.ProposalContent, error) {
 			return v, err
 		}
 		v.Parameters.Site = &wire.NextSite{Change: string(x.Change), TrustDomain: x.TrustDomain, CAs: x.CAs}
+	case kms.ActionImport:
+		x, err := p.ImportParams()
+		if err != nil {
+			return v, err
+		}
+		v.Parameters.Import = &wire.ImportedKey{Node: x.Node, Purpose: string(x.Purpose), Algorithm: string(x.Algorithm),
+			RotationPeriodMS: x.RotationPeriod, PublicKey: x.PublicKey, Sealed: x.Sealed}
 	case kms.ActionRecoveryKey:
 		v.Parameters.Recovery = p.Parameters
 	}

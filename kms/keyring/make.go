@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/secret"
 )
 
 // Resident is a node that a key version of protection hardware is made for.
@@ -125,11 +126,8 @@ func generateInDevice(ctx context.Context, gen Generator, b KeyBinding, resident
 }
 
 func generateOnHost(ctx context.Context, random Random, importers map[string]Importer, b KeyBinding, residents []Resident) (*NewVersion, [][]byte, error) {
-	for _, x := range residents {
-		if i, ok := importers[x.ImportKind]; !ok || i.WrapHMAC == nil || i.WrapSigner == nil {
-			return nil, nil, &kms.Error{Kind: kms.Invalid, Msg: "this program does not know how to wrap a key for the device of node " + x.Node + ", import kind " + x.ImportKind,
-				Fix: "run a release at this node that does"}
-		}
+	if err := known(importers, residents); err != nil {
+		return nil, nil, err
 	}
 	cleanStack()
 	defer cleanStack()
@@ -146,8 +144,30 @@ func generateOnHost(ctx context.Context, random Random, importers map[string]Imp
 	if err != nil {
 		return nil, nil, err
 	}
+	blobs, err := wrapOnHost(importers, b, material, residents)
+	if err != nil {
+		m.Destroy()
+		return nil, nil, err
+	}
+	return &NewVersion{Material: m, Public: public, Generated: kms.OnHost}, blobs, nil
+}
+
+// known refuses residents for whose devices there is no importer.
+func known(importers map[string]Importer, residents []Resident) error {
+	for _, x := range residents {
+		if i, ok := importers[x.ImportKind]; !ok || i.WrapHMAC == nil || i.WrapSigner == nil {
+			return &kms.Error{Kind: kms.Invalid, Msg: "this program does not know how to wrap a key for the device of node " + x.Node + ", import kind " + x.ImportKind,
+				Fix: "run a release at this node that does"}
+		}
+	}
+	return nil
+}
+
+// wrapOnHost wraps material in this process for every resident's device.
+func wrapOnHost(importers map[string]Importer, b KeyBinding, material *secret.Bytes, residents []Resident) ([][]byte, error) {
 	blobs := make([][]byte, len(residents))
 	for i, x := range residents {
+		var err error
 		imp := importers[x.ImportKind]
 		if b.Purpose == kms.Sign {
 			blobs[i], err = imp.WrapSigner(x.Import, ecdhCurve(b.Algorithm), material, nil)
@@ -155,11 +175,10 @@ func generateOnHost(ctx context.Context, random Random, importers map[string]Imp
 			blobs[i], err = imp.WrapHMAC(x.Import, material, nil)
 		}
 		if err != nil {
-			m.Destroy()
-			return nil, nil, kms.Wrap(kms.Invalid, err, "the key cannot be wrapped for the device of node "+x.Node, "")
+			return nil, kms.Wrap(kms.Invalid, err, "the key cannot be wrapped for the device of node "+x.Node, "")
 		}
 	}
-	return &NewVersion{Material: m, Public: public, Generated: kms.OnHost}, blobs, nil
+	return blobs, nil
 }
 
 // seal seals every blob to its node.

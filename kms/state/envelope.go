@@ -165,10 +165,12 @@ var decoders = map[CommandKind]func(Envelope) (operation, error){
 	{TypeRestoreCopy, 1}:    decode[RestoreCopy],
 	{TypeKeepSeed, 1}:       decode[KeepSeed],
 	{TypeReportUse, 1}:      decode[ReportUse],
+	{TypeImportKey, 1}:      decode[ImportKey],
 
 	{TypeSuspendCredential, 1}:             decode[SuspendCredential],
 	{TypeFeature, uint16(FeatureRules)}:    decode[feature],
 	{TypeFeature, uint16(FeatureActivate)}: decode[feature],
+	{TypeFeature, uint16(FeatureImport)}:   decode[feature],
 }
 
 // parseCommand decodes the payload and validates its shape.

@@ -31,8 +31,11 @@ func (c Execute) apply(t *tx) error {
 	if err != nil {
 		return err
 	}
-	if p.Content.Action == kms.ActionRotate {
+	switch p.Content.Action {
+	case kms.ActionRotate:
 		return kms.Errorf(kms.Invalid, "proposal %s is to rotate; a resident node commits the new version", p.ID)
+	case kms.ActionImport:
+		return kms.Errorf(kms.Invalid, "proposal %s is to import; the node that has the material brings the key", p.ID)
 	}
 	t.execute(p)
 	return t.effect(p.Content)
@@ -77,7 +80,7 @@ func (t *tx) execute(p Proposal) {
 }
 
 // effect does what a proposal says, or returns why that cannot be done. For a
-// rotation it checks only: the new version comes with CommitRotation.
+// rotation and an import it checks only: the material comes with CommitRotation, ImportKey.
 func (t *tx) effect(p approval.Proposal) error {
 	_, name, err := approval.ParseTarget(p.Target)
 	if err != nil {
@@ -107,6 +110,8 @@ func (t *tx) effect(p approval.Proposal) error {
 	case kms.ActionRotate:
 		_, err := t.rotatable(keyring, key)
 		return err
+	case kms.ActionImport:
+		return t.importable(keyring, key, p)
 	case kms.ActionSuspend, kms.ActionResume:
 		return t.suspend(keyring, key, p.Action == kms.ActionSuspend)
 	}

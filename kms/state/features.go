@@ -11,13 +11,14 @@ import (
 const TypeFeature Type = 29
 
 // Feature is the version of the kind that stands for it. Numbers are part of the log:
-// append only. 2 is for credentials, 3 for changes of keyrings, 4 for export and import, 5 for retirement.
+// append only. 2 is for credentials, 3 for changes of keyrings, 5 for retirement.
 type Feature uint16
 
 // The features.
 const (
 	FeatureRules    Feature = 1 // approval.Rule.Need and NotBefore; who a proposer is not
 	FeatureActivate Feature = 6 // kms.ActionActivate, as an action and in rules
+	FeatureImport   Feature = 4 // kms.ActionImport, as an action and in rules
 )
 
 // feature is the command of every feature.
@@ -61,16 +62,17 @@ func (f Feature) String() string {
 	switch f {
 	case FeatureRules:
 		return "groups and times of release in rules"
-	case FeatureActivate:
-		return "the action activate"
+	}
+	if a, ok := featureActions[f]; ok {
+		return "the action " + string(a)
 	}
 	return "feature " + decimal(uint64(f))
 }
 
 // knowsContent refuses a proposal with fields that older programs cannot parse.
 func (t *tx) knowsContent(p approval.Proposal) error {
-	if p.Action == kms.ActionActivate {
-		return t.need(FeatureActivate)
+	if err := t.knowsAction(p.Action); err != nil {
+		return err
 	}
 	if p.Action != kms.ActionPolicy {
 		return nil
@@ -85,10 +87,24 @@ func (t *tx) knowsContent(p approval.Proposal) error {
 				return err
 			}
 		}
-		if r.Action == kms.ActionActivate {
-			if err := t.need(FeatureActivate); err != nil {
-				return err
-			}
+		if err := t.knowsAction(r.Action); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// featureActions are the actions that came with a feature.
+var featureActions = map[Feature]kms.Action{
+	FeatureActivate: kms.ActionActivate,
+	FeatureImport:   kms.ActionImport,
+}
+
+// knowsAction refuses an action that some node's program may not know.
+func (t *tx) knowsAction(a kms.Action) error {
+	for _, f := range []Feature{FeatureActivate, FeatureImport} {
+		if featureActions[f] == a {
+			return t.need(f)
 		}
 	}
 	return nil

@@ -4,6 +4,7 @@ import (
 	"slices"
 
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
 )
 
 func (c CreateKey) validate(e Envelope) error {
@@ -66,6 +67,18 @@ func (c CreateKey) apply(t *tx) error {
 	if err := t.direct(rule); err != nil {
 		return err
 	}
+	if err := t.checkNewKey(k, c); err != nil {
+		return err
+	}
+	t.putKey(c, t.env.Principal, "")
+	t.voidTarget(approval.KeyTarget(c.Keyring, c.Name)) // a proposal to import it
+	t.event(Event{Type: EventKeyCreated, Keyring: c.Keyring, Key: c.Name, Version: 1})
+	return nil
+}
+
+// checkNewKey holds a key that is to be made against its keyring and the other keys.
+func (t *tx) checkNewKey(k Keyring, c CreateKey) error {
+	r := t.reader()
 	if _, exists := r.key(c.Keyring, c.Name); exists {
 		return kms.Errorf(kms.Exists, "key %s exists", kms.KeyPath(c.Keyring, c.Name))
 	}
@@ -75,25 +88,22 @@ func (c CreateKey) apply(t *tx) error {
 	if err := t.checkMaterial(k, c.Algorithm, c.material()); err != nil {
 		return err
 	}
-	if len(c.Checks) > 0 {
-		if err := exactly("check", r.residents(k.Residency), func(i int) string { return c.Checks[i].Node }, len(c.Checks)); err != nil {
-			return err
-		}
+	if len(c.Checks) == 0 {
+		return nil
 	}
-	t.putKey(c)
-	t.event(Event{Type: EventKeyCreated, Keyring: c.Keyring, Key: c.Name, Version: 1})
-	return nil
+	return exactly("check", r.residents(k.Residency), func(i int) string { return c.Checks[i].Node }, len(c.Checks))
 }
 
-func (t *tx) putKey(c CreateKey) {
+// putKey adds a key; proposal is empty where none asked for it.
+func (t *tx) putKey(c CreateKey, creator, proposal string) {
 	insert(t.Txn, tableKey, Key{
 		Keyring: c.Keyring, Name: c.Name, ID: c.ID, Purpose: c.Purpose, Algorithm: c.Algorithm, Primary: 1, Latest: 1,
-		RotationPeriod: c.RotationPeriod, Created: t.clock, Rotated: t.clock, Creator: t.env.Principal,
+		RotationPeriod: c.RotationPeriod, Created: t.clock, Rotated: t.clock, Creator: creator,
 		Revision: 1, Index: t.index, Statement: t.raw,
 	})
 	insert(t.Txn, tableVersion, Version{
 		Keyring: c.Keyring, Key: c.Name, Version: 1, State: kms.Active, KEK: c.KEK, Wrapped: c.Wrapped,
-		Copies: c.Copies, Generated: c.Generated, PublicKey: c.PublicKey, Checks: c.Checks,
+		Copies: c.Copies, Generated: c.Generated, PublicKey: c.PublicKey, Checks: c.Checks, Proposal: proposal,
 		Created: t.clock, Activated: t.clock, Index: t.index, Statement: t.raw,
 		Origin: t.env.Origin, Erased: t.claimed,
 	})

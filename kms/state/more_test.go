@@ -116,7 +116,7 @@ func TestLookups(t *testing.T) {
 	if s.Resident("europe", "node-jp-1") || !s.Resident("coalition", "node-jp-1") || s.Resident("none", "node-jp-1") {
 		t.Error("residency")
 	}
-	if len(s.KEKs("europe")) != 1 || len(s.Keyrings()) != 3 || len(s.Keys("coalition")) != 4 {
+	if len(s.KEKs("europe")) != 1 || len(s.Keyrings()) != 3 || len(s.Keys("coalition")) != 5 {
 		t.Error("a list has the wrong length")
 	}
 	kek, ok := s.KEK("coalition", 1)

@@ -166,6 +166,9 @@ func (t *tx) checkTimes(p approval.Proposal, rule approval.Rule) error {
 // checkRevision refuses a proposal whose target is not as it was.
 func (r reader) checkRevision(p approval.Proposal) error {
 	now, err := r.revision(p.Target)
+	if p.Action == kms.ActionImport && kms.KindOf(err) == kms.NotFound {
+		now, err = 0, nil // the key is to be made; whether there is the keyring, the rule has said
+	}
 	if err != nil {
 		return err
 	}

@@ -217,7 +217,7 @@ func (s *State) statements() ([]statement, error) {
 		for _, v := range p.Votes {
 			log = append(log, statement{index: v.Index, clock: v.Time, op: CastVote{v.Statement}})
 		}
-		if p.Executed != 0 && (p.Content.Action != kms.ActionRotate || p.kekTarget()) {
+		if p.Executed != 0 && !p.bringsVersion() {
 			add(p.Executed, p.ClosedAt, p.Execution)
 		}
 		return nil
@@ -245,11 +245,17 @@ func (s *State) origin(v *Version) (statement, error) {
 			return st, kms.Errorf(kms.Invalid, "snapshot: a version of key %s, which does not exist", kms.KeyPath(v.Keyring, v.Key))
 		}
 		st.env = &Envelope{Origin: v.Origin, Principal: k.Creator}
-		st.op = CreateKey{
+		made := CreateKey{
 			Keyring: v.Keyring, Name: v.Key, ID: k.ID, Purpose: k.Purpose, Algorithm: k.Algorithm,
 			RotationPeriod: k.RotationPeriod, KEK: v.KEK, Generated: v.Generated, PublicKey: v.PublicKey, Checks: v.Checks,
 		}
-		return st, st.op.(CreateKey).validateErased()
+		if v.Proposal != "" {
+			st.env.Principal = ""
+			st.op = ImportKey{Proposal: v.Proposal, Key: made}
+			return st, st.op.(ImportKey).validateErased()
+		}
+		st.op = made
+		return st, made.validateErased()
 	}
 	p, ok := r.proposal(v.Proposal)
 	if !ok {

@@ -20,6 +20,8 @@ func rich(t testing.TB) *statetest.World {
 	w.CreateKeyring("coalition", "fr", "de", "jp")
 	w.CreateKeyring("europe", "fr", "de")
 	w.GiveReceipts()
+	w.AllowImport()
+	w.ImportKey("coalition", "brought", kms.Encrypt)
 	for _, k := range []string{"mail", "vpn", "old", "gone"} {
 		w.CreateKey("coalition", k, kms.Encrypt)
 	}

@@ -105,7 +105,7 @@ type KeyVersion struct {
 	State     string    `json:"state"` // SP 800-57 state
 	Primary   bool      `json:"primary,omitempty"`
 	KEK       uint32    `json:"kek"`                  // version of the KEK that wraps it; 0 with protection hardware
-	Generated string    `json:"generated,omitempty"`  // protection hardware: device (inside it) or host (wrapped for the devices, then wiped)
+	Generated string    `json:"generated,omitempty"`  // imported (brought from outside); else protection hardware: device (inside it) or host (wrapped for the devices, then wiped)
 	PublicKey []byte    `json:"public_key,omitempty"` // sign keys: SEC1 uncompressed point or Ed25519 key
 	Created   time.Time `json:"created"`
 	Activated time.Time `json:"activated,omitzero"`
@@ -138,4 +138,11 @@ type CreateKeyRequest struct {
 	Purpose          string `json:"purpose"`                      // encrypt, mac or sign
 	Algorithm        string `json:"algorithm,omitempty"`          // default: the purpose's first
 	RotationPeriodMS int64  `json:"rotation_period_ms,omitempty"` // 0: on request only
+}
+
+// ImportKeyRequest is the body of POST /v1/keyrings/{keyring}/keys/{key}/import. It has
+// to reach the node to which the material is sealed.
+type ImportKeyRequest struct {
+	Proposal string `json:"proposal"` // id of the authorised proposal
+	Sealed   []byte `json:"sealed"`   // pqc.PublicKey.Seal under approval.ImportBinding
 }

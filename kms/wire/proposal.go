@@ -25,7 +25,7 @@ type ProposalQuery struct {
 // OpenProposalRequest is the body of POST /v1/proposals. The node adds the
 // present revisions of target and policy, the proposer and the times.
 type OpenProposalRequest struct {
-	Action      string             `json:"action"` // rotate, activate, suspend, resume, deactivate, compromise, destroy, policy, custodian, node, site, recovery-key
+	Action      string             `json:"action"` // rotate, activate, suspend, resume, deactivate, compromise, destroy, import, policy, custodian, node, site, recovery-key
 	Target      string             `json:"target"` // key/KEYRING/KEY, keyring/NAME (to rotate its KEK), policy/NAME, custodian/ID, node/ID, site/ID or recovery/NAME
 	Parameters  ProposalParameters `json:"parameters,omitzero"`
 	Reason      string             `json:"reason"`                  // 1 to MaxReason bytes
@@ -47,6 +47,19 @@ type ProposalParameters struct {
 	Node     *NextRoot `json:"node,omitempty"`     // node
 	Site     *NextSite `json:"site,omitempty"`     // site
 	Recovery []byte    `json:"recovery,omitempty"` // recovery-key: approval.RecoveryParams in canonical CBOR
+
+	Import *ImportedKey `json:"import,omitempty"` // import
+}
+
+// ImportedKey is a key that is to be made of material which is sealed to a node: field
+// for field it is approval.ImportParams.
+type ImportedKey struct {
+	Node             string `json:"node"` // resident node to which the material is sealed
+	Purpose          string `json:"purpose"`
+	Algorithm        string `json:"algorithm"`
+	RotationPeriodMS int64  `json:"rotation_period_ms,omitempty"`
+	PublicKey        []byte `json:"public_key,omitempty"` // sign keys: SEC1 uncompressed point or Ed25519 key
+	Sealed           []byte `json:"sealed"`               // SHA-256 of the sealed material
 }
 
 // NextRoot is what becomes of a node: field for field it is approval.NodeParams.

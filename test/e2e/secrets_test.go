@@ -107,6 +107,8 @@ func (h *hunt) useKeys() {
 		s.key("coalition", h.prefix+name, k.purpose, k.alg)
 	}
 	s.key("europe", h.prefix, kms.Encrypt, "")
+	h.imported("fr", h.prefix+"-brought")
+	h.imported("jp", h.prefix+"-carried")
 	plaintext := []byte("a plaintext of the secrets scan that nobody may find")
 	message := []byte("a message of the secrets scan that is signed and authenticated")
 	h.add("plaintext", plaintext)

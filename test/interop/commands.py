@@ -23,13 +23,14 @@ MATERIAL = {
     "keyring": text, "kek": uint(32), "wrapped": data, "copies": array(COPY), "generated": text, "public-key": data,
     "checks": array(CHECK),
 }
-CREATE_KEYRING, CREATE_KEY, OPEN, EXECUTE, COMMIT, RECEIPT, ADOPT, COMMIT_KEK, SUSPEND = 2, 3, 4, 6, 7, 8, 10, 15, 31
+CREATE_KEYRING, CREATE_KEY, OPEN, EXECUTE, COMMIT, RECEIPT, ADOPT, COMMIT_KEK, SUSPEND, IMPORT = 2, 3, 4, 6, 7, 8, 10, 15, 31, 37
+KEY = Struct({**MATERIAL, "name": text, "id": data, "purpose": text, "algorithm": text, "rotation-period": int64})
 PAYLOADS = {
     CREATE_KEYRING: Struct({
         "name": text, "residency": array(text), "protection": text, "policy": text, "receipts": text, "max-staleness": int64,
         "survive": boolean, "copies": array(COPY), "checks": array(CHECK),
     }),
-    CREATE_KEY: Struct({**MATERIAL, "name": text, "id": data, "purpose": text, "algorithm": text, "rotation-period": int64}),
+    CREATE_KEY: KEY,
     OPEN: Struct({"proposal": data}),
     EXECUTE: Struct({"proposal": text}),
     COMMIT: Struct({**MATERIAL, "proposal": text, "key": text, "version": uint(32)}),
@@ -40,8 +41,8 @@ PAYLOADS = {
         "signature": data,
     })}),
     COMMIT_KEK: Struct({"proposal": text, "keyring": text, "version": uint(32), "copies": array(COPY), "checks": array(CHECK)}),
+    IMPORT: Struct({"proposal": text, "key": KEY}),
 }
-ALGORITHMS = {"encrypt": ["aes256-gcm"], "mac": ["hmac-sha256"], "sign": ["ecdsa-p256", "ecdsa-p384", "ed25519"]}
 
 
 def parse(raw):
@@ -117,7 +118,7 @@ def public_key(algorithm, b):
 def create_key(e, c):
     name(c["keyring"])
     name(c["name"])
-    need(len(c["id"]) == 16 and c["algorithm"] in ALGORITHMS.get(c["purpose"], []), "a key's identifier, purpose or algorithm is not one")
+    need(len(c["id"]) == 16 and c["algorithm"] in shapes.ALGORITHMS.get(c["purpose"], []), "a key's identifier, purpose or algorithm is not one")
     need(0 <= c["rotation-period"] <= 3650 * shapes.DAY, "a key's rotation period is out of bounds")
     hardware = material(c)
     need(public_key(c["algorithm"], c["public-key"]), "a public key does not fit its algorithm")
@@ -126,6 +127,12 @@ def create_key(e, c):
     else:
         need(not c["checks"], "a key is created with checks that it does not have")
     no_expect(e)
+
+
+def import_key(e, c):
+    execute(e, c)
+    need(c["key"]["generated"] != "device", "imported material comes from no device")
+    create_key(e, c["key"])
 
 
 def open_proposal(e, c):
@@ -177,5 +184,5 @@ def suspend(e, c):
 
 CHECKS = {
     CREATE_KEYRING: create_keyring, CREATE_KEY: create_key, OPEN: open_proposal, EXECUTE: execute, COMMIT: commit, RECEIPT: receipt,
-    ADOPT: adopt, COMMIT_KEK: commit_kek, SUSPEND: suspend,
+    ADOPT: adopt, COMMIT_KEK: commit_kek, SUSPEND: suspend, IMPORT: import_key,
 }

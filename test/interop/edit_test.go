@@ -155,6 +155,8 @@ func (ed editor) redecided(w *statetest.World, d audit.Decision, proposal []byte
 		d.Execution = rewrite(ed, w, d.Execution, func(_ *state.Envelope, c *state.CommitRotation) { c.Proposal = id })
 	case state.CommitKEK:
 		d.Execution = rewrite(ed, w, d.Execution, func(_ *state.Envelope, c *state.CommitKEK) { c.Proposal = id })
+	case state.ImportKey:
+		d.Execution = rewrite(ed, w, d.Execution, func(_ *state.Envelope, c *state.ImportKey) { c.Proposal = id })
 	default:
 		ed.t.Fatalf("%T", cmd)
 	}

@@ -99,6 +99,7 @@ class Verifier:
             self.w.govern(self.w.decide(d))
         self.d = self.w.decide(e["decision"])
         self.target()
+        need(not self.w.imports, "the evidence holds the import of a key that nothing in it belongs to")
         need(not self.w.ahead, "the evidence holds a recovery that nothing in it belongs to")
 
     def target(self):
@@ -116,6 +117,8 @@ class Verifier:
             self.w.in_order(self.created, self.d.opening)
             self.kek()
             return
+        if self.d.proposal["action"] == "import":
+            self.w.govern(self.d)
         self.key(key_name)
         if self.d.proposal["action"] == "rotate":
             self.rotation(key_name)
@@ -159,6 +162,10 @@ class Verifier:
 
     def key(self, name):
         e, self.algorithm, self.purpose, self.key_id = self.e, "", "", self.e["key_id"]
+        imported = self.w.imports.pop(self.d.proposal["target"], None)
+        if imported is not None:
+            self.imported(imported)
+            return
         if not e["key"]:  # erased with version 1
             self.w.in_order(self.created, self.d.opening)
             return
@@ -173,6 +180,21 @@ class Verifier:
         self.w.in_order(c, self.d.opening)
         self.resident_origin(c)
         self.direct(self.ring["policy"], "create", c.envelope["principal"])
+        self.algorithm, self.purpose, self.key_id = k["algorithm"], k["purpose"], k["id"]
+
+    def imported(self, d):
+        """The key was made by a decision, which may be the one that the evidence is for."""
+        k, hardware = d.execution.content["key"], self.ring["protection"] == "hardware"
+        need(not self.e["key"] and not self.e["key_id"], "the evidence holds the key's creation besides its import")
+        need(d.proposal["policy"] == self.ring["policy"], "the import was decided under another policy than the keyring's")
+        need(bool(k["copies"]) == hardware, "the import has the form of the other protection")
+        if hardware and k["purpose"] != "sign":
+            nodes = self.w.residents(self.ring["residency"], [x["node"] for x in k["checks"]], True)
+            need(nodes is not None, "the import does not ask exactly the resident nodes for receipts")
+        self.w.in_order(self.created, d.opening)
+        if d is not self.d:
+            self.w.in_order(d.execution, self.d.opening)
+        self.resident_origin(d.execution)
         self.algorithm, self.purpose, self.key_id = k["algorithm"], k["purpose"], k["id"]
 
     def rotation(self, key_name):

@@ -64,6 +64,7 @@ class World:
         self.sites = {s["id"]: {"domain": s["trust-domain"], "revision": 1, "removed": False} for s in g["sites"]}
         self.custodians = {c["id"]: c for c in g["custodians"]}
         self.policies, self.past = {}, {}
+        self.imports = {}  # decisions by which keys were imported, by target
         self.attestations = sorted(n["id"] for n in g["nodes"] if n["attestation"])  # documents seen and not checked
         self.members, self.since = [], 0
         for p in g["policies"]:
@@ -238,6 +239,8 @@ class World:
             kind = commands.COMMIT_KEK
         elif p["action"] == "rotate":
             kind = commands.COMMIT
+        elif p["action"] == "import":
+            kind = commands.IMPORT
         x = self.command(d["execution"], kind)
         need(x.content["proposal"] == id_, "an execution is that of another proposal")
         need(x.envelope["expect"] == p["revision"], "an execution expects another revision")
@@ -259,7 +262,7 @@ class World:
         _, name = shapes.target(d.proposal["target"])
         change = {
             "policy": self.change_policy, "custodian": self.change_custodian, "node": self.change_node, "site": self.change_site,
-            "recovery-key": self.check_recovery_key,
+            "recovery-key": self.check_recovery_key, "import": self.import_key,
         }.get(d.proposal["action"])
         need(change is not None, f"a decision on {d.proposal['action']!r} changes nothing of the governance")
         need(not d.adoption or d.proposal["action"] == "node", "only a node adopts a hardware root")
@@ -356,6 +359,15 @@ class World:
         need(s is not None and not s["removed"], f"there is no site {name}")
         s["revision"] += 1
         s["removed"] = change == "remove"
+
+    def import_key(self, _, d):
+        target, k, x = d.proposal["target"], d.execution.content["key"], d.execution
+        need(target not in self.imports, "a key is imported twice")
+        need(target == f"key/{k['keyring']}/{k['name']}", "an import makes another key than the proposal's")
+        need(x.origin == d.params["node"], "an import is carried out by another node than the material is sealed to")
+        for f in ("purpose", "algorithm", "rotation-period", "public-key"):
+            need(k[f] == d.params[f], f"an import makes a key of another {f}")
+        self.imports[target] = d
 
     def check_recovery_key(self, _, d):
         for h in d.params["holders"]:

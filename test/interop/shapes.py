@@ -12,14 +12,15 @@ import signatures
 from canon import Refused, Struct, array, boolean, data, int64, text, uint
 
 GOVERNANCE = "governance"
-KEY_ACTIONS = ["create", "rotate", "activate", "suspend", "resume", "deactivate", "compromise", "destroy"]
+KEY_ACTIONS = ["create", "rotate", "activate", "suspend", "resume", "deactivate", "compromise", "destroy", "import"]
 GOVERNANCE_ACTIONS = ["keyring", "policy", "custodian", "node", "site", "recovery-key", "recover"]
-LATER_ACTIONS = ["activate", "site", "recovery-key", "recover"]
+LATER_ACTIONS = ["activate", "import", "site", "recovery-key", "recover"]
 ROLES = ["auditor", "custodian", "node", "operator", "service"]
 QUORUM_ONLY = ["policy", "custodian", "node", "site", "recovery-key", "recover"]
 MAX_TIME = 253402300799999
 DAY = 24 * 3600 * 1000
 KEM_MAX = 4 << 10
+ALGORITHMS = {"encrypt": ["aes256-gcm"], "mac": ["hmac-sha256"], "sign": ["ecdsa-p256", "ecdsa-p384", "ed25519"]}
 
 WEIGHT = Struct({"name": text, "weight": uint(32)})
 SITE_WEIGHT = Struct({"name": text, "weight": uint(32), "approvals": uint(32)})
@@ -62,6 +63,9 @@ PARAMETERS = {
         "residency": array(text), "suite": uint(16), "public-key": data, "nonce": data, "threshold": uint(32), "sites": uint(32),
         "holders": array(HOLDER),
     }),
+    "import": Struct({
+        "node": text, "purpose": text, "algorithm": text, "rotation-period": int64, "public-key": data, "sealed": data,
+    }),
     "recover": Struct({
         "cluster": text, "state": data, "index": uint(64), "log-size": uint(64), "log-root": data, "epoch": uint(64),
         "voters": array(text),
@@ -86,6 +90,7 @@ SIGNED_GENESIS = Struct({"genesis": data, "signatures": array(Struct({"node": te
 # Targets by action; a rotation may also be of a keyring's KEK.
 TARGETS = {
     "rotate": "key", "activate": "key", "suspend": "key", "resume": "key", "deactivate": "key", "compromise": "key", "destroy": "key",
+    "import": "key",
     "policy": "policy", "custodian": "custodian", "node": "node", "site": "site", "recovery-key": "recovery", "recover": "cluster",
 }
 
@@ -309,6 +314,14 @@ def site_parameters(p):
         certificates(p["cas"])
 
 
+def import_parameters(p):
+    name(p["node"])
+    need(p["algorithm"] in ALGORITHMS.get(p["purpose"], []), "an import's purpose or algorithm is not one")
+    need(0 <= p["rotation-period"] <= 3650 * DAY, "an import's rotation period is out of bounds")
+    need((p["purpose"] == "sign") == bool(p["public-key"]) and len(p["public-key"]) <= KEM_MAX, "an import's public key is not one")
+    need(len(p["sealed"]) == 32, "an import does not say what is sealed")
+
+
 def recovery_parameters(p):
     names(p["residency"], 1, 32)
     need(len(p["public-key"]) <= KEM_MAX and signatures.is_kem_key(p["suite"], p["public-key"]), "a recovery key is not one of its suite")
@@ -348,6 +361,9 @@ def parameters(p):
         site_parameters(v)
     elif action == "recovery-key":
         recovery_parameters(v)
+    elif action == "import":
+        need(p["revision"] == 0, "an import is about a key that is there already")
+        import_parameters(v)
     else:
         need(rest == p["cluster"] and hex128(v["cluster"]), "a recovery names different clusters")
         need(len(v["state"]) == 32 and len(v["log-root"]) == 32, "a recovery's hashes are not ones")

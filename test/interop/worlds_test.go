@@ -34,6 +34,7 @@ var worlds = map[string]func(t *testing.T) *statetest.World{
 	"attested":   attested,
 	"tokens":     tokens,
 	"groups":     groups,
+	"imports":    imports,
 }
 
 // samples builds the evidence of every world, world by world.

@@ -184,6 +184,9 @@ func routes() []route {
 		read("/v1/keyrings/{keyring}/keys/{key}", "getKey", "A key with its versions and their receipts", func(c *call) (wire.Key, error) {
 			return c.engine.Key(c.Context(), c.caller, c.PathValue("keyring"), c.PathValue("key"))
 		}),
+		write("/v1/keyrings/{keyring}/keys/{key}/import", "importKey", "Hand in the sealed material of a key whose import is approved", func(c *call, q wire.ImportKeyRequest) (wire.Key, error) {
+			return c.engine.ImportKey(c.Context(), c.caller, c.PathValue("keyring"), c.PathValue("key"), q)
+		}),
 		publicKeyRoute(),
 		read("/v1/recovery-keys", "listRecoveryKeys", "The recovery keys of residencies, with what a ceremony needs", func(c *call) (wire.RecoveryKeys, error) {
 			return c.engine.RecoveryKeys(c.Context(), c.caller)

@@ -2,6 +2,7 @@ package native
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/json"
 	"maps"
 	"mime"
@@ -41,10 +42,11 @@ func requests(t testing.TB, w *world) map[string][]request {
 	w.call(service, "POST", sig+"/sign", wire.SignRequest{Message: []byte("m")}).ok(&signature)
 	recipient := must(pqc.GenerateKey(pqc.XWing))
 	t.Cleanup(recipient.Destroy)
+	w.states.Announce()
+	incoming := w.incoming("incoming")
 	executed := w.states.Carry(kms.ActionSuspend, "key/spare/enc", nil)
 	var open wire.Proposal
 	w.call(w.client("operator"), "POST", "/v1/proposals", wire.OpenProposalRequest{Action: "rotate", Target: "key/ring/mac", Reason: "due"}).ok(&open)
-	w.states.Announce()
 	w.states.SetRecovery("spare", w.states.RecoveryParams([]string{"fr"}, 2, 2, "de-1", "fr-1"))
 	w.states.Replace("node-fr-1", false)
 	restore := w.restore("spare", "node-fr-1", "de-1", "fr-1")
@@ -70,6 +72,7 @@ func requests(t testing.TB, w *world) map[string][]request {
 		"listRecoveryKeys": get("custodian", "/v1/recovery-keys"), "restoreKEKs": {{"custodian", "/v1/recovery-keys/restore", restore}},
 		"createKeyring":     {{"operator", "/v1/keyrings", wire.CreateKeyringRequest{Name: "more", Residency: []string{"fr"}, Policy: "standard"}}},
 		"createKey":         {{"operator", "/v1/keyrings/ring/keys", wire.CreateKeyRequest{Name: "more", Purpose: "sign", Algorithm: "ed25519"}}},
+		"importKey":         {{"operator", "/v1/keyrings/ring/keys/incoming/import", incoming}},
 		"openProposal":      {{"custodian", "/v1/proposals", wire.OpenProposalRequest{Action: "rotate", Target: "key/ring/sig", Reason: "due"}}},
 		"vote":              {{"custodian", "/v1/proposals/" + open.ID + "/votes", vote}},
 		"suspendCredential": {{"custodian", "/v1/custodians/fr-2/suspensions", suspend}},
@@ -80,6 +83,22 @@ func requests(t testing.TB, w *world) map[string][]request {
 		"sign": both(sig+"/sign", wire.SignRequest{Message: []byte("m")}), "verify": both(sig+"/verify", wire.VerifyRequest{Message: []byte("m"), Signature: signature.Signature}),
 		"export": both(enc+"/export", export),
 	}
+}
+
+// incoming is an approved import, by the node of fr.
+func (w *world) incoming(name string) wire.ImportKeyRequest {
+	w.t.Helper()
+	w.states.AllowImport()
+	params := w.states.ImportParams("ring", name, kms.Encrypt)
+	params.Node = "node-fr-1"
+	info, aad := approval.ImportBinding(w.states.State().Cluster(), "ring", name, params.Node, params.Purpose, params.Algorithm)
+	material := sha256.Sum256([]byte("the material of " + name))
+	q := wire.ImportKeyRequest{Sealed: must(w.states.Node(params.Node).Private.PublicKey().Seal(info, aad, material[:]))}
+	sum := sha256.Sum256(q.Sealed)
+	params.Sealed = sum[:]
+	q.Proposal = w.states.Propose(kms.ActionImport, approval.KeyTarget("ring", name), params)
+	w.states.ApproveAll(q.Proposal)
+	return q
 }
 
 // restore is what comes out of a ceremony to which custodians consented.
