@@ -144,8 +144,8 @@ var mutations = []mutation{
 		who := statetest.Pick(r, []string{
 			"", "spiffe://fr.example/auditor/eve", "spiffe://de.example/custodian/de-1", "spiffe://xx.example/operator/alice", "spiffe://fr.example/node/node-fr-1",
 		})
-		if who == e.Principal || e.Type == state.TypeVote || e.Type == state.TypeAnnounce {
-			return nil // who brings a vote or announcement is not looked at: the custodian or node signed it
+		if who == e.Principal || slices.Contains([]state.Type{state.TypeVote, state.TypeAnnounce, state.TypeSuspendCredential}, e.Type) {
+			return nil // who brings these is not looked at: the custodian or node signed them
 		}
 		e.Principal = who
 		return g.byMember(e)
@@ -173,7 +173,7 @@ var mutations = []mutation{
 	}},
 	{"command: of a history given up, signed anew but for the payload", func(g *siege, r *rand.Rand) []byte {
 		c := statetest.Pick(r, g.foreign)
-		if c.env.Type != state.TypeOpenProposal && c.env.Type != state.TypeVote && c.env.Type != state.TypeExecute && c.env.Type != state.TypeCommitRotation {
+		if c.env.Type != state.TypeOpenProposal && c.env.Type != state.TypeVote && c.env.Type != state.TypeExecute && c.env.Type != state.TypeCommitRotation && c.env.Type != state.TypeSuspendCredential {
 			return nil // others name no history within
 		}
 		e := g.fresh(r, g.anyMember(r), state.Tick{})
@@ -263,6 +263,12 @@ var mutations = []mutation{
 		e := g.fresh(r, g.anyMember(r), state.Tick{})
 		e.Type, e.Payload = state.TypeVote, statetest.Pick(r, [][]byte{p.Bytes, canon.Marshal(s), s.Signature})
 		return g.byMember(e)
+	}},
+	{"suspension: a field edited, in a member's envelope", func(g *siege, r *rand.Rand) []byte {
+		return g.byMember(g.fresh(r, g.anyMember(r), state.SuspendCredential{Statement: edited(r, statetest.Pick(r, g.suspended))}))
+	}},
+	{"suspension: truly signed, but by another site, a revoked or suspended one, or about another record", func(g *siege, r *rand.Rand) []byte {
+		return g.byMember(g.fresh(r, g.anyMember(r), state.SuspendCredential{Statement: statetest.Pick(r, g.unfit)}))
 	}},
 	{"proposal: opened for another time, revision, policy or proposer", func(g *siege, r *rand.Rand) []byte {
 		return g.reopened(r)

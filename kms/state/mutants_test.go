@@ -138,17 +138,28 @@ func report(t *testing.T, tallies []*tally, total int, took time.Duration) {
 // TestMutantsStartGood checks that what mutants are made of is good: each command
 // would be carried out as it is, so it is the change that is refused.
 func TestMutantsStartGood(t *testing.T) {
+	seen := make(map[state.Type]bool)
 	for i, g := range []*siege{besiege(t), afterRecovery(t)} {
 		types := make(map[state.Type]bool)
 		for _, c := range g.good {
 			if err := g.base.Check(c.raw); err != nil {
 				t.Errorf("siege %d: a command of type %d: %v", i, c.env.Type, err)
 			}
-			types[c.env.Type] = true
+			types[c.env.Type], seen[c.env.Type] = true, true
+		}
+		for _, c := range g.past {
+			seen[c.env.Type] = true
 		}
 		t.Logf("siege %d: %d good commands of %d types, %d that were carried out, %d true votes", i, len(g.good), len(types), len(g.past), len(g.votes))
 		if i == 0 && len(types) < 12 || len(types) < 4 {
 			t.Errorf("siege %d: only %d types of commands", i, len(types))
+		}
+	}
+	// Of these none is acceptable while the others are.
+	apart := []state.Type{state.TypeAdoptRoot, state.TypeConfirmMembers, state.TypeRewrap, state.TypeConfirmRewrap, state.TypeRefuseRewrap, state.TypeRetireKEK, state.TypeSealRecovery, state.TypeRestoreCopy}
+	for _, k := range state.Program("of this release").Kinds {
+		if !seen[k.Type] && !slices.Contains(apart, k.Type) {
+			t.Logf("no mutant is made of commands of type %d, version %d", k.Type, k.Version)
 		}
 	}
 }

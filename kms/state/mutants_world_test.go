@@ -35,7 +35,9 @@ type siege struct {
 	commands   []good               // good and past
 	statements []approval.Statement // votes and bad
 	proposals  []state.Proposal
-	hopeless   []state.Command // well-formed commands that no member may send, with what they expect
+	suspended  []approval.Suspension // good statements of colleagues
+	unfit      []approval.Suspension // truly signed, by those who may not or about what is not so
+	hopeless   []state.Command       // well-formed commands that no member may send, with what they expect
 	expects    []uint64
 	member     map[string]*statetest.Node // present roots
 	strange    []*statetest.Node          // keys that sign for no member: strangers', former and next roots', a removed node's
@@ -127,6 +129,10 @@ func besiege(t testing.TB) *siege {
 	add("node-fr-1", state.CastVote{Statement: w.Statement(open, "jp-1", approval.Reject)})
 	add("node-fr-1", state.CastVote{Statement: w.Statement(destroy, "de-2", approval.Reject)})
 	g.refusals(t, add)
+	add("node-jp-1", w.UseCommand("coalition", "mail", 2, w.Now()))
+	n, _ := s.Node("node-jp-1")
+	add("node-jp-1", state.KeepSeed{Root: n.Root, Suite: n.Suite, Wrapped: []byte("wrapped by the device")})
+	g.suspensions()
 
 	for _, c := range []string{"de-1", "de-2", "fr-2", "fr-9", "jp-1"} {
 		g.votes = append(g.votes, w.Statement(open, c, approval.Approve))
@@ -172,6 +178,52 @@ func (g *siege) refusals(t testing.TB, add func(string, state.Command, ...statet
 	if news, any := s.News("node-fr-1", again); any {
 		add("node-fr-1", news)
 	}
+}
+
+// suspensions adds statements by which custodians suspend their colleagues' credentials,
+// and such by which they must not.
+func (g *siege) suspensions() {
+	w := g.w
+	good := func(custodian, by, node string) approval.Suspension {
+		x := w.Suspension(custodian, by)
+		g.suspended = append(g.suspended, x)
+		g.good = append(g.good, g.part(node, state.SuspendCredential{Statement: x}))
+		return x
+	}
+	x := good("fr-2", "fr-1", "node-fr-1")
+	good("fr-1", "fr-2", "node-jp-1")
+	bad := func(change func(x *approval.Suspension)) {
+		b := x
+		change(&b)
+		g.unfit = append(g.unfit, w.SignSuspension(b))
+	}
+	bad(func(b *approval.Suspension) { b.Cluster = "0123456789abcdef0123456789abcdef" })
+	bad(func(b *approval.Suspension) { b.Revision++ })
+	bad(func(b *approval.Suspension) { b.Credential = b.With })
+	bad(func(b *approval.Suspension) { b.With = b.Credential })
+	g.unfit = append(g.unfit, w.Suspension("fr-1", "de-1")) // of another site
+	if c, ok := g.base.Custodian("jp-2"); ok && c.Revoked {
+		g.unfit = append(g.unfit, w.Suspension("jp-1", "jp-2"))
+	}
+	if c, ok := g.base.Custodian("fr-9"); ok { // suspended
+		b := w.Suspension("fr-9", "fr-1")
+		b.Credential = c.Credentials[0].ID
+		g.unfit = append(g.unfit, w.SignSuspension(b), w.Suspension("fr-1", "fr-9"))
+	}
+}
+
+// part is a command of a node as it signs it now.
+func (g *siege) part(node string, c state.Command) good {
+	raw := g.w.Command(node, c)
+	envelope, signature, err := state.Split(raw)
+	if err != nil {
+		panic(err)
+	}
+	e, _, err := state.ParseEnvelope(envelope)
+	if err != nil {
+		panic(err)
+	}
+	return good{raw, envelope, signature, e}
 }
 
 func (g *siege) revisionOf(id string) uint64 {
@@ -283,6 +335,7 @@ func afterRecovery(t testing.TB) *siege {
 	old("node-fr-1", w.CommitCommand(lost), statetest.Expect(was.Content.Revision))
 	old("node-fr-1", state.CastVote{Statement: w.Statement(lost, "jp-2", approval.Approve)})
 	old("node-jp-1", state.Tick{})
+	old("node-fr-1", state.SuspendCredential{Statement: w.Suspension("fr-2", "fr-1")})
 	old("node-fr-1", w.KeyCommand("coalition", "new", kms.MAC), statetest.As(w.Operator("fr")))
 	old("node-fr-1", state.OpenProposal{Proposal: w.Proposal(kms.ActionSuspend, target("mail"), nil).Marshal()}, statetest.As(w.Operator("de")))
 	w.Recover(w.State(), "node-de-1", "node-fr-1", "node-jp-1")
@@ -297,6 +350,7 @@ func afterRecovery(t testing.TB) *siege {
 	add("node-fr-1", w.KeyCommand("coalition", "new", kms.MAC), statetest.As(w.Operator("fr")))
 	add("node-fr-1", state.CastVote{Statement: w.Statement(open, "de-1", approval.Approve)})
 	add("node-fr-1", state.OpenProposal{Proposal: w.Proposal(kms.ActionSuspend, target("mail"), nil).Marshal()}, statetest.As(w.Operator("de")))
+	g.suspensions()
 	for _, c := range []string{"de-1", "de-2", "fr-2", "jp-1"} {
 		g.votes = append(g.votes, w.Statement(open, c, approval.Approve))
 	}
@@ -362,14 +416,14 @@ func (g *siege) cast(r *rand.Rand, s approval.Statement) []byte {
 }
 
 // edited returns a statement with one field changed.
-func edited(r *rand.Rand, s approval.Statement) approval.Statement {
+func edited[T any](r *rand.Rand, s T) T {
 	for {
 		v, err := statetest.Loose(canon.Marshal(s))
 		if err != nil {
 			panic(err)
 		}
 		b := canon.Marshal(statetest.Editor{R: r}.Change(v))
-		var out approval.Statement
+		var out T
 		if canon.Unmarshal(b, &out) == nil && string(canon.Marshal(out)) != string(canon.Marshal(s)) {
 			return out
 		}

@@ -1,6 +1,7 @@
 package state_test
 
 import (
+	"fmt"
 	"slices"
 	"testing"
 	"time"
@@ -107,4 +108,33 @@ func TestWaitsFor(t *testing.T) {
 	p.Proposer = "spiffe://fr.example/custodian/fr-1"
 	id = w.Open(p)
 	waits(without("jp-2", "fr-1")...)
+}
+
+// BenchmarkProposals reads from 600 closed proposals on 12 keys what a page of the list
+// and a look of the schedule take: neither grows with the number of all proposals.
+func BenchmarkProposals(b *testing.B) {
+	w := statetest.New(b, statetest.Options{})
+	w.CreateKeyring("coalition", "fr", "de", "jp")
+	name := func(i int) string { return fmt.Sprintf("k%d", i%12) }
+	for i := range 12 {
+		w.CreateKey("coalition", name(i), kms.Encrypt)
+	}
+	for i := range 600 {
+		action := []kms.Action{kms.ActionSuspend, kms.ActionResume}[i/12%2]
+		w.Carry(action, target(name(i)), nil)
+	}
+	s := w.State()
+	for what, f := range map[string]func() int{
+		"page of 100": func() int { l, _ := s.ProposalsBy(state.ProposalQuery{Limit: 100}); return len(l) },
+		"on a key":    func() int { return len(s.ProposalsOn(target("k7"))) },
+		"all":         func() int { return len(s.Proposals()) },
+	} {
+		b.Run(what, func(b *testing.B) {
+			for b.Loop() {
+				if f() < 50 {
+					b.Fatal("they are not there")
+				}
+			}
+		})
+	}
 }
