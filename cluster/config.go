@@ -74,6 +74,10 @@ type Config struct {
 	// in one piece of at most 4 MiB, for another node that asks with FetchRecords.
 	Records func(leaf uint64) ([]byte, error)
 
+	// OnSuspicion, optional, is called with what this node comes to suspect, once for each
+	// kind, leader, term and origin. The log does not wait for it.
+	OnSuspicion func(Suspicion)
+
 	// Applied, optional, is the index of the last command that this node has applied in
 	// former runs, as far as its caller has kept that: no leader takes what is committed back.
 	Applied uint64
@@ -100,6 +104,7 @@ type Timing struct {
 	RPC       time.Duration // for one message between nodes: 10 s
 	Propose   time.Duration // of Propose and Barrier when the context has no deadline: 30 s
 	Stall     time.Duration // of a disk operation before the node gives itself up: 30 s
+	Suspect   time.Duration // of a command on its way into the log before the leader is under suspicion: 30 s
 
 	SnapshotInterval  time.Duration // between looks whether a snapshot is due: 2 min
 	SnapshotThreshold uint64        // new entries that make one due: 8192
@@ -126,6 +131,7 @@ func (t Timing) withDefaults() Timing {
 	period(&t.RPC, 10*time.Second)
 	period(&t.Propose, 30*time.Second)
 	period(&t.Stall, 30*time.Second)
+	period(&t.Suspect, 30*time.Second)
 	period(&t.SnapshotInterval, 2*time.Minute)
 	count(&t.SnapshotThreshold, 8192)
 	count(&t.TrailingLogs, 10240)
@@ -165,7 +171,7 @@ func (c Config) check() (Config, error) {
 		c.FreeSpace = FreeSpace
 	}
 	t := c.Timing
-	for _, d := range []time.Duration{t.Heartbeat, t.Election, t.Lease, t.Commit, t.RPC, t.Propose, t.Stall, t.SnapshotInterval} {
+	for _, d := range []time.Duration{t.Heartbeat, t.Election, t.Lease, t.Commit, t.RPC, t.Propose, t.Stall, t.Suspect, t.SnapshotInterval} {
 		if d < 0 {
 			return c, kms.Errorf(kms.Invalid, "a period of the cluster's timing is negative")
 		}

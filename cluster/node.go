@@ -59,6 +59,8 @@ type Node struct {
 	profile Profile // in force; "" where the configuration gives the heartbeat
 	peers   *peers
 	kept    atomic.Pointer[kept] // on disk
+
+	suspects *suspects
 }
 
 // Open starts the node. On an empty data directory a node of the genesis begins with
@@ -100,6 +102,7 @@ func Open(ctx context.Context, cfg Config) (n *Node, err error) {
 		return nil, err
 	}
 	n = &Node{cfg: cfg, self: self, dir: dir, watch: newWatch(), ready: make(chan struct{}), done: make(chan error, 1), peers: newPeers()}
+	n.suspects = newSuspects(cfg.NodeID, cfg.Timing.Suspect, func(raw []byte) bool { return n.State().Check(raw) == nil }, n.suspect)
 	n.kept.Store(n.loadKept())
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	if err := n.open(ctx, genesis); err != nil {
@@ -151,6 +154,7 @@ func (n *Node) open(ctx context.Context, genesis *state.State) error {
 	n.loops.Go(func() { n.keepMemory(n.ctx) })
 	n.loops.Go(func() { n.preferLoop(n.ctx) })
 	n.loops.Go(func() { n.followLoop(n.ctx) })
+	n.loops.Go(func() { n.suspectLoop(n.ctx) })
 	return nil
 }
 
@@ -201,7 +205,7 @@ func (n *Node) buildMachine(genesis *state.State, snapshots *snapshotStore) {
 	n.hashes = &hashes{every: n.cfg.Timing.HashEvery, work: make(chan *state.State, 2), compare: n.compareHashes,
 		log: n.cfg.Logger, known: map[uint64][]byte{}}
 	n.machine = &machine{
-		cluster: genesis.Cluster(), lineage: n.dir.lineage(), onApply: n.cfg.OnApply, onRestore: n.cfg.OnRestore, onSnapshot: n.cfg.OnSnapshot,
+		cluster: genesis.Cluster(), lineage: n.dir.lineage(), onApply: n.applies, onRestore: n.cfg.OnRestore, onSnapshot: n.cfg.OnSnapshot,
 		trust:  newTrust(n.ctx, n.cfg, n.self, genesis.Cluster(), n.dir.file(trustDir)),
 		hashes: n.hashes, snapshots: snapshots, watch: n.watch, log: n.cfg.Logger,
 		onHalt: n.halted, background: n.loops.Go,

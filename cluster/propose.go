@@ -30,7 +30,8 @@ var (
 // or may not be applied, now or later; kms.Unavailable if no leader was found
 // before ctx ended (Timing.Propose without a deadline), kms.ReadOnly if the
 // leader's disk is nearly full, kms.TooLarge above MaxCommand, and whatever
-// State.Check says; in all these cases the command is not in the log.
+// State.Check says; in all these cases the command is not in the log. One whose outcome is
+// not known is handed in again for a while, see suspect.go.
 func (n *Node) Propose(ctx context.Context, raw []byte) (state.Result, error) {
 	if len(raw) > MaxCommand {
 		return state.Result{}, kms.Errorf(kms.TooLarge, "command of %d bytes exceeds the limit of %d", len(raw), MaxCommand)
@@ -44,24 +45,35 @@ func (n *Node) Propose(ctx context.Context, raw []byte) (state.Result, error) {
 		return state.Result{}, err
 	}
 	n.counters.proposed.Add(1)
+	ctx, cancelMost := context.WithTimeout(ctx, n.suspects.most())
+	defer cancelMost()
+	n.suspects.hand(raw, time.Now())
+	result, err := n.handIn(ctx, raw)
+	if err != nil && result.Index == 0 {
+		if errors.Is(err, kms.Unknown) {
+			n.counters.unknown.Add(1)
+		}
+		n.watched(raw, err)
+		return state.Result{}, err
+	}
+	return result, err
+}
+
+// handIn has the leader take a command, and returns what this node has made of it.
+func (n *Node) handIn(ctx context.Context, raw []byte) (state.Result, error) {
 	var result state.Result
 	err := n.retry(ctx, func() (err error) {
 		result, err = n.proposeOnce(ctx, raw)
 		return err
 	})
 	if err != nil {
-		if errors.Is(err, kms.Unknown) {
-			n.counters.unknown.Add(1)
-		}
 		return state.Result{}, err
 	}
 	if err := n.waitApplied(ctx, result.Index); err != nil {
-		n.counters.unknown.Add(1)
 		return state.Result{}, kms.Wrap(kms.Unknown, err, "the leader has applied the command, this node not yet", "ask again with the same idempotency key")
 	}
 	own, ok := n.machine.recent.of(result.Index, raw)
 	if !ok { // the leader's word alone, or the entry came with a snapshot
-		n.counters.unknown.Add(1)
 		n.cfg.Logger.Warn("the log entry that the leader named is not known here as this command", "index", result.Index)
 		return state.Result{}, errUnknown
 	}
@@ -127,6 +139,7 @@ func (n *Node) proposeOnce(ctx context.Context, raw []byte) (state.Result, error
 	if n.raft.State() == raft.Leader {
 		return n.proposeHere(ctx, raw)
 	}
+	_, leader := n.raft.LeaderWithID()
 	resp, sent, err := n.callLeader(ctx, request{Op: opPropose, Raw: raw})
 	switch {
 	case err != nil && sent:
@@ -135,10 +148,13 @@ func (n *Node) proposeOnce(ctx context.Context, raw []byte) (state.Result, error
 	case err != nil:
 		return state.Result{}, errNotAppended
 	}
-	n.counters.forwarded.Add(1)
 	if err := resp.err(); err != nil {
+		if !errors.Is(err, errNotAppended) {
+			err = n.doubt(ctx, string(leader), raw, err)
+		}
 		return state.Result{}, err
 	}
+	n.counters.forwarded.Add(1)
 	return resp.Result.result(), nil
 }
 

@@ -42,6 +42,8 @@ type Status struct {
 	Proposals uint64 // made here
 	Forwarded uint64 // of those, answered by another node
 	Unknown   uint64 // of those, ended without a known outcome
+
+	Suspicions []Suspicion // of the leader and of others' clocks
 }
 
 // Peer is a node as seen from another.
@@ -70,6 +72,7 @@ func (n *Node) Status() Status {
 		ReadOnly: n.readOnly.Load(), Halted: n.machine.halted.Load(),
 		Entries: n.machine.applied.Load(), NoEffect: n.machine.noops.Load(),
 		Proposals: n.counters.proposed.Load(), Forwarded: n.counters.forwarded.Load(), Unknown: n.counters.unknown.Load(),
+		Suspicions: n.suspects.list(),
 	}
 	if err := n.Probation(); err != nil {
 		s.Probation = err.Error()

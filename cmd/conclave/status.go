@@ -48,6 +48,11 @@ func statusTable(w io.Writer, s wire.Status, heard map[string]time.Time) {
 	if s.Raft != nil && s.Raft.ReadOnly {
 		row(w, "disk", "nearly full: this node takes no changes and cannot lead; free or add space, it goes on by itself")
 	}
+	if s.Raft != nil {
+		for _, x := range s.Raft.Suspicions {
+			row(w, "SUSPICION", fmt.Sprintf("%s, %d times until %s: %s", x.Kind, x.Count, when(x.Last), x.Text))
+		}
+	}
 	for _, line := range s.Waiting {
 		row(w, "waiting", line)
 	}

@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -105,7 +106,8 @@ type node struct {
 	cluster     *cluster.Node
 	certificate *x509.Certificate // its own
 	engine      *engine.Engine
-	watcher     *watcher // nil: it does not look for anomalies
+	watcher     *watcher                      // nil: it does not look for anomalies
+	watching    atomic.Pointer[engine.Engine] // the same, for what the consensus layer reports
 	registry    *prometheus.Registry
 	failed      chan error
 	inForce     chan struct{} // closed when the state has shown the root that the node runs on
@@ -240,7 +242,7 @@ func (n *node) openCluster(ctx context.Context) error {
 	n.cluster, err = cluster.Open(ctx, cluster.Config{
 		NodeID: n.cfg.Node, DataDir: filepath.Join(n.cfg.DataDir, "raft"), Listener: listener, Genesis: signed, Certificate: cert,
 		Sign: n.device.Sign, SigningSuite: uint16(n.signingSuite()), Signing: n.roots.own().public, Site: n.cfg.Site, Introduced: known, Logger: n.log, Counter: n.counter(ctx, kms.ClusterID(signed.Genesis)), Applied: n.clusterLog.Last(),
-		Timing: n.cfg.Cluster.timing(), Profile: n.cfg.Cluster.profile(), PreferSites: n.cfg.Cluster.PreferSites, OnApply: n.applied, OnRestore: n.restored, OnSnapshot: n.clusterLog.Sync, Records: n.clusterLog.Pack,
+		Timing: n.cfg.Cluster.timing(), Profile: n.cfg.Cluster.profile(), PreferSites: n.cfg.Cluster.PreferSites, OnApply: n.applied, OnSuspicion: n.suspected, OnRestore: n.restored, OnSnapshot: n.clusterLog.Sync, Records: n.clusterLog.Pack,
 	})
 	if err != nil {
 		return err
@@ -341,6 +343,9 @@ func (n *node) openEngine(context.Context) error {
 	if n.watcher != nil && err == nil {
 		n.watcher.note = n.engine.NoteAnomaly // before there is anything to observe
 	}
+	if err == nil {
+		n.watching.Store(n.engine)
+	}
 	return err
 }
 
@@ -364,6 +369,9 @@ func (n *node) raft() wire.Raft {
 	s := n.cluster.Status()
 	r := wire.Raft{State: s.State, Leader: s.Leader, Term: s.Term, Applied: s.Applied, Committed: s.Committed, LastContactMS: s.LastContact.Milliseconds(),
 		QuorumMS: s.Quorum.Milliseconds(), LeaseMS: s.Lease.Milliseconds(), HeartbeatMS: s.Heartbeat.Milliseconds(), Profile: string(s.Profile), Probation: s.Probation, ReadOnly: s.ReadOnly}
+	for _, x := range s.Suspicions {
+		r.Suspicions = append(r.Suspicions, suspicionView(x))
+	}
 	for _, p := range s.Peers {
 		v := wire.Peer{ID: p.ID, Site: p.Site, Address: p.Address, Suffrage: p.Suffrage, HeardMS: p.Heard.Milliseconds(), Lag: p.Lag}
 		if p.RTT > 0 {

@@ -59,6 +59,7 @@ func (e *Engine) alarms(st *state.State, shown func(keyring string) bool) (l []w
 			l = append(l, wire.Alarm{ID: alarmID(kind, f.Subject, f.Since), Kind: kind, Subject: f.Subject, Since: f.Since, Nodes: f.Nodes, Text: f.Text})
 		}
 	}
+	l = append(l, e.suspicions()...)
 	slices.SortStableFunc(l, func(a, b wire.Alarm) int {
 		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Subject, b.Subject), a.Since.Compare(b.Since))
 	})

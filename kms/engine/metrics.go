@@ -15,6 +15,7 @@ type metrics struct {
 	requests  *prometheus.CounterVec
 	durations *prometheus.HistogramVec
 	agent     *prometheus.CounterVec
+	suspected *prometheus.CounterVec
 }
 
 func newMetrics(reg *prometheus.Registry, e *Engine) (*metrics, error) {
@@ -32,8 +33,14 @@ func newMetrics(reg *prometheus.Registry, e *Engine) (*metrics, error) {
 		agent: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "conclave_agent_tasks_total", Help: "Tasks of the background agent by kind and outcome.",
 		}, []string{"task", "outcome"}),
+		suspected: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "conclave_leader_suspicions_total", Help: "Suspicions against the leader or another node's clock, by kind (withheld, backdated); GET /v1/status says which.",
+		}, []string{"kind"}),
 	}
-	for _, c := range []prometheus.Collector{m.requests, m.durations, m.agent, gauges{e}} {
+	for _, kind := range []string{"withheld", "backdated"} { // so that the first one is an increase
+		m.suspected.WithLabelValues(kind)
+	}
+	for _, c := range []prometheus.Collector{m.requests, m.durations, m.agent, m.suspected, gauges{e}} {
 		if err := reg.Register(c); err != nil {
 			return nil, kms.Wrap(kms.Invalid, err, "engine: metrics cannot be registered", "give every engine a registry of its own")
 		}
@@ -52,6 +59,12 @@ func (m *metrics) count(act Action, err error, took time.Duration) {
 func (m *metrics) task(name string, err error) {
 	if m != nil {
 		m.agent.WithLabelValues(name, outcomeLabel(err)).Inc()
+	}
+}
+
+func (m *metrics) suspicion(kind string) {
+	if m != nil {
+		m.suspected.WithLabelValues(kind).Inc()
 	}
 }
 

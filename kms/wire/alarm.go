@@ -27,4 +27,5 @@ const (
 	AlarmRotateKEK   = "rotate-kek"  // a removed node can open a KEK that is in use
 	AlarmNode        = "node"        // a node is silent, behind, or cut off
 	AlarmCertificate = "certificate" // a certificate has expired or soon will
+	AlarmSuspicion   = "suspicion"   // a leader withholds commands, or a node signs times that are behind
 )

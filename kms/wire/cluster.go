@@ -72,6 +72,23 @@ type Raft struct {
 	Probation     string `json:"probation,omitempty"` // why the node serves nothing
 	ReadOnly      bool   `json:"read_only"`           // its disk is nearly full: it takes no changes itself
 	Peers         []Peer `json:"peers,omitempty"`
+
+	Suspicions []Suspicion `json:"suspicions,omitempty"` // of the last hour, oldest first
+}
+
+// Suspicion is what a node has seen of others that no honest leader and no right clock would
+// show. It changes nothing by itself.
+type Suspicion struct {
+	Kind    string    `json:"kind"`   // withheld: this node's commands do not enter the log; backdated: another's enter it late
+	Leader  string    `json:"leader"` // in whose time as leader
+	Term    uint64    `json:"term"`
+	Origin  string    `json:"origin"` // whose commands
+	First   time.Time `json:"first"`
+	Last    time.Time `json:"last"`
+	Count   uint64    `json:"count"`             // commands
+	DelayMS int64     `json:"delay_ms"`          // the longest
+	Command []byte    `json:"command,omitempty"` // SHA-256 of the latest one
+	Text    string    `json:"text"`
 }
 
 // Peer is a member as the consensus layer knows it.

@@ -179,7 +179,7 @@ func (s *schedule) clockJump() {
 	}
 	s.count("clock jumps")
 	s.note("clock of %s by %v", h.id, by)
-	h.set(func(h *host) { h.offset = by })
+	h.set(func(h *host) { h.offset, h.astray = by, true })
 	if s.rand.IntN(2) == 0 {
 		s.later(s.span(), func() { h.set(func(h *host) { h.offset = 0 }) })
 	}

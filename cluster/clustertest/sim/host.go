@@ -37,6 +37,8 @@ type host struct {
 	paused  chan struct{} // not nil: until it is closed the host stands still
 	hostile bool
 	swaps   map[string][]byte // a hostile leader's: what it writes in the place of a command
+	lied    bool              // it has been hostile
+	astray  bool              // its wall clock has been wrong
 }
 
 // life is one process of a node, from its start to its end or crash.

@@ -30,7 +30,7 @@ func (s *schedule) forge() {
 		}
 		carrier := s.sign(h, state.Tick{})
 		h.set(func(h *host) {
-			h.hostile = true
+			h.hostile, h.lied = true, true
 			h.swaps[string(carrier)] = forged
 		})
 		s.propose(l, carrier, nil)

@@ -103,7 +103,7 @@ func (s *schedule) run(w *Worlds) error {
 	s.patience = between(s.rand, time.Second, 4*time.Second)
 	s.timing = cluster.Timing{
 		Heartbeat: 2 * time.Second, Election: time.Second, Lease: 500 * time.Millisecond, Commit: 200 * time.Millisecond,
-		RPC: 2 * time.Second, Propose: 8 * time.Second, Stall: time.Minute,
+		RPC: 2 * time.Second, Propose: 8 * time.Second, Stall: time.Minute, Suspect: 6 * time.Second,
 		SnapshotInterval: between(s.rand, time.Second, 4*time.Second), SnapshotThreshold: 4 + s.rand.Uint64N(24), TrailingLogs: 1 + s.rand.Uint64N(10), HashEvery: 16,
 	}
 	s.net = newNetwork(s.dice, s.ids)
@@ -141,6 +141,9 @@ func scratch() string {
 // course is the troubled part of the schedule.
 func (s *schedule) course() {
 	end := time.Now().Add(between(s.rand, 3*time.Second, 7*time.Second))
+	if s.dice%16 == 0 { // so that there is time to suspect somebody
+		end = end.Add(20 * time.Second)
+	}
 	var work, tick, fault, mend func()
 	mend = func() { s.mend(); s.later(100*time.Millisecond, mend) }
 	s.later(0, mend)

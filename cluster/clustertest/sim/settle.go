@@ -10,6 +10,7 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	"github.com/conclave-kms/conclave/cluster"
 	"github.com/conclave-kms/conclave/kms/state"
 )
 
@@ -51,7 +52,22 @@ func (s *schedule) settle() error {
 		}
 	}
 	s.sameLogs()
+	s.suspicions()
 	return nil
+}
+
+// suspicions looks at what the nodes suspect of others: none may be of an honest node with
+// a right clock.
+func (s *schedule) suspicions() {
+	for _, id := range s.ids {
+		for _, x := range s.hosts[id].alive().node.Status().Suspicions {
+			leader, origin := s.hosts[x.Leader], s.hosts[x.Origin]
+			s.count("suspicions")
+			if !leader.lied && (x.Kind != cluster.Backdated || !origin.astray) {
+				s.watch.fail("node %s suspects without a reason: %s", id, x.Text)
+			}
+		}
+	}
 }
 
 // last has the healed cluster take one more command and returns its index.

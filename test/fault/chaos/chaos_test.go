@@ -167,6 +167,19 @@ func (r coalition) judge(t *testing.T, load *Load, faults *Faults) {
 	}
 }
 
+// trusted wants no node to have suspected another but one whose clock was set.
+func (r coalition) trusted(t *testing.T) {
+	t.Helper()
+	unfounded, founded, err := suspicions(r.c, r.clocks)
+	if err != nil {
+		t.Error(err)
+	}
+	for _, x := range unfounded {
+		t.Error(x)
+	}
+	t.Logf("suspicions: %d of clocks that were set, %d others", founded, len(unfounded))
+}
+
 // compare heals everything, reads all that is there, stops the nodes, and holds what they have in memory and on
 // disk against one another and against what callers were told.
 func (r coalition) compare(t *testing.T, load *Load, faults *Faults) {
@@ -201,6 +214,7 @@ func (r coalition) compare(t *testing.T, load *Load, faults *Faults) {
 	if err != nil {
 		t.Error(err)
 	}
+	r.trusted(t)
 	if !t.Failed() {
 		t.Logf("five replicas hold the same %d entries, each verified, and the same state at entry %d (%x); their access logs verify, with %d entries; %d ciphertexts open everywhere; %d times a node was started anew as it asked for",
 			same, hash.index, hash.hash[:8], entries, opened, faults.restarted)

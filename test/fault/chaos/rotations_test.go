@@ -39,6 +39,7 @@ func TestRotations(t *testing.T) {
 	if _, err := r.c.SameLog(t.Context()); err != nil {
 		t.Error(err)
 	}
+	r.trusted(t)
 	for _, x := range append(s.failed, faults.failures...) {
 		t.Error(x)
 	}
