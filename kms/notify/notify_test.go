@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -323,5 +324,26 @@ func TestOutboxIsBounded(t *testing.T) {
 	}
 	if s := o.Stats()[0]; s.Dropped != 5 || s.Waiting != maxWaiting {
 		t.Errorf("%+v", s)
+	}
+}
+
+// An outbox whose file is damaged is refused by name, and a new one begins where it was.
+func TestOutboxDamaged(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "outbox.db")
+	if err := os.WriteFile(path, []byte(strings.Repeat("no outbox", 5000)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(path, nil, quiet); !errors.Is(err, kms.Unavailable) || !strings.Contains(err.Error(), path) {
+		t.Fatalf("got %v", err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	o, err := Open(path, nil, quiet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := o.Close(); err != nil {
+		t.Error(err)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"slices"
 	"strings"
@@ -70,9 +71,9 @@ func Open(path string, hooks []Webhook, log *slog.Logger) (*Outbox, error) {
 }
 
 func open(path string, hooks []Webhook, log *slog.Logger, now func() time.Time, retry time.Duration) (*Outbox, error) {
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockTime, FreelistType: bbolt.FreelistMapType, NoFreelistSync: true})
+	db, err := openFile(path)
 	if err != nil {
-		return nil, kms.Wrap(kms.Unavailable, err, "the outbox "+path+" cannot be opened", "")
+		return nil, kms.Wrap(kms.Unavailable, err, "the outbox "+path+" cannot be opened", "where it is damaged, move it away: what still asks for people is told again")
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	o := &Outbox{db: db, log: log, now: now, retry: retry, stop: stop}
@@ -87,6 +88,16 @@ func open(path string, hooks []Webhook, log *slog.Logger, now func() time.Time, 
 		o.done.Go(func() { o.run(ctx, s) })
 	}
 	return o, nil
+}
+
+// openFile opens the file, in which bbolt looks for free pages: it panics where one is damaged.
+func openFile(path string) (db *bbolt.DB, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("a page is damaged: %v", r)
+		}
+	}()
+	return bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockTime, FreelistType: bbolt.FreelistMapType, NoFreelistSync: true})
 }
 
 // prepare makes the buckets, and removes those of webhooks that are no more.
