@@ -81,11 +81,16 @@ func statementOf(t testing.TB, w *statetest.World, custodian string, v approval.
 func besiege(t testing.TB) *siege {
 	t.Helper()
 	w := rich(t)
+	w.AllowImport()
 	removed := w.JoinWhole("node-jp-2", "jp")
 	w.RemoveNode("node-jp-2", false)
 	w.CreateKey("coalition", "spare", kms.Encrypt)
 	rotate := w.Propose(kms.ActionRotate, target("spare"), nil)
 	w.ApproveAll(rotate)
+	brought := w.Propose(kms.ActionImport, target("imported"), w.ImportParams("coalition", "imported", kms.Encrypt))
+	w.ApproveAll(brought)
+	wanted := w.Propose(kms.ActionImport, target("wanted"), w.ImportParams("coalition", "wanted", kms.Encrypt))
+	w.Approve(wanted, "fr-1")
 	kek := w.ProposeKEK("coalition")
 	w.Advance(2 * time.Hour)
 	short := w.Proposal(kms.ActionDeactivate, target("old"), approval.VersionParams{Version: 1})
@@ -133,6 +138,19 @@ func besiege(t testing.TB) *siege {
 	n, _ := s.Node("node-jp-1")
 	add("node-jp-1", state.KeepSeed{Root: n.Root, Suite: n.Suite, Wrapped: []byte("wrapped by the device")})
 	g.suspensions()
+	imported, _ := s.Proposal(brought)
+	params, err := imported.Content.ImportParams()
+	if err != nil {
+		t.Fatal(err)
+	}
+	importing := w.ImportCommand(brought)
+	add(params.Node, importing)
+	g.hope(w.ImportCommand(wanted), 0)
+	importing.Key.Name = "another"
+	g.hope(importing, 0)
+	importing = w.ImportCommand(brought)
+	importing.Key.Purpose, importing.Key.Algorithm = kms.MAC, kms.MAC.Algorithms()[0]
+	g.hope(importing, 0)
 
 	for _, c := range []string{"de-1", "de-2", "fr-2", "fr-9", "jp-1"} {
 		g.votes = append(g.votes, w.Statement(open, c, approval.Approve))
