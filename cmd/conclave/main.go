@@ -116,7 +116,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 not permitted; 4 not found;
 	}
 	add("use", a.encryptCommand(), a.decryptCommand(), a.rewrapCommand(), a.datakeyCommand(), a.macCommand(), a.verifyMACCommand(), a.signCommand(), a.verifyCommand(), a.publicKeyCommand(), a.exportCommand())
 	add("govern", a.keyringCommand(), a.keyCommand(), a.proposalCommand(), a.custodianCommand(), a.backupCommand(), a.recoverCommand(), a.recoveryCommand(), a.ceremonyCommand())
-	add("look", a.statusCommand(), a.nodeCommand(), a.siteCommand(), a.policyCommand(), a.evidenceCommand(), a.memoryCommand(), a.deviceCommand(), a.driftCommand(), a.alarmsCommand())
+	add("look", a.statusCommand(), a.nodeCommand(), a.siteCommand(), a.policyCommand(), a.evidenceCommand(), a.auditCommand(), a.memoryCommand(), a.deviceCommand(), a.driftCommand(), a.alarmsCommand())
 	strict(root)
 	root.SetUsageTemplate(strings.Replace(root.UsageTemplate(), "{{if .Runnable}}", "{{if and .Runnable (not .HasAvailableSubCommands)}}", 1))
 	return root

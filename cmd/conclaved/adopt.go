@@ -135,6 +135,9 @@ func (n *node) adopt(ctx context.Context, r state.Replacement, a *attempts) bool
 		return false
 	}
 	n.log.Info("custodians have approved the next hardware root; taking it into use", "root", r.Root, "device", n.roots.next.dev.Describe())
+	if err := keepWitness(ctx, n.cfg, n.roots.next.dev, n.witness); err != nil {
+		n.log.Warn("the key for checkpoints does not go along to the next device: the node will make another", "err", err)
+	}
 	if err := n.runAdoption(ctx, n.roots.next); err != nil {
 		if ctx.Err() == nil {
 			n.log.Error("the next hardware root is not adopted", "root", r.Root, "err", err)

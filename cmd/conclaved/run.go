@@ -32,6 +32,7 @@ import (
 	"github.com/conclave-kms/conclave/kms/engine"
 	"github.com/conclave-kms/conclave/kms/keyring"
 	"github.com/conclave-kms/conclave/kms/notify"
+	"github.com/conclave-kms/conclave/kms/secret"
 	"github.com/conclave-kms/conclave/kms/sink"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/wire"
@@ -108,6 +109,8 @@ type node struct {
 	engine      *engine.Engine
 	watcher     *watcher                      // nil: it does not look for anomalies
 	watching    atomic.Pointer[engine.Engine] // the same, for what the consensus layer reports
+	marks       *engine.Marks
+	witness     *secret.Bytes // seed of the key for checkpoints, nil before the engine is open
 	registry    *prometheus.Registry
 	failed      chan error
 	inForce     chan struct{} // closed when the state has shown the root that the node runs on
@@ -148,7 +151,7 @@ func runNode(ctx context.Context, cfg Config, log *slog.Logger) (err error) {
 // runOnce starts the node's parts on the roots that are held, and takes them down
 // again in reverse order.
 func runOnce(ctx context.Context, cfg Config, log *slog.Logger, roots *heldRoots) (err error) {
-	n := &node{cfg: cfg, log: log, roots: roots, registry: prometheus.NewRegistry(), failed: make(chan error, 1), inForce: make(chan struct{})}
+	n := &node{cfg: cfg, log: log, roots: roots, registry: prometheus.NewRegistry(), failed: make(chan error, 1), marks: engine.NewMarks(), inForce: make(chan struct{})}
 	defer func() {
 		defer endIfStuck(stopLimit, log, os.Exit)()
 		for i := len(n.closers) - 1; i >= 0; i-- {
@@ -286,6 +289,7 @@ func (n *node) checkGenesis(g state.Genesis) error {
 
 // applied keeps the cluster log: every command with its leaf, in order.
 func (n *node) applied(st *state.State, raw []byte, r state.Result) {
+	n.marks.Applied(st, r)
 	if err := n.clusterLog.Append(r.Index, raw, r.Leaf); err != nil {
 		n.fail(fmt.Errorf("the cluster log cannot be written: %w", err))
 	}
@@ -324,7 +328,11 @@ func (n *node) fail(err error) {
 	}
 }
 
-func (n *node) openEngine(context.Context) error {
+func (n *node) openEngine(ctx context.Context) error {
+	checkpoints, err := n.openCheckpoints(ctx)
+	if err != nil {
+		return err
+	}
 	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	if err := n.watchAccess(); err != nil {
 		return err
@@ -332,10 +340,9 @@ func (n *node) openEngine(context.Context) error {
 	if err := n.registry.Register(sinkCounters(n.sinks)); err != nil {
 		return err
 	}
-	var err error
 	n.engine, err = engine.New(engine.Config{
 		Node: n.cfg.Node, Cluster: n.cluster, Cache: n.cache, Root: n.root, Signer: n.device, Device: n.device, Log: sink.Copied{Log: n.access, Sinks: n.sinks},
-		Logger: n.log, Metrics: n.registry, Hold: n.cluster.Probation, Raft: n.raft, Version: version, Importers: importers(), SigningSuite: n.signingSuite(), Seed: n.keptSeed(), Certificate: n.certificate,
+		Logger: n.log, Metrics: n.registry, Hold: n.cluster.Probation, Raft: n.raft, Version: version, Importers: importers(), SigningSuite: n.signingSuite(), Seed: n.keptSeed(), Certificate: n.certificate, Checkpoints: checkpoints,
 		Past: func(since time.Time, f func(audit.Entry)) (bool, error) {
 			return audit.ReadSince(filepath.Join(n.cfg.DataDir, "access"), since, f)
 		},

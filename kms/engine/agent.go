@@ -60,6 +60,7 @@ type Agent struct {
 
 	useReports useReports
 	alarms     alarmWatch
+	submitted  time.Time // when this node last submitted a checkpoint
 
 	downgraded bool // said that the program is older than the one before
 }
@@ -182,7 +183,7 @@ func (a *Agent) work(ctx context.Context) time.Duration {
 		wait = min(wait, a.attempt(ctx, "execute", "proposal/"+p.ID, time.Duration(rank)*a.cfg.RankDelay,
 			func(ctx context.Context) error { return a.execute(ctx, p) }))
 	}
-	wait = min(wait, a.reseal(ctx, st), a.rotateKEKs(ctx, st), a.sealRecovery(ctx, st), a.schedule(ctx, st), a.reportUse(ctx, st), a.watchAlarms(ctx, st))
+	wait = min(wait, a.reseal(ctx, st), a.rotateKEKs(ctx, st), a.sealRecovery(ctx, st), a.schedule(ctx, st), a.reportUse(ctx, st), a.watchAlarms(ctx, st), a.checkpoints(ctx, st))
 	for name, t := range a.tasks {
 		if t.pass != a.pass {
 			delete(a.tasks, name) // done, by us or by another node

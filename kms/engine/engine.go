@@ -71,6 +71,8 @@ type Config struct {
 	SigningSuite pqc.SuiteID
 	// Seed, optional, is what the cluster keeps for this node in its backups.
 	Seed *KeptSeed
+	// Checkpoints, optional: without them the node neither submits nor cosigns any.
+	Checkpoints *Checkpoints
 
 	Now     func() time.Time     // default time.Now
 	Logger  *slog.Logger         // default: discards
@@ -105,6 +107,7 @@ type Engine struct {
 	uses      uses
 	started   time.Time
 	standing  standing // alarms
+	lags      lags
 }
 
 // New checks the configuration and returns an Engine. Errors: kms.Invalid.

@@ -92,13 +92,15 @@ var (
 	skewDesc     = prometheus.NewDesc("conclave_clock_offset_seconds", "This node's clock minus the cluster's, which is a few seconds old.", nil, nil)
 	silenceDesc  = prometheus.NewDesc("conclave_node_silence_seconds", "Cluster time since a node last signed its time; absent for a node that never did.", []string{"node"}, nil)
 	standingDesc = prometheus.NewDesc("conclave_alarms", "Alarms that are on, by kind; GET /v1/alarms names them.", []string{"kind"}, nil)
+	windowDesc   = prometheus.NewDesc("conclave_audit_uncosigned_seconds", "How long leaves of a log have waited for the cosignatures of a majority of the sites, as this node sees it.", []string{"log"}, nil)
+	alarmsDesc   = prometheus.NewDesc("conclave_audit_alarms", "What is wrong with the logs' checkpoints; GET /v1/ready names it.", nil, nil)
 	lookupsDesc  = prometheus.NewDesc("conclave_cache_lookups_total", "Lookups of opened keys.", []string{"outcome"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (g gauges) Describe(c chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{freshDesc, indexDesc, keyringsDesc, keysDesc, overdueDesc, openDesc, pendingDesc, logDesc, cachedDesc, lookupsDesc,
-		deviceDesc, skewDesc, silenceDesc, standingDesc} {
+		deviceDesc, skewDesc, silenceDesc, standingDesc, windowDesc, alarmsDesc} {
 		c <- d
 	}
 }
@@ -124,6 +126,12 @@ func (g gauges) Collect(c chan<- prometheus.Metric) {
 	put(cachedDesc, prometheus.GaugeValue, float64(cache.Handles), "handle")
 	put(lookupsDesc, prometheus.CounterValue, float64(cache.Hits), "hit")
 	put(lookupsDesc, prometheus.CounterValue, float64(cache.Misses), "miss")
+	if g.e.cfg.Checkpoints != nil {
+		for _, log := range logsOf(st) {
+			put(windowDesc, prometheus.GaugeValue, g.e.lags.of(log, g.e.now()).Seconds(), log)
+		}
+		put(alarmsDesc, prometheus.GaugeValue, float64(len(g.e.auditAlarms(st))))
+	}
 	g.health(st, put)
 }
 

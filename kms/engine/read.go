@@ -90,7 +90,7 @@ func (e *Engine) Ready(ctx context.Context) wire.Ready {
 	if e.logFailed.Load() {
 		why = append(why, "the access log could not be written, so every request is refused: free or repair the disk, then restart the node")
 	}
-	return wire.Ready{Ready: len(why) == 0, Reasons: why}
+	return wire.Ready{Ready: len(why) == 0, Reasons: why, Alarms: e.auditAlarms(e.cluster.State())}
 }
 
 // maxCause is the longest text of a cause in bytes.

@@ -21,6 +21,7 @@ import (
 	"github.com/conclave-kms/conclave/kms/audit"
 	"github.com/conclave-kms/conclave/kms/keyring"
 	"github.com/conclave-kms/conclave/kms/state"
+	"github.com/conclave-kms/conclave/kms/state/statetest"
 	"github.com/conclave-kms/conclave/kms/wire"
 	"github.com/conclave-kms/conclave/pqc"
 	"github.com/conclave-kms/conclave/test/fakedevice"
@@ -280,9 +281,11 @@ type memoryCluster struct {
 	mu      sync.Mutex
 	st      *state.State
 	changed chan struct{}
-	refuse  error  // what Propose answers instead
-	lost    bool   // Propose applies and then answers kms.Unknown
-	index   uint64 // of the last entry
+	refuse  error               // what Propose answers instead
+	lost    bool                // Propose applies and then answers kms.Unknown
+	index   uint64              // of the last entry
+	log     statetest.AccessLog // leaves of the cluster log
+	applied func(*state.State, state.Result)
 }
 
 func (c *memoryCluster) State() *state.State {
@@ -312,6 +315,10 @@ func (c *memoryCluster) Propose(ctx context.Context, raw []byte) (state.Result, 
 	c.index++
 	var r state.Result
 	c.st, r = c.st.Apply(c.index, raw)
+	c.log.Add(r.Leaf)
+	if c.applied != nil {
+		c.applied(c.st, r)
+	}
 	close(c.changed)
 	c.changed = make(chan struct{})
 	if c.lost {

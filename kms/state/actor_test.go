@@ -53,6 +53,8 @@ func (a *actor) draw(t *rapid.T) []byte {
 		return w.Command(node, w.ReceiptCommand(node, ring, name, version), now(s))
 	case 13, 14:
 		return a.reseal(t, node, state.Pending{Keyring: ring, Key: name, Version: version})
+	case 17:
+		return a.checkpoint(t, node)
 	case 16:
 		return a.refuse(t, node)
 	case 15:
@@ -64,6 +66,26 @@ func (a *actor) draw(t *rapid.T) []byte {
 		}
 	}
 	return a.spoil(t)
+}
+
+// checkpoint is about checkpoints: keys for them, new ones, cosignatures, and an access log
+// that does not continue what it was.
+func (a *actor) checkpoint(t *rapid.T, node string) []byte {
+	w, s := a.w, a.w.State()
+	if _, ok := s.Witness(node); !ok {
+		return w.Command(node, w.RegisterCommand(node), now(s))
+	}
+	other := rapid.SampledFrom(append(w.NodeIDs(), "")).Draw(t, "log")
+	_, submitted := s.Checkpoint(other)
+	switch what := rapid.IntRange(0, 9).Draw(t, "checkpoint"); {
+	case what == 0:
+		return w.Command(node, w.RegisterCommand(node), now(s))
+	case what == 1 && w.AccessLog(node).Size() > 1:
+		return w.Command(node, w.CheckpointCommand(node, w.AccessLog(node).Fork(1)), now(s))
+	case what < 5 || other != "" && !submitted:
+		return w.Command(node, w.CheckpointCommand(node, w.Grow(node, what)), now(s))
+	}
+	return w.Command(node, w.CosignCommand(node, other), now(s))
 }
 
 // now signs at the cluster's time.

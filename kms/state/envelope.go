@@ -171,6 +171,9 @@ var decoders = map[CommandKind]func(Envelope) (operation, error){
 	{TypeFeature, uint16(FeatureRules)}:    decode[feature],
 	{TypeFeature, uint16(FeatureActivate)}: decode[feature],
 	{TypeFeature, uint16(FeatureImport)}:   decode[feature],
+	{TypeRegisterWitness, 1}:               decode[RegisterWitness],
+	{TypeSubmitCheckpoint, 1}:              decode[SubmitCheckpoint],
+	{TypeCosign, 1}:                        decode[Cosign],
 }
 
 // parseCommand decodes the payload and validates its shape.

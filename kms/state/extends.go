@@ -69,6 +69,9 @@ func (s *State) Extends(old *State) error {
 		kept(tableRewrap, rewrapID, s.wantsBatch),
 		kept(tableRewrapRefused, rewrapRefusedID, func(x *RefusedRewrap) bool { return s.wantsRewraps(x.Keyring, x.KEK) }),
 		extended(tableRecoveryKey, recoveryKeyID, func(was, is *RecoveryKey) bool { return revised(was, is, 0, 0) }),
+		extended(tableWitness, witnessID, func(was, is *Witness) bool { return revised(was, is, 0, 0) }),
+		extended(tableCheckpoint, checkpointID, func(was, is *Checkpoint) bool { return revised(was, is, was.latest(), is.latest()) }),
+		extended(tableCosignature, cosignatureID, func(was, is *Cosignature) bool { return revised(was, is, was.Index, is.Index) }),
 		kept(tableRecoveryCopy, recoveryCopyID, func(c *RecoveryCopy) bool {
 			k, ok := s.reader().kek(c.Keyring, c.Version)
 			key, _ := s.RecoveryFor(c.Keyring)

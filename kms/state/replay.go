@@ -209,6 +209,15 @@ func (s *State) statements() ([]statement, error) {
 	})
 	_ = each(x, tableSuspension, func(r *Suspension) error { add(r.Index, r.Time, r.Statement); return nil })
 	_ = each(x, tableSeed, func(r *Seed) error { add(r.Index, r.Time, r.Statement); return nil })
+	_ = each(x, tableWitness, func(r *Witness) error { add(r.Index, r.Time, r.Statement); return nil })
+	_ = each(x, tableCheckpoint, func(r *Checkpoint) error {
+		add(r.Index, r.Time, r.Statement)
+		if r.Fork != nil {
+			add(r.Fork.Index, r.Fork.Time, r.Fork.Statement)
+		}
+		return nil
+	})
+	_ = each(x, tableCosignature, func(r *Cosignature) error { add(r.Index, r.Time, r.Statement); return nil })
 	_ = each(x, tableRelease, func(r *Release) error { add(r.Index, r.Time, r.Statement); return nil })
 	_ = each(x, tableRefused, func(r *RefusedCopy) error { add(r.Index, r.Time, r.Statement); return nil })
 	_ = each(x, tableFormer, func(f *FormerRoot) error { add(f.Until, f.Time, f.Statement); return nil })

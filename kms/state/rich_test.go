@@ -75,10 +75,29 @@ func rich(t testing.TB) *statetest.World {
 	w.Carry(kms.ActionPolicy, "policy/standard", approval.PolicyParams{Rules: rules})
 	w.Carry(kms.ActionPolicy, "policy/grouped", grouped(approval.Group{Need: 1, Groups: []approval.Group{
 		{Need: 2, Weight: 1, Custodians: []approval.Weight{{Name: "de-1", Weight: 2}, {Name: "fr-1", Weight: 1}}, Sites: []approval.SiteWeight{{Name: "jp", Weight: 1, Approvals: 1}}}}}))
+	checkpoints(w)
 	unfinished(w)
 	w.Do("node-fr-1", w.UseCommand("coalition", "mail", 2, w.Now()))
 	w.Do("node-de-1", w.UseCommand("europe", "seal", 1, w.Now()))
 	return w
+}
+
+// checkpoints has nodes submit and cosign checkpoints, under roots and keys that change.
+func checkpoints(w *statetest.World) {
+	for _, id := range w.NodeIDs() {
+		w.Do(id, w.RegisterCommand(id))
+	}
+	w.Do("node-fr-1", w.CheckpointCommand("node-fr-1", w.Grow("node-fr-1", 3)))
+	w.Do("node-jp-1", w.CosignCommand("node-jp-1", "node-fr-1"))
+	w.Do("node-jp-1", w.RegisterCommand("node-jp-1"))
+	w.Do("node-de-1", w.CosignCommand("node-de-1", ""))
+	w.Advance(time.Second)
+	w.Do("node-fr-1", w.CheckpointCommand("node-fr-1", w.Grow("node-fr-1", 2)))
+	w.Rekey("node-de-1")
+	w.Do("node-de-1", w.CosignCommand("node-de-1", "node-fr-1"))
+	w.Do("node-de-1", w.CheckpointCommand("node-de-1", w.Grow("node-de-1", 2)))
+	w.Advance(time.Second)
+	w.Do("node-de-1", w.CheckpointCommand("node-de-1", w.AccessLog("node-de-1").Fork(1)))
 }
 
 // unfinished leaves proposals and a root on their way.

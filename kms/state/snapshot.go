@@ -65,6 +65,9 @@ var snapshotTables = []snapshotTable{
 	stated[RecoveryKey](40, tableRecoveryKey, recoveryKeyID),
 	stated[RecoveryCopy](41, tableRecoveryCopy, recoveryCopyID),
 	remembered[use](50, tableUse, useID),
+	stated[Witness](53, tableWitness, witnessID),
+	stated[Checkpoint](54, tableCheckpoint, checkpointID),
+	stated[Cosignature](55, tableCosignature, cosignatureID),
 	stated[Suspension](57, tableSuspension, suspensionID),
 }
 

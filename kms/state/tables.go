@@ -40,8 +40,11 @@ const (
 	tableRecoveryKey   = "recovery-key"
 	tableRecoveryCopy  = "recovery-copy"
 
-	tableUse        = "use"        // of key versions, as nodes report it
-	tableSuspension = "suspension" // of credentials
+	tableUse         = "use"         // of key versions, as nodes report it
+	tableWitness     = "witness"     // keys for checkpoints
+	tableCheckpoint  = "checkpoint"  // of access logs, the last ones
+	tableCosignature = "cosignature" // the last one of each log and site
+	tableSuspension  = "suspension"  // of credentials
 )
 
 // The indexes. Index values are strings of names, which have no NUL, and of
@@ -195,6 +198,9 @@ func newDB() *memdb.MemDB {
 		table(tableRecoveryKey, unique(byID, recoveryKeyID)),
 		table(tableRecoveryCopy, unique(byID, recoveryCopyID)),
 		table(tableUse, unique(byID, useID)),
+		table(tableWitness, unique(byID, witnessID)),
+		table(tableCheckpoint, unique(byID, checkpointID)),
+		table(tableCosignature, unique(byID, cosignatureID)),
 		table(tableSuspension, unique(byID, suspensionID)),
 	}
 	schema := &memdb.DBSchema{Tables: make(map[string]*memdb.TableSchema)}

@@ -12,6 +12,7 @@ type Health struct {
 type Ready struct {
 	Ready   bool     `json:"ready"`
 	Reasons []string `json:"reasons,omitempty"` // why not, a sentence each
+	Alarms  []string `json:"alarms,omitempty"`  // what is wrong with the audit logs, though the node may serve
 }
 
 // Status answers GET /v1/status.

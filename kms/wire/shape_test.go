@@ -15,7 +15,7 @@ import (
 // messages are the bodies of the API; what they hold is found from them.
 var messages = []any{
 	Health{}, Ready{}, Status{}, Nodes{}, Sites{}, Custodians{}, Policies{}, Keyrings{}, CreateKeyringRequest{}, Keys{}, CreateKeyRequest{}, ImportKeyRequest{},
-	Recoveries{}, RecoveryKeys{}, RestoreRequest{}, RestoreResponse{}, Proposals{}, OpenProposalRequest{}, VoteRequest{}, SuspendRequest{}, Problem{},
+	Recoveries{}, Checkpoints{}, RecoveryKeys{}, RestoreRequest{}, RestoreResponse{}, Proposals{}, OpenProposalRequest{}, VoteRequest{}, SuspendRequest{}, Problem{},
 	EncryptRequest{}, EncryptResponse{}, DecryptRequest{}, DecryptResponse{}, RewrapRequest{}, DataKeyRequest{}, DataKeyResponse{},
 	WrappedDataKeyResponse{}, MACRequest{}, MACResponse{}, VerifyMACRequest{}, VerifyResponse{}, SignRequest{}, SignResponse{}, VerifyRequest{},
 	PublicKeyResponse{}, ExportRequest{}, ExportResponse{}, Batch[MACRequest]{}, BatchResult[MACResponse]{},

@@ -165,6 +165,9 @@ func routes() []route {
 		read("/v1/recoveries", "listRecoveries", "The times that custodians had the cluster go on from a backup", func(c *call) (wire.Recoveries, error) {
 			return c.engine.Recoveries(c.Context(), c.caller)
 		}),
+		read("/v1/audit/checkpoints", "auditCheckpoints", "How far the logs are cosigned by the sites", func(c *call) (wire.Checkpoints, error) {
+			return c.engine.AuditCheckpoints(c.Context(), c.caller)
+		}),
 		backupRoute(),
 		read("/v1/keyrings", "listKeyrings", "The keyrings", func(c *call) (wire.Keyrings, error) {
 			return c.engine.Keyrings(c.Context(), c.caller)

@@ -68,7 +68,7 @@ func requests(t testing.TB, w *world) map[string][]request {
 		"publicKey":     append(get("service", sig+"/public-key"), get("service", sig+"/public-key?version=1")...),
 		"listProposals": append(get("custodian", "/v1/proposals"), get("operator", "/v1/proposals?open=true&action=rotate&target=key/ring/mac&waits_for=fr-1&limit=1&before=9999999")...), "getProposal": get("custodian", "/v1/proposals/"+open.ID),
 		"evidence": get("auditor", "/v1/proposals/"+executed+"/evidence"), "metrics": get("operator", "/v1/metrics"),
-		"backup": get("operator", "/v1/backup"), "drift": get("operator", "/v1/drift"), "alarms": get("operator", "/v1/alarms"), "listRecoveries": get("auditor", "/v1/recoveries"),
+		"backup": get("operator", "/v1/backup"), "drift": get("operator", "/v1/drift"), "alarms": get("operator", "/v1/alarms"), "listRecoveries": get("auditor", "/v1/recoveries"), "auditCheckpoints": get("auditor", "/v1/audit/checkpoints"),
 		"listRecoveryKeys": get("custodian", "/v1/recovery-keys"), "restoreKEKs": {{"custodian", "/v1/recovery-keys/restore", restore}},
 		"createKeyring":     {{"operator", "/v1/keyrings", wire.CreateKeyringRequest{Name: "more", Residency: []string{"fr"}, Policy: "standard"}}},
 		"createKey":         {{"operator", "/v1/keyrings/ring/keys", wire.CreateKeyRequest{Name: "more", Purpose: "sign", Algorithm: "ed25519"}}},

@@ -28,6 +28,8 @@ type World struct {
 	cas        map[string]*CA
 	vendor     *CA // of TPMs, nil without Options.Attested
 	custodians map[string]*pqc.HybridKey
+	witnesses  map[string][]*pqc.MLDSA44Key // keys for checkpoints, nil before the first
+	logs       map[string]*AccessLog
 
 	attached *attached // nil: the World itself applies commands
 
