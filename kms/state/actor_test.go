@@ -29,7 +29,7 @@ func (a *actor) draw(t *rapid.T) []byte {
 	ring := rapid.SampledFrom([]string{"ring", "vault"}).Draw(t, "ring")
 	target := approval.KeyTarget(ring, name)
 	version := uint32(rapid.IntRange(1, 3).Draw(t, "version"))
-	switch rapid.IntRange(0, 22).Draw(t, "command") {
+	switch rapid.IntRange(0, 23).Draw(t, "command") {
 	case 22:
 		pair := rapid.SampledFrom([][2]string{{"fr-2", "fr-1"}, {"fr-1", "fr-2"}, {"jp-2", "jp-1"}, {"de-1", "fr-1"}}).Draw(t, "suspend")
 		return w.Command(node, state.SuspendCredential{Statement: w.Suspension(pair[0], pair[1])}, now(s))
@@ -53,7 +53,7 @@ func (a *actor) draw(t *rapid.T) []byte {
 		return w.Command(node, w.ReceiptCommand(node, ring, name, version), now(s))
 	case 13, 14:
 		return a.reseal(t, node, state.Pending{Keyring: ring, Key: name, Version: version})
-	case 17:
+	case 21:
 		return a.checkpoint(t, node)
 	case 16:
 		return a.refuse(t, node)
