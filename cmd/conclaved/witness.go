@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 
 	"github.com/conclave-kms/conclave/kms/engine"
@@ -18,7 +19,7 @@ import (
 
 // checkpointKeyFile is the key by which the node signs checkpoints beside its device: the
 // ML-DSA-44 seed wrapped by the device's wrapping key. There is one file for each device,
-// DATA_DIR/witness/DEVICE.json, so that the key goes with the node from one to the next.
+// DATA_DIR/witness/DEVICE.json named by the fingerprint of its signing key, so that the key goes with the node from one to the next.
 type checkpointKeyFile struct {
 	Format  int    `json:"format"` // 1
 	Wrapped []byte `json:"wrapped"`
@@ -28,7 +29,8 @@ type checkpointKeyFile struct {
 func witnessDir(dataDir string) string { return filepath.Join(dataDir, "witness") }
 
 func witnessPath(dataDir, signing string) string {
-	return filepath.Join(witnessDir(dataDir), signing+".json")
+	name := strings.NewReplacer("/", "_", "+", "-", ":", "-").Replace(signing) // of base64's letters
+	return filepath.Join(witnessDir(dataDir), name+".json")
 }
 
 // witnessAAD binds the wrapped seed to its node and use.

@@ -91,3 +91,12 @@ func TestSeen(t *testing.T) {
 		t.Error("a damaged memory is taken for none")
 	}
 }
+
+// TestWitnessPath: a fingerprint is base64, and the file is in the directory all the same.
+func TestWitnessPath(t *testing.T) {
+	const signing = "SHA256:3OXELC3P6shmvLjviw8loXckcS/1F+NrtiXVC6YPICY"
+	path := witnessPath("/data", signing)
+	if filepath.Dir(path) != witnessDir("/data") || path == witnessPath("/data", "SHA256:3OXELC3P6shmvLjviw8loXckcS/1FxNrtiXVC6YPICY") {
+		t.Errorf("path %s", path)
+	}
+}
