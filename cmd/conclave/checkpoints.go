@@ -14,8 +14,8 @@ import (
 )
 
 func (a *app) auditCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "audit", Short: "Look at the audit logs' checkpoints"}
-	cmd.AddCommand(a.auditCheckpointsCommand())
+	cmd := &cobra.Command{Use: "audit", Short: "Look at the audit logs' checkpoints and verify exported logs"}
+	cmd.AddCommand(a.auditCheckpointsCommand(), a.auditVerifyCommand())
 	return cmd
 }
 

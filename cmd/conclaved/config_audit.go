@@ -14,8 +14,11 @@ import (
 	"github.com/conclave-kms/conclave/kms/sink"
 )
 
-// AuditConfig says where copies of the access log go besides: none is needed.
+// AuditConfig says where the logs are exported to and where copies of the access log go
+// besides: none of it is needed.
 type AuditConfig struct {
+	Export string `toml:"export"` // directory, for any static file server
+
 	File   *FileSink   `toml:"file"`
 	Syslog *SyslogSink `toml:"syslog"`
 	OTLP   *OTLPSink   `toml:"otlp"`
@@ -64,7 +67,8 @@ func (c AuditConfig) check() (field, why string) {
 }
 
 // paths are those of files, which are relative to the configuration.
-func (c AuditConfig) paths() (p []*string) {
+func (c *AuditConfig) paths() (p []*string) {
+	p = append(p, &c.Export)
 	if c.File != nil {
 		p = append(p, &c.File.Path)
 	}

@@ -182,6 +182,9 @@ heartbeat = "1s"
 [api]
 listen = "127.0.0.1:{{.API}}"
 
+[audit]
+export = "export"
+
 [device]
 type = "{{.Device.Type}}"
 {{- if .Device.URI}}

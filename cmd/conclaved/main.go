@@ -44,7 +44,7 @@ To join a running one:    conclaved join --help`,
 		SilenceErrors: true,
 		Version:       version,
 	}
-	root.AddCommand(runCommand(), initCommand(), genesisCommand(), joinCommand(), attestCommand(), rekeyCommand(), backupCommand(), recoverCommand(), deviceCommand(), devCommand(), hsmChildCommand(), versionCommand())
+	root.AddCommand(runCommand(), initCommand(), genesisCommand(), joinCommand(), attestCommand(), rekeyCommand(), backupCommand(), auditCommand(), recoverCommand(), deviceCommand(), devCommand(), hsmChildCommand(), versionCommand())
 	return root
 }
 

@@ -429,6 +429,7 @@ func (n *node) serve(ctx context.Context) error {
 		})
 	}
 	wg.Go(func() { filler{node: n.cfg.Node, log: n.log, own: n.clusterLog, others: n.cluster}.run(ctx) })
+	wg.Go(func() { n.exportLogs(ctx) })
 	wg.Go(func() {
 		if err := server.Serve(tlsListener); !errors.Is(err, http.ErrServerClosed) {
 			n.fail(fmt.Errorf("api: %w", err))

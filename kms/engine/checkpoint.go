@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/conclave-kms/conclave/kms"
@@ -169,49 +168,6 @@ func (a *Agent) submitHead(ctx context.Context, st *state.State, restart uint32,
 	}
 	_, err = a.e.submit(ctx, attempt{}, cmd)
 	return err
-}
-
-// ownerOf returns the node whose access log a log is.
-func ownerOf(log string) (string, bool) { return strings.CutPrefix(log, cosigned.AccessLog("")) }
-
-// signedNote returns a log's head as a signed note with the cosignatures of it.
-func signedNote(st *state.State, log string, restart uint32, h head) ([]byte, error) {
-	var pairs []cosigned.Signed
-	add := func(node string, index uint64, statement []byte) error {
-		_, cmd, err := parseStatement(statement)
-		if err != nil {
-			return err
-		}
-		w, ok := st.NoteWitness(node, index)
-		if !ok {
-			return kms.Errorf(kms.Internal, "the key of node %s for checkpoints is not known", node)
-		}
-		switch c := cmd.(type) {
-		case state.SubmitCheckpoint:
-			pairs = append(pairs, cosigned.Signed{Witness: w, Signature: c.Signature})
-		case state.Cosign:
-			pairs = append(pairs, cosigned.Signed{Witness: w, Signature: c.Signature})
-		}
-		return nil
-	}
-	if node, access := ownerOf(log); access {
-		if cp, ok := st.Checkpoint(node); ok && cp.Restart == restart && cp.Size == h.size && bytes.Equal(cp.Root, h.root) {
-			if err := add(node, cp.Index, cp.Statement); err != nil {
-				return nil, err
-			}
-		}
-	}
-	for _, c := range st.Cosignatures(log) {
-		if c.Restart == restart && h.equal(head{c.Size, c.Root, c.State}) {
-			if err := add(c.Node, c.Index, c.Statement); err != nil {
-				return nil, err
-			}
-		}
-	}
-	if len(pairs) == 0 {
-		return nil, nil
-	}
-	return cosigned.Join(state.LogHead(st.Lineage(), log, restart, h.size, h.root, h.state), pairs...)
 }
 
 func parseStatement(raw []byte) (state.Envelope, state.Command, error) {

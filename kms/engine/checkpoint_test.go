@@ -27,6 +27,11 @@ type memorySeen struct {
 	fail error
 }
 
+type head struct {
+	size uint64
+	root []byte
+}
+
 func (s *memorySeen) Get(origin string) (uint64, []byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 
+	"github.com/conclave-kms/conclave/kms/audit"
 	cosigned "github.com/conclave-kms/conclave/kms/note"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/wire"
@@ -25,17 +26,17 @@ func (e *Engine) AuditCheckpoints(ctx context.Context, c Caller) (wire.Checkpoin
 
 func (e *Engine) checkpointView(st *state.State, log string) (wire.LogCheckpoint, error) {
 	v := wire.LogCheckpoint{Log: log, Sites: []wire.Cosignatory{}, WindowMS: e.lags.of(log, e.now()).Milliseconds()}
-	restart, h, ok := latestHead(st, log)
-	v.Restart, v.Size, v.Root, v.State = restart, h.size, h.root, h.state
-	v.Cosigned = cosignedSize(st, log, restart)
-	if node, access := ownerOf(log); access {
+	h, ok := audit.LatestHead(st, log)
+	v.Restart, v.Size, v.Root, v.State = h.Restart, h.Size, h.Root, h.State
+	v.Cosigned = audit.CosignedSize(st, log, h.Restart)
+	if node, access := audit.OwnerOf(log); access {
 		n, _ := st.Node(node)
 		cp, _ := st.Checkpoint(node)
 		v.Site, v.Time, v.Forked = n.Site, at(cp.Time), cp.Fork != nil
 	}
 	for _, c := range st.Cosignatures(log) {
 		v.Sites = append(v.Sites, wire.Cosignatory{Site: c.Site, Node: c.Node, Size: c.Size, Time: at(c.Time)})
-		if log == cosigned.ClusterLog && c.Size == h.size && v.Time.Before(at(c.Time)) {
+		if log == cosigned.ClusterLog && c.Size == h.Size && v.Time.Before(at(c.Time)) {
 			v.Time = at(c.Time)
 		}
 	}
@@ -43,6 +44,6 @@ func (e *Engine) checkpointView(st *state.State, log string) (wire.LogCheckpoint
 		return v, nil
 	}
 	var err error
-	v.Note, err = signedNote(st, log, restart, h)
+	v.Note, err = audit.SignedNote(st, h)
 	return v, err
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/audit"
 	cosigned "github.com/conclave-kms/conclave/kms/note"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/tlog"
@@ -143,7 +144,7 @@ func (a *Agent) cosignMark(ctx context.Context, st *state.State, m mark) error {
 	c := a.e.cfg.Checkpoints
 	began := a.e.now()
 	hash := m.st.Hash()
-	h := head{m.st.LogSize(), m.st.LogRoot(), hash[:]}
+	h := audit.Head{Log: cosigned.ClusterLog, Size: m.st.LogSize(), Root: m.st.LogRoot(), State: hash[:]}
 	c.Marks.hashed(h, a.e.now().Sub(began))
 	origin := seenOrigin(st, cosigned.ClusterLog, 0)
 	size, root, err := c.Seen.Get(origin)
@@ -151,24 +152,24 @@ func (a *Agent) cosignMark(ctx context.Context, st *state.State, m mark) error {
 		return err
 	}
 	switch {
-	case size > h.size:
-		err = errRolledBack(cosigned.ClusterLog, size, h.size)
-	case size == h.size && !bytes.Equal(root, h.root):
+	case size > h.Size:
+		err = errRolledBack(cosigned.ClusterLog, size, h.Size)
+	case size == h.Size && !bytes.Equal(root, h.Root):
 		err = errForked(cosigned.ClusterLog, size)
-	case size > 0 && size < h.size:
-		if p, perr := tlog.Consistency(c.Cluster, size, h.size); perr == nil && tlog.VerifyConsistency(size, h.size, p, root, h.root) != nil {
+	case size > 0 && size < h.Size:
+		if p, perr := tlog.Consistency(c.Cluster, size, h.Size); perr == nil && tlog.VerifyConsistency(size, h.Size, p, root, h.Root) != nil {
 			err = errForked(cosigned.ClusterLog, size)
 		} // else a log with gaps: this node took it over in a snapshot, which it had verified
 	}
 	if a.e.alarm(cosigned.ClusterLog, err) != nil {
 		return err
 	}
-	if err := c.Seen.Put(origin, h.size, h.root); err != nil {
+	if err := c.Seen.Put(origin, h.Size, h.Root); err != nil {
 		return err
 	}
-	if err := a.submitCosign(ctx, st, state.Cosign{Log: cosigned.ClusterLog, Size: h.size, Root: h.root, State: h.state}); err != nil && kms.KindOf(err) != kms.Exists {
+	if err := a.submitCosign(ctx, st, state.Cosign{Log: cosigned.ClusterLog, Size: h.Size, Root: h.Root, State: h.State}); err != nil && kms.KindOf(err) != kms.Exists {
 		return err
 	}
-	c.Marks.done(h.size)
+	c.Marks.done(h.Size)
 	return nil
 }

@@ -1,12 +1,11 @@
 package engine
 
 import (
-	"bytes"
 	"fmt"
-	"slices"
 	"sync"
 	"time"
 
+	"github.com/conclave-kms/conclave/kms/audit"
 	cosigned "github.com/conclave-kms/conclave/kms/note"
 	"github.com/conclave-kms/conclave/kms/state"
 )
@@ -37,7 +36,7 @@ func (l *lags) observe(e *Engine, st *state.State) {
 		l.since = make(map[string]waitingFrom)
 	}
 	look := func(log string, restart uint32, size uint64, since time.Time) {
-		done := cosignedSize(st, log, restart)
+		done := audit.CosignedSize(st, log, restart)
 		if was, ok := l.since[log]; ok && (was.size <= done || size < was.size) {
 			delete(l.since, log)
 		}
@@ -87,31 +86,6 @@ func (e *Engine) alarm(log string, err error) error {
 	return err
 }
 
-// cosignedSize returns the size of a log up to which a majority of the sites have
-// cosigned it; the site of an access log's node counts, since it has signed too.
-func cosignedSize(st *state.State, log string, restart uint32) uint64 {
-	need := len(st.Sites())/2 + 1
-	node, access := ownerOf(log)
-	if access {
-		need--
-	}
-	if need == 0 { // one site alone: there is nobody else
-		cp, _ := st.Checkpoint(node)
-		return cp.Size
-	}
-	var sizes []uint64
-	for _, c := range st.Cosignatures(log) {
-		if c.Restart == restart {
-			sizes = append(sizes, c.Size)
-		}
-	}
-	if len(sizes) < need {
-		return 0
-	}
-	slices.Sort(sizes)
-	return sizes[len(sizes)-need]
-}
-
 // auditAlarms says in words what is wrong with the logs' checkpoints.
 func (e *Engine) auditAlarms(st *state.State) (alarms []string) {
 	if e.cfg.Checkpoints == nil {
@@ -123,7 +97,7 @@ func (e *Engine) auditAlarms(st *state.State) (alarms []string) {
 		}
 	}
 	for _, c := range st.Cosignatures(cosigned.ClusterLog) {
-		if e.cfg.Checkpoints.Marks.contradicts(head{c.Size, c.Root, c.State}) {
+		if e.cfg.Checkpoints.Marks.contradicts(audit.Head{Log: cosigned.ClusterLog, Size: c.Size, Root: c.Root, State: c.State}) {
 			alarms = append(alarms, fmt.Sprintf("site %s has cosigned another cluster log of %d leaves than this node has", c.Site, c.Size))
 		}
 	}
@@ -149,27 +123,4 @@ func logsOf(st *state.State) []string {
 		logs = append(logs, cosigned.AccessLog(n.ID))
 	}
 	return logs
-}
-
-// latestHead returns the head of a log that was signed last: of an access log, its node's; of
-// the cluster log, the one that most sites have cosigned, the longest among such.
-func latestHead(st *state.State, log string) (restart uint32, h head, ok bool) {
-	if node, access := ownerOf(log); access {
-		cp, ok := st.Checkpoint(node)
-		return cp.Restart, head{cp.Size, cp.Root, nil}, ok
-	}
-	best := 0
-	l := st.Cosignatures(log)
-	for _, c := range l {
-		n := 0
-		for _, o := range l {
-			if o.Size == c.Size && bytes.Equal(o.Root, c.Root) && bytes.Equal(o.State, c.State) {
-				n++
-			}
-		}
-		if n > best || n == best && c.Size > h.size {
-			best, h = n, head{c.Size, c.Root, c.State}
-		}
-	}
-	return 0, h, best > 0
 }

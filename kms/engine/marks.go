@@ -1,10 +1,10 @@
 package engine
 
 import (
-	"bytes"
 	"sync"
 	"time"
 
+	"github.com/conclave-kms/conclave/kms/audit"
 	"github.com/conclave-kms/conclave/kms/state"
 )
 
@@ -26,23 +26,13 @@ type Marks struct {
 	period int64     // ms
 	last   *mark     // to be cosigned here
 	newest *mark
-	past   []head
+	past   []audit.Head
 }
 
 // mark is a place in the cluster log that is to be cosigned.
 type mark struct {
 	st    *state.State
 	since time.Time
-}
-
-// head is the head of a log, and of the cluster log the state's hash.
-type head struct {
-	size        uint64
-	root, state []byte
-}
-
-func (h head) equal(o head) bool {
-	return h.size == o.size && bytes.Equal(h.root, o.root) && bytes.Equal(h.state, o.state)
 }
 
 // NewMarks returns Marks that know nothing yet.
@@ -97,7 +87,7 @@ func (m *Marks) latest() (mark, bool) {
 // hashed remembers a mark's head. Where hashing takes long, marks that are further
 // apart do: their period is a multiple by a power of two, so that nodes of different
 // speed meet at some.
-func (m *Marks) hashed(h head, took time.Duration) {
+func (m *Marks) hashed(h audit.Head, took time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.period = checkpointEvery.Milliseconds()
@@ -119,11 +109,11 @@ func (m *Marks) done(size uint64) {
 }
 
 // contradicts reports whether another head stands where this node has found one.
-func (m *Marks) contradicts(h head) bool {
+func (m *Marks) contradicts(h audit.Head) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, own := range m.past {
-		if own.size == h.size && !own.equal(h) {
+		if own.Size == h.Size && !own.Equal(h) {
 			return true
 		}
 	}

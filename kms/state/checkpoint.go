@@ -150,11 +150,7 @@ func (c SubmitCheckpoint) validate(e Envelope) error {
 }
 
 func (c SubmitCheckpoint) verify(t *tx) error {
-	w, err := t.noteWitness(t.env.Origin)
-	if err != nil {
-		return err
-	}
-	return w.Verify(LogHead(t.before.Lineage(), note.AccessLog(t.env.Origin), c.Restart, c.Size, c.Root, nil), c.Signature)
+	return t.verifyHead(LogHead(t.before.Lineage(), note.AccessLog(t.env.Origin), c.Restart, c.Size, c.Root, nil), c.Signature)
 }
 
 // apply takes the checkpoint if the log continues the one of the checkpoint before. If it
@@ -247,11 +243,7 @@ func (c Cosign) validate(e Envelope) error {
 }
 
 func (c Cosign) verify(t *tx) error {
-	w, err := t.noteWitness(t.env.Origin)
-	if err != nil {
-		return err
-	}
-	return w.Verify(LogHead(t.before.Lineage(), c.Log, c.Restart, c.Size, c.Root, c.State), c.Signature)
+	return t.verifyHead(LogHead(t.before.Lineage(), c.Log, c.Restart, c.Size, c.Root, c.State), c.Signature)
 }
 
 // apply records the cosignature in the place of the site's last one. Of an access log it

@@ -83,7 +83,7 @@ func (s *State) openTick(raw []byte) (Envelope, operation, error) {
 	if !s.lineageOf(e.Cluster) {
 		return e, nil, kms.Errorf(kms.Invalid, "the command is for another cluster")
 	}
-	err := s.verifySignature(e, o.envelope, o.signature)
+	err := s.verifySignature(e, o.envelope, o.signature, nil)
 	roots := s.FormerRoots(e.Origin)
 	if old, removed := s.Removal(e.Origin); removed {
 		roots = append(roots, FormerRoot{SigningSuite: old.Node.SigningSuite, Signing: old.Node.Signing})

@@ -218,6 +218,7 @@ type tx struct {
 	raw    []byte
 	events []Event
 
+	ahead   *Ahead // what of the command is verified already, nil for nothing
 	replay  bool   // of a stored statement, see replay
 	claimed []byte // replay of an erased command: its hash
 
@@ -258,8 +259,11 @@ type outcome struct {
 // Kind, and only the log leaf, the index and, where the signature is good, the
 // nonce and the outcome of an idempotency key are recorded. With Result.Halt the
 // state is returned unchanged.
-func (s *State) Apply(index uint64, raw []byte) (*State, Result) {
-	o := s.try(index, raw)
+func (s *State) Apply(index uint64, raw []byte) (*State, Result) { return s.apply(index, raw, nil) }
+
+// apply is Apply of a command of which signatures may have been verified ahead.
+func (s *State) apply(index uint64, raw []byte, ahead *Ahead) (*State, Result) {
+	o := s.try(index, raw, ahead)
 	if o.halt {
 		return s, Result{Index: index, Kind: kms.Internal, Message: message(o.err), Halt: true}
 	}
@@ -306,7 +310,7 @@ func (t *tx) done() *State {
 // anything: nil also for a repetition of a remembered one. Errors: as
 // Result.Err, and ErrUnknownCommand.
 func (s *State) Check(raw []byte) error {
-	o := s.try(s.index+1, raw)
+	o := s.try(s.index+1, raw, nil)
 	if o.t != nil {
 		o.t.Abort()
 	}
@@ -319,7 +323,7 @@ func (s *State) Check(raw []byte) error {
 // try carries a command out as far as it goes. The order matters: nothing of an
 // envelope is believed before its signature; the clock and the nonce come before
 // the type, so that a program which knows the type decides likewise.
-func (s *State) try(index uint64, raw []byte) (o outcome) {
+func (s *State) try(index uint64, raw []byte, ahead *Ahead) (o outcome) {
 	fail := func(err error) outcome { o.err = err; return o }
 	envelope, signature, err := Split(raw)
 	if err != nil {
@@ -329,7 +333,7 @@ func (s *State) try(index uint64, raw []byte) (o outcome) {
 	if err != nil {
 		return fail(err)
 	}
-	if err := s.verifyEnvelope(e, envelope, signature); err != nil {
+	if err := s.verifyEnvelope(e, envelope, signature, ahead); err != nil {
 		return fail(err)
 	}
 	o.env, o.verified = e, true
@@ -352,6 +356,7 @@ func (s *State) try(index uint64, raw []byte) (o outcome) {
 		return fail(err)
 	}
 	t := s.begin(index, e, slices.Clone(raw)) // records keep it
+	t.ahead = ahead
 	if err := run(t, op); err != nil {
 		t.Abort()
 		return fail(err)
@@ -370,11 +375,11 @@ func run(t *tx, op operation) error {
 
 // verifyEnvelope checks that the command is for this cluster and signed by a
 // member.
-func (s *State) verifyEnvelope(e Envelope, envelope, signature []byte) error {
+func (s *State) verifyEnvelope(e Envelope, envelope, signature []byte, ahead *Ahead) error {
 	if err := s.inLineage(e); err != nil {
 		return err
 	}
-	return s.verifySignature(e, envelope, signature)
+	return s.verifySignature(e, envelope, signature, ahead)
 }
 
 func (s *State) inLineage(e Envelope) error {
@@ -385,10 +390,13 @@ func (s *State) inLineage(e Envelope) error {
 }
 
 // verifySignature checks that the command is signed by a member.
-func (s *State) verifySignature(e Envelope, envelope, signature []byte) error {
+func (s *State) verifySignature(e Envelope, envelope, signature []byte, ahead *Ahead) error {
 	suite, signing, err := s.signer(e)
 	if err != nil {
 		return err
+	}
+	if ahead.by(suite, signing) {
+		return nil
 	}
 	return wrongSignature(e, verifyBy(suite, signing, envelope, CommandContext, signature))
 }

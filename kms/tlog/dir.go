@@ -33,12 +33,9 @@ func (d dir) read(name string, index, n uint64) (b []byte, got int, err error) {
 		return nil, 0, kms.Errorf(kms.Invalid, "%s in %s has no number %d", name, d.path, index)
 	}
 	for {
-		b, err = os.ReadFile(filepath.Join(d.path, filepath.FromSlash(numbered(name, index, w))))
-		if err == nil {
-			return b, w, nil
-		}
-		if !errors.Is(err, fs.ErrNotExist) || w == TileWidth {
-			return nil, 0, kms.Wrap(kms.Unavailable, err, "the exported log in "+d.path+" cannot be read", "")
+		b, err = readFile(filepath.Join(d.path, filepath.FromSlash(numbered(name, index, w))), TileWidth*(2+MaxLeaf))
+		if err == nil || !errors.Is(err, kms.NotFound) || w == TileWidth {
+			return b, w, err
 		}
 		w = TileWidth
 	}
