@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 
@@ -38,10 +39,12 @@ func newSuite(t *testing.T) *suite {
 	if err != nil {
 		t.Fatalf("the older export, untouched: %v", err)
 	}
+	began := time.Now()
 	r, err := verify(t, s.coalition, s.newer, old.Seen)
 	if err != nil {
 		t.Fatalf("the newer export, untouched, against the older one: %v", err)
 	}
+	t.Logf("untouched: verified, %d commands with %d refused, %d checkpoints, %d states, %v", r.Commands, r.Refused, r.Checkpoints, r.States, time.Since(began).Round(time.Millisecond))
 	if again, err := verify(t, s.coalition, s.newer, r.Seen); err != nil || again.Tail != 0 || len(r.Logs) != 4 || r.Evidence != 1 || r.States < 2 {
 		t.Fatalf("the newer export, untouched, again: %v: %+v", err, again)
 	}
