@@ -11,7 +11,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/audit"
 	"github.com/conclave-kms/conclave/kms/note"
 	"github.com/conclave-kms/conclave/kms/state"
@@ -152,13 +151,12 @@ func exportOffline(ctx context.Context, cfg Config, dir string, print io.Writer)
 		return err
 	}
 	defer func() { err = errors.Join(err, access.Close()) }()
-	path := filepath.Join(cfg.DataDir, "cluster-log")
-	cluster, err := audit.OpenClusterLog(path)
+	cluster, err := audit.OpenClusterLog(filepath.Join(cfg.DataDir, "cluster-log"))
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, cluster.Close()) }()
-	st, err := stateOf(ctx, cfg, path)
+	st, err := stateOf(ctx, cfg, cluster)
 	if err != nil {
 		return err
 	}
@@ -177,7 +175,7 @@ func exportOffline(ctx context.Context, cfg Config, dir string, print io.Writer)
 }
 
 // stateOf carries out the commands of a cluster log from the genesis on.
-func stateOf(ctx context.Context, cfg Config, path string) (*state.State, error) {
+func stateOf(ctx context.Context, cfg Config, log *audit.ClusterLog) (*state.State, error) {
 	signed, err := readSignedGenesis(cfg.Genesis)
 	if err != nil {
 		return nil, err
@@ -186,17 +184,18 @@ func stateOf(ctx context.Context, cfg Config, path string) (*state.State, error)
 	if err != nil {
 		return nil, err
 	}
-	err = audit.ReadCluster(path, func(r audit.Record) error {
+	const at = 256 // commands read at once
+	for first, size := uint64(0), log.Size(); first < size; first += at {
 		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		err := log.Records(first, int(min(at, size-first)), func(r audit.Record) (err error) {
+			st, err = audit.Replay(st, r)
 			return err
+		})
+		if err != nil {
+			return nil, err
 		}
-		next, err := audit.Replay(st, r)
-		if err == nil {
-			st = next
-		}
-		return err
-	}, func(g audit.Gap) error {
-		return kms.Errorf(kms.Unavailable, "this node does not hold the cluster log from its beginning (it took over a snapshot at log index %d): export at a node that does", g.To)
-	})
-	return st, err
+	}
+	return st, nil
 }
