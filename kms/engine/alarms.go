@@ -60,6 +60,9 @@ func (e *Engine) alarms(st *state.State, shown func(keyring string) bool) (l []w
 		}
 	}
 	l = append(l, e.suspicions()...)
+	for _, x := range e.logAlarms(st) {
+		l = append(l, wire.Alarm{ID: alarmID(wire.AlarmAudit, "log/"+x.log, time.Time{}), Kind: wire.AlarmAudit, Subject: "log/" + x.log, Text: x.text})
+	}
 	slices.SortStableFunc(l, func(a, b wire.Alarm) int {
 		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Subject, b.Subject), a.Since.Compare(b.Since))
 	})

@@ -251,6 +251,9 @@ func TestTruncatedLogIsCaught(t *testing.T) {
 	if v := w.view(); len(v.Alarms) == 0 || !strings.Contains(v.Alarms[0], "contradict") || !w.logView("access/fr-1").Forked {
 		t.Errorf("%v", v.Alarms)
 	}
+	if l := w.alarms("de", wire.AlarmAudit); len(l) != 1 || l[0].Subject != "log/access/fr-1" || l[0].ID != "audit:log/access/fr-1" {
+		t.Errorf("%+v", l)
+	}
 }
 
 // A cosigner whose own memory knows better does not sign, whatever the state says.

@@ -86,19 +86,32 @@ func (e *Engine) alarm(log string, err error) error {
 	return err
 }
 
+// logAlarm is something that is wrong with a log's checkpoints.
+type logAlarm struct{ log, text string }
+
 // auditAlarms says in words what is wrong with the logs' checkpoints.
-func (e *Engine) auditAlarms(st *state.State) (alarms []string) {
+func (e *Engine) auditAlarms(st *state.State) (texts []string) {
+	for _, x := range e.logAlarms(st) {
+		texts = append(texts, x.text)
+	}
+	return texts
+}
+
+func (e *Engine) logAlarms(st *state.State) (alarms []logAlarm) {
 	if e.cfg.Checkpoints == nil {
 		return nil
 	}
+	add := func(log, format string, args ...any) {
+		alarms = append(alarms, logAlarm{log, fmt.Sprintf(format, args...)})
+	}
 	for _, n := range st.Nodes() {
 		if cp, ok := st.Checkpoint(n.ID); ok && cp.Fork != nil {
-			alarms = append(alarms, fmt.Sprintf("node %s has signed two access logs that contradict each other, of %d and of %d entries: see conclave audit checkpoints", n.ID, cp.Size, cp.Fork.Size))
+			add(cosigned.AccessLog(n.ID), "node %s has signed two access logs that contradict each other, of %d and of %d entries: see conclave audit checkpoints", n.ID, cp.Size, cp.Fork.Size)
 		}
 	}
 	for _, c := range st.Cosignatures(cosigned.ClusterLog) {
 		if e.cfg.Checkpoints.Marks.contradicts(audit.Head{Log: cosigned.ClusterLog, Size: c.Size, Root: c.Root, State: c.State}) {
-			alarms = append(alarms, fmt.Sprintf("site %s has cosigned another cluster log of %d leaves than this node has", c.Site, c.Size))
+			add(cosigned.ClusterLog, "site %s has cosigned another cluster log of %d leaves than this node has", c.Site, c.Size)
 		}
 	}
 	now := e.now()
@@ -107,10 +120,10 @@ func (e *Engine) auditAlarms(st *state.State) (alarms []string) {
 		why := e.lags.refused[log]
 		e.lags.mu.Unlock()
 		if why != "" {
-			alarms = append(alarms, why)
+			add(log, "%s", why)
 		}
 		if age := e.lags.of(log, now); age > lagLimit {
-			alarms = append(alarms, fmt.Sprintf("what the log %s has grown by in the last %s is not cosigned by a majority of the sites", log, age.Round(time.Second)))
+			add(log, "what the log %s has grown by in the last %s is not cosigned by a majority of the sites", log, age.Round(time.Second))
 		}
 	}
 	return alarms

@@ -23,7 +23,7 @@ const (
 
 // Kinds are those of all notices.
 func Kinds() []string {
-	return []string{KindProposal, KindAnomaly, wire.AlarmOverdue, wire.AlarmRotateKEK, wire.AlarmNode, wire.AlarmCertificate, wire.AlarmSuspicion}
+	return []string{KindProposal, KindAnomaly, wire.AlarmOverdue, wire.AlarmRotateKEK, wire.AlarmNode, wire.AlarmCertificate, wire.AlarmSuspicion, wire.AlarmAudit}
 }
 
 // Notice is one thing that somebody should know. Nodes that see the same thing give it

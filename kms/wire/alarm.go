@@ -15,7 +15,7 @@ type Alarms struct {
 type Alarm struct {
 	ID      string    `json:"id"`              // the same for as long as it is on, and where several nodes see it, at all of them
 	Kind    string    `json:"kind"`            // AlarmOverdue and so on
-	Subject string    `json:"subject"`         // what it is about: key/KEYRING/KEY, keyring/NAME, node/ID, site/ID
+	Subject string    `json:"subject"`         // what it is about: key/KEYRING/KEY, keyring/NAME, node/ID, site/ID, log/LOG
 	Since   time.Time `json:"since,omitzero"`  // since when, or of a certificate until when
 	Nodes   []string  `json:"nodes,omitempty"` // that it is about
 	Text    string    `json:"text"`            // what it is and what helps
@@ -28,4 +28,5 @@ const (
 	AlarmNode        = "node"        // a node is silent, behind, or cut off
 	AlarmCertificate = "certificate" // a certificate has expired or soon will
 	AlarmSuspicion   = "suspicion"   // a leader withholds commands, or a node signs times that are behind
+	AlarmAudit       = "audit"       // a log is not cosigned, or not what it was
 )
