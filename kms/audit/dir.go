@@ -98,7 +98,7 @@ func VerifyDir(ctx context.Context, dir string, o DirOptions) (DirReport, error)
 	if v.o.Progress == nil {
 		v.o.Progress = func(Progress) {}
 	}
-	for _, step := range []func(context.Context) error{v.genesis, v.clusterTree, v.replay, v.clusterHead, v.evidence, v.accessLogs, v.remembered} {
+	for _, step := range []func(context.Context) error{v.genesis, v.clusterTree, v.accessTrees, v.replay, v.clusterHead, v.evidence, v.accessLogs, v.remembered} {
 		if err := step(ctx); err != nil {
 			return v.r, err
 		}
@@ -111,15 +111,16 @@ func VerifyDir(ctx context.Context, dir string, o DirOptions) (DirReport, error)
 
 // dirVerifier is a verification under way.
 type dirVerifier struct {
-	dir   string
-	o     DirOptions
-	r     DirReport
-	st    *state.State // after what was carried out
-	head  tlog.Head    // of the cluster log
-	marks marks
-	known []note.Witness // who may have signed heads
-	sites map[string]string
-	roots map[string]exportedLog // by log
+	dir    string
+	o      DirOptions
+	r      DirReport
+	st     *state.State // after what was carried out
+	head   tlog.Head    // of the cluster log
+	marks  marks
+	access []accessTree
+	known  []note.Witness // who may have signed heads
+	sites  map[string]string
+	roots  map[string]exportedLog // by log
 }
 
 // exportedLog is a log of the directory that was verified.

@@ -130,36 +130,66 @@ func (v *dirVerifier) witnessed() {
 	}
 }
 
-// accessLogs verifies the access logs that are there.
-func (v *dirVerifier) accessLogs(ctx context.Context) error {
+// accessTree is an access log that was read.
+type accessTree struct {
+	node string
+	head tlog.Head
+}
+
+func (v *dirVerifier) accessPath(node string) string { return filepath.Join(v.dir, accessDir, node) }
+
+func ofAccessLog(node string, err error) error {
+	return refuse(kms.KindOf(err), err, "the access log of node %s: %v", node, err)
+}
+
+// accessTrees reads the access logs that are there: leaves, tiles and roots.
+func (v *dirVerifier) accessTrees(ctx context.Context) error {
 	entries, err := os.ReadDir(filepath.Join(v.dir, accessDir))
 	if err != nil && !os.IsNotExist(err) {
 		return kms.Wrap(kms.Unavailable, err, "the exported access logs cannot be read", "")
 	}
-	here := map[string]bool{}
 	for _, e := range entries {
-		if kms.CheckName("node", e.Name()) != nil || !e.IsDir() {
+		node := e.Name()
+		if kms.CheckName("node", node) != nil || !e.IsDir() {
 			continue
 		}
-		here[e.Name()] = true
-		if err := v.accessLog(ctx, e.Name()); err != nil {
-			return refuse(kms.KindOf(err), err, "the access log of node %s: %v", e.Name(), err)
+		head, err := tlog.ReadHead(v.accessPath(node))
+		if err == nil {
+			err = tlog.Check(ctx, v.accessPath(node), head, func(i uint64, b []byte) error {
+				v.progress("reading the access log of "+node, i, head.Size)
+				e, err := ParseEntry(b)
+				if err == nil && e.Node != node {
+					err = kms.Errorf(kms.Invalid, "entry %d is of node %q", i, e.Node)
+				}
+				return err
+			})
+		}
+		if err != nil {
+			return ofAccessLog(node, err)
+		}
+		v.access = append(v.access, accessTree{node, head})
+	}
+	return nil
+}
+
+// accessLogs holds the access logs against their checkpoints and what the cluster knows.
+func (v *dirVerifier) accessLogs(context.Context) error {
+	for _, a := range v.access {
+		if err := v.accessLog(a.node, a.head); err != nil {
+			return ofAccessLog(a.node, err)
 		}
 	}
 	for _, n := range v.st.Nodes() {
-		if cp, ok := v.st.Checkpoint(n.ID); ok && !here[n.ID] {
+		here := slices.ContainsFunc(v.access, func(a accessTree) bool { return a.node == n.ID })
+		if cp, ok := v.st.Checkpoint(n.ID); ok && !here {
 			v.r.note("The access log of node %s, of which the cluster knows %d entries, is not in this directory.", n.ID, cp.Size)
 		}
 	}
 	return nil
 }
 
-func (v *dirVerifier) accessLog(ctx context.Context, node string) error {
-	path, log := filepath.Join(v.dir, accessDir, node), cosigned.AccessLog(node)
-	head, err := tlog.ReadHead(path)
-	if err != nil {
-		return err
-	}
+func (v *dirVerifier) accessLog(node string, head tlog.Head) error {
+	log := cosigned.AccessLog(node)
 	c, err := textOf(head.Note)
 	if err != nil {
 		return err
@@ -168,25 +198,14 @@ func (v *dirVerifier) accessLog(ctx context.Context, node string) error {
 	if err != nil {
 		return err
 	}
-	if want := state.LogHead(v.st.Lineage(), log, restart, head.Size, head.Root, nil); !bytes.Equal(c.Marshal(), want.Marshal()) {
+	// A node that has logged nothing since a recovery has a checkpoint of before it.
+	if !slices.ContainsFunc(lineages(v.st), func(lineage string) bool {
+		return bytes.Equal(c.Marshal(), state.LogHead(lineage, log, restart, head.Size, head.Root, nil).Marshal())
+	}) {
 		return kms.Errorf(kms.Invalid, "the checkpoint is of another log")
 	}
-	err = tlog.Check(ctx, path, head, func(i uint64, b []byte) error {
-		v.progress("reading the access log of "+node, i, head.Size)
-		e, err := ParseEntry(b)
-		if err != nil {
-			return err
-		}
-		if e.Node != node {
-			return kms.Errorf(kms.Invalid, "entry %d is of node %q", i, e.Node)
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
 	l := LogReport{Log: log, Restart: restart, Size: head.Size, Root: head.Root}
-	s := tlog.Open(path, head.Size)
+	s := tlog.Open(v.accessPath(node), head.Size)
 	if err := v.accessHead(node, head, s, &l); err != nil {
 		return err
 	}

@@ -97,18 +97,67 @@ func SitesOf(st *state.State, h Head) []string {
 // log's node among them.
 func Majority(st *state.State) int { return len(st.Sites())/2 + 1 }
 
+// signedHead is a node's signature of a head, as it stands in the state.
+type signedHead struct {
+	node      string
+	index     uint64
+	statement []byte
+}
+
+// signaturesOf returns the signatures of a head, that of an access log's node first.
+func signaturesOf(st *state.State, h Head) (all []signedHead) {
+	if node, access := OwnerOf(h.Log); access {
+		if cp, ok := st.Checkpoint(node); ok && cp.Restart == h.Restart && cp.Size == h.Size && bytes.Equal(cp.Root, h.Root) {
+			all = append(all, signedHead{node, cp.Index, cp.Statement})
+		}
+	}
+	for _, c := range st.Cosignatures(h.Log) {
+		if headOf(c).Equal(h) {
+			all = append(all, signedHead{c.Node, c.Index, c.Statement})
+		}
+	}
+	return all
+}
+
+// lineages returns the histories that a state has gone through, the present one last.
+func lineages(st *state.State) []string {
+	l := []string{st.Cluster()}
+	for _, r := range st.Recoveries() {
+		l = append(l, r.Lineage(st.Cluster()))
+	}
+	return l
+}
+
+// lineageAt returns the history that an index of the log is of.
+func lineageAt(st *state.State, index uint64) string {
+	n := 0
+	for _, r := range st.Recoveries() {
+		if r.Index < index {
+			n++
+		}
+	}
+	return lineages(st)[n]
+}
+
 // SignedNote returns a log's head as a signed note with the signatures of it that stand in
-// the state; nil if there are none. Errors: kms.Internal.
+// the state; nil if there are none. A head is signed in a history of the cluster: what was
+// signed again after a recovery is another note. Errors: kms.Internal.
 func SignedNote(st *state.State, h Head) ([]byte, error) {
 	var pairs []note.Signed
-	add := func(node string, index uint64, statement []byte) error {
-		cmd, err := commandOf(statement)
-		if err != nil {
-			return err
+	lineage := ""
+	for _, s := range signaturesOf(st, h) {
+		if at := lineageAt(st, s.index); lineage == "" {
+			lineage = at
+		} else if at != lineage {
+			continue
 		}
-		w, ok := st.NoteWitness(node, index)
+		w, ok := st.NoteWitness(s.node, s.index)
 		if !ok {
-			return kms.Errorf(kms.Internal, "the key of node %s for checkpoints is not known", node)
+			return nil, kms.Errorf(kms.Internal, "the key of node %s for checkpoints is not known", s.node)
+		}
+		cmd, err := commandOf(s.statement)
+		if err != nil {
+			return nil, err
 		}
 		switch c := cmd.(type) {
 		case state.SubmitCheckpoint:
@@ -116,26 +165,11 @@ func SignedNote(st *state.State, h Head) ([]byte, error) {
 		case state.Cosign:
 			pairs = append(pairs, note.Signed{Witness: w, Signature: c.Signature})
 		}
-		return nil
-	}
-	if node, access := OwnerOf(h.Log); access {
-		if cp, ok := st.Checkpoint(node); ok && cp.Restart == h.Restart && cp.Size == h.Size && bytes.Equal(cp.Root, h.Root) {
-			if err := add(node, cp.Index, cp.Statement); err != nil {
-				return nil, err
-			}
-		}
-	}
-	for _, c := range st.Cosignatures(h.Log) {
-		if headOf(c).Equal(h) {
-			if err := add(c.Node, c.Index, c.Statement); err != nil {
-				return nil, err
-			}
-		}
 	}
 	if len(pairs) == 0 {
 		return nil, nil
 	}
-	return note.Join(state.LogHead(st.Lineage(), h.Log, h.Restart, h.Size, h.Root, h.State), pairs...)
+	return note.Join(state.LogHead(lineage, h.Log, h.Restart, h.Size, h.Root, h.State), pairs...)
 }
 
 func commandOf(raw []byte) (state.Command, error) {
