@@ -123,6 +123,7 @@ const (
 	ActionSuspend    Action = "suspend"
 	ActionResume     Action = "resume"
 	ActionDeactivate Action = "deactivate" // one version stops decrypting
+	ActionSchedule   Action = "schedule"   // a key gets another rotation period
 	ActionCompromise Action = "compromise" // one version is marked compromised
 	ActionDestroy    Action = "destroy"    // one version, or the whole key
 	ActionImport     Action = "import"     // make a key of material from outside
@@ -139,13 +140,13 @@ const (
 // by the policy called Governance. A policy must have a rule for every action
 // it decides.
 var (
-	KeyActions        = []Action{ActionCreate, ActionRotate, ActionActivate, ActionSuspend, ActionResume, ActionDeactivate, ActionCompromise, ActionDestroy, ActionImport}
+	KeyActions        = []Action{ActionCreate, ActionRotate, ActionActivate, ActionSuspend, ActionResume, ActionDeactivate, ActionCompromise, ActionDestroy, ActionImport, ActionSchedule}
 	GovernanceActions = []Action{ActionKeyring, ActionPolicy, ActionCustodian, ActionNode, ActionSite, ActionRecoveryKey, ActionRecover}
 )
 
 // LaterActions came after the first release, so a policy may lack a rule for one:
 // then nobody can do it until the policy has one.
-var LaterActions = []Action{ActionActivate, ActionImport, ActionSite, ActionRecoveryKey, ActionRecover}
+var LaterActions = []Action{ActionActivate, ActionImport, ActionSchedule, ActionSite, ActionRecoveryKey, ActionRecover}
 
 // Governance is the name of the policy that decides GovernanceActions.
 const Governance = "governance"

@@ -124,7 +124,7 @@ func TestActions(t *testing.T) {
 	if len(slices.Compact(slices.Clone(all))) != len(all) {
 		t.Error("an action is decided by two policies")
 	}
-	for _, a := range []Action{ActionKeyring, ActionCreate, ActionRotate, ActionActivate, ActionSuspend, ActionResume, ActionDeactivate, ActionCompromise, ActionDestroy, ActionImport, ActionPolicy, ActionCustodian, ActionNode, ActionSite, ActionRecoveryKey, ActionRecover} {
+	for _, a := range []Action{ActionKeyring, ActionCreate, ActionRotate, ActionActivate, ActionSuspend, ActionResume, ActionDeactivate, ActionCompromise, ActionDestroy, ActionImport, ActionSchedule, ActionPolicy, ActionCustodian, ActionNode, ActionSite, ActionRecoveryKey, ActionRecover} {
 		if !slices.Contains(all, a) {
 			t.Errorf("nobody decides about %s", a)
 		}

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
 	"github.com/conclave-kms/conclave/kms/client"
 	"github.com/conclave-kms/conclave/kms/wire"
 )
@@ -142,11 +143,39 @@ func (a *app) keyCommand() *cobra.Command {
 	cmd.AddCommand(a.keyCreateCommand(), a.keyImportCommand(), a.keyListCommand(), a.keyShowCommand(),
 		a.proposeOnKey("rotate", "Propose a new version", false),
 		a.proposeOnKey("activate", "Propose that a new version becomes primary without all its receipts", true),
+		a.keyScheduleCommand(),
 		a.proposeOnKey("suspend", "Propose that the key refuses every operation until it is resumed", false),
 		a.proposeOnKey("resume", "Propose that a suspended key serves again", false),
 		a.proposeOnKey("deactivate", "Propose that an old version stops decrypting", true),
 		a.proposeOnKey("compromise", "Propose that a version is marked compromised", true),
 		a.proposeOnKey("destroy", "Propose the destruction of a version, or of the whole key with --all", true))
+	return cmd
+}
+
+func (a *app) keyScheduleCommand() *cobra.Command {
+	var by proposing
+	var period time.Duration
+	cmd := &cobra.Command{
+		Use:   "schedule KEYRING/KEY --rotation-period TIME --reason TEXT",
+		Short: "Propose another rotation period for a key",
+		Long: `Propose another rotation period for a key, counted from its last rotation; 0 for rotation
+on request only. The keyring's policy needs a rule for schedule.`,
+		Example: "  conclave key schedule coalition/db --rotation-period 2160h --reason 'as decided in the minutes of 3 March'",
+		Args:    arguments("KEYRING/KEY"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			keyring, key := keyPath(args[0])
+			if err := by.check(); err != nil {
+				return err
+			}
+			if !cmd.Flags().Changed("rotation-period") {
+				return usagef("--rotation-period is missing, 0 for on request only")
+			}
+			ms := period.Milliseconds()
+			return a.propose(cmd, kms.ActionSchedule, approval.KeyTarget(keyring, key), wire.ProposalParameters{RotationPeriodMS: &ms}, by)
+		},
+	}
+	by.flags(cmd)
+	cmd.Flags().DurationVar(&period, "rotation-period", 0, "rotate this often, 0 for on request only")
 	return cmd
 }
 

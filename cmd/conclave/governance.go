@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -59,7 +60,8 @@ func (a *app) policySetCommand() *cobra.Command {
 		Long: `Propose the rules of a policy. FILE is JSON as conclave policy show NAME -o json prints
 it: take that, change the rules, and propose it. The stricter of the old and the new
 rules decides about the change. Rules for what later releases brought (activate, import,
-site, recover, recovery-key) are added so; while a policy has no rule for an action nobody may do it.
+schedule, site, recover, recovery-key) are added so; while a policy has no rule for an action
+nobody may do it.
 
 A rule's "need" is a group that must be met besides its approvals and sites: its members
 that are met must weigh at least its need. Members are custodians, sites with the number
@@ -67,6 +69,10 @@ of approvals that they take, and groups, each with a weight (1 where none is giv
 
   "need": {"need": 2, "custodians": [{"name": "fr-1"}], "sites": [{"name": "de", "approvals": 2}],
            "groups": [{"need": 1, "custodians": [{"name": "jp-1"}, {"name": "jp-2"}]}]}
+
+"forbid" names suites (such as "Ed25519") of which nothing new is made under the policy:
+keys, versions, sealed copies; under governance: custodians' keys, hardware roots, recovery
+keys. What exists stays in use, and conclave drift lists it.
 
 Try it first: conclave policy test NAME --rules FILE`,
 		Example: "  conclave policy show governance -o json > governance.json\n  conclave policy set governance --rules governance.json --reason 'a rule to recover'",
@@ -85,7 +91,7 @@ Try it first: conclave policy test NAME --rules FILE`,
 			if p.Name != "" && p.Name != args[0] {
 				return usagef("%s is about policy %s, not %s", file, p.Name, args[0])
 			}
-			return a.propose(cmd, kms.ActionPolicy, approval.PolicyTarget(args[0]), wire.ProposalParameters{Rules: p.Rules, Attested: &p.Attested}, by)
+			return a.propose(cmd, kms.ActionPolicy, approval.PolicyTarget(args[0]), wire.ProposalParameters{Rules: p.Rules, Attested: &p.Attested, Forbid: slices.Concat([]string{}, p.Forbid)}, by)
 		},
 	}
 	cmd.Flags().StringVar(&file, "rules", "", "JSON `FILE` with the rules")

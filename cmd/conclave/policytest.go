@@ -175,6 +175,9 @@ func (c *coalition) replace(name, file string) error {
 	if w.Name != "" && w.Name != name {
 		return usagef("%s is about policy %s, not %s", file, w.Name, name)
 	}
+	if _, err := engine.SuitesFromWire(w.Forbid); err != nil {
+		return err
+	}
 	w.Name = name
 	p := policyOf(w)
 	if err := p.Validate(); err != nil {

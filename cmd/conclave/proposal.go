@@ -25,7 +25,7 @@ import (
 func (a *app) proposeOnKey(action, short string, version bool) *cobra.Command {
 	var by proposing
 	var n uint32
-	var all bool
+	var all, override bool
 	use := action + " KEYRING/KEY --reason TEXT"
 	switch {
 	case action == "destroy":
@@ -49,13 +49,16 @@ func (a *app) proposeOnKey(action, short string, version bool) *cobra.Command {
 				}
 				return usagef("--version is missing: the key version")
 			}
-			return a.propose(cmd, kms.Action(action), approval.KeyTarget(keyring, key), wire.ProposalParameters{Version: n}, by)
+			return a.propose(cmd, kms.Action(action), approval.KeyTarget(keyring, key), wire.ProposalParameters{Version: n, Override: override}, by)
 		},
 	}
 	by.flags(cmd)
 	f := cmd.Flags()
 	if version {
 		f.Uint32Var(&n, "version", 0, "key version `N`")
+	}
+	if action == "destroy" || action == "deactivate" {
+		f.BoolVar(&override, "override", false, "although the version may still be in use; whoever needs it is cut off")
 	}
 	if action == "destroy" {
 		f.BoolVar(&all, "all", false, "all versions")
@@ -204,6 +207,8 @@ func decoded(p approval.Proposal) (any, error) {
 		return p.VersionParams()
 	case kms.ActionImport:
 		return p.ImportParams()
+	case kms.ActionSchedule:
+		return p.ScheduleParams()
 	case kms.ActionPolicy:
 		return p.PolicyParams()
 	case kms.ActionCustodian:
@@ -252,10 +257,7 @@ func fields(object []byte) ([]string, error) {
 // warning says in words what a person must not overlook in a proposal.
 func warning(p approval.Proposal) string {
 	if pp, err := p.PolicyParams(); p.Action == kms.ActionPolicy && err == nil {
-		if pp.Attested {
-			return "every node of its keyrings needs ATTESTED hardware"
-		}
-		return "attested hardware is not asked for"
+		return policyWarning(pp)
 	}
 	if n, err := p.NodeParams(); p.Action == kms.ActionNode && err == nil {
 		return nodeWarning(n)
@@ -263,13 +265,50 @@ func warning(p approval.Proposal) string {
 	if p.Action == kms.ActionImport {
 		return "somebody outside the cluster HAS the key, and may keep it"
 	}
+	if s, err := p.ScheduleParams(); p.Action == kms.ActionSchedule && err == nil {
+		return scheduleWarning(s)
+	}
 	if p.Action == kms.ActionActivate {
 		return "nodes whose receipts are MISSING may be unable to use the key"
 	}
-	if v, err := p.VersionParams(); err == nil && v.Version == 0 && slices.Contains([]kms.Action{kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy}, p.Action) {
-		return "it is about THE WHOLE KEY, every version"
+	if slices.Contains([]kms.Action{kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy}, p.Action) {
+		return versionWarning(p)
 	}
 	return ""
+}
+
+func scheduleWarning(s approval.ScheduleParams) string {
+	if s.RotationPeriod == 0 {
+		return "the key will be rotated ON REQUEST ONLY"
+	}
+	return "the key will be rotated every " + (time.Duration(s.RotationPeriod) * time.Millisecond).String()
+}
+
+func policyWarning(p approval.PolicyParams) string {
+	what := "attested hardware is not asked for"
+	if p.Attested {
+		what = "every node of its keyrings needs ATTESTED hardware"
+	}
+	if len(p.Forbid) == 0 {
+		return what
+	}
+	names := make([]string, len(p.Forbid))
+	for i, id := range p.Forbid {
+		names[i] = pqc.SuiteID(id).String()
+	}
+	return what + "; NOTHING NEW of the suites " + strings.Join(names, ", ")
+}
+
+func versionWarning(p approval.Proposal) string {
+	v, err := p.VersionParams()
+	var l []string
+	if err == nil && v.Version == 0 {
+		l = append(l, "it is about THE WHOLE KEY, every version")
+	}
+	if err == nil && v.Override {
+		l = append(l, "it happens ALTHOUGH A VERSION MAY STILL BE IN USE: whoever needs it is cut off")
+	}
+	return strings.Join(l, "; ")
 }
 
 // nodeParameters are those of a change of a node, keys as fingerprints, as conclaved

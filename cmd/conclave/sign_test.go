@@ -139,6 +139,7 @@ func everyAction(t *testing.T) (*statetest.World, map[kms.Action]string) {
 	w.AllowImport()
 	ids[kms.ActionImport] = w.ImportKey("coalition", "brought", kms.Sign)
 	ids[kms.ActionActivate] = activate(w, target)
+	ids[kms.ActionSchedule] = w.Carry(kms.ActionSchedule, target, approval.ScheduleParams{RotationPeriod: time.Hour.Milliseconds()})
 	ids[kms.ActionSuspend] = w.Carry(kms.ActionSuspend, target, nil)
 	ids[kms.ActionResume] = w.Carry(kms.ActionResume, target, nil)
 	ids[kms.ActionDeactivate] = w.Carry(kms.ActionDeactivate, target, approval.VersionParams{Version: 1})
@@ -159,13 +160,16 @@ func everyAction(t *testing.T) (*statetest.World, map[kms.Action]string) {
 	return w, ids
 }
 
-// activate has a rule for it, with a group, and version 3 of a key activated with one
+// activate has a rule for it, with a group, one for schedule, and version 3 of a key activated with one
 // receipt.
 func activate(w *statetest.World, target string) string {
 	standard, _ := w.State().Policy("standard")
 	need := &approval.Group{Need: 2, Custodians: []approval.Weight{{Name: "de-1", Weight: 1}}, Sites: []approval.SiteWeight{{Name: "fr", Weight: 1, Approvals: 1}}}
 	rule := approval.Rule{Action: kms.ActionActivate, Approvals: 2, Sites: 2, Lifetime: standard.Rules[0].Lifetime, Need: need}
-	w.Carry(kms.ActionPolicy, "policy/standard", approval.PolicyParams{Rules: slices.Insert(slices.Clone(standard.Rules), 0, rule)})
+	schedule := approval.Rule{Action: kms.ActionSchedule, Approvals: 2, Sites: 2, Lifetime: rule.Lifetime}
+	rules := append(slices.Insert(slices.Clone(standard.Rules), 0, rule), schedule)
+	slices.SortFunc(rules, func(a, b approval.Rule) int { return strings.Compare(string(a.Action), string(b.Action)) })
+	w.Carry(kms.ActionPolicy, "policy/standard", approval.PolicyParams{Rules: rules})
 	id := w.Propose(kms.ActionRotate, target, nil)
 	w.ApproveAll(id)
 	w.Commit(id)

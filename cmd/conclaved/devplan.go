@@ -39,7 +39,7 @@ func (d *dev) plan() genesisPlan {
 		}},
 		{Name: "keys", Rules: []rulePlan{
 			{Actions: names([]kms.Action{kms.ActionCreate}), Direct: []string{"operator"}},
-			quorum(2, 2, kms.ActionRotate, kms.ActionActivate, kms.ActionImport, kms.ActionResume, kms.ActionDeactivate, kms.ActionCompromise),
+			quorum(2, 2, kms.ActionRotate, kms.ActionActivate, kms.ActionImport, kms.ActionResume, kms.ActionDeactivate, kms.ActionCompromise, kms.ActionSchedule),
 			quorum(1, 1, kms.ActionSuspend),
 			destroy,
 		}},

@@ -60,6 +60,7 @@ type custodianPlan struct {
 type policyPlan struct {
 	Name     string     `toml:"name"`
 	Attested bool       `toml:"attested,omitempty"` // keyrings under it: only on nodes whose hardware is attested
+	Forbid   []string   `toml:"forbid,omitempty"`   // names of suites of which nothing new is made or enrolled
 	Rules    []rulePlan `toml:"rule"`
 }
 
@@ -76,6 +77,7 @@ type rulePlan struct {
 
 	Need      *wire.Group `toml:"need,omitempty"`      // as in the API: need, custodians, sites, groups
 	NotBefore time.Time   `toml:"not_before,omitzero"` // nothing is carried out earlier
+	Unused    Duration    `toml:"unused,omitzero"`     // deactivate, destroy: for how long a version must not have been used before
 }
 
 // build reads everything that the plan names.
@@ -126,7 +128,11 @@ func (p genesisPlan) build(dir string, now time.Time) (state.Genesis, error) {
 		g.Custodians = append(g.Custodians, custodian)
 	}
 	for _, pol := range p.Policies {
-		g.Policies = append(g.Policies, pol.build())
+		policy, err := pol.build()
+		if err != nil {
+			return g, fmt.Errorf("policy %s: %w", pol.Name, err)
+		}
+		g.Policies = append(g.Policies, policy)
 	}
 	slices.SortFunc(g.Sites, func(a, b state.Site) int { return strings.Compare(a.ID, b.ID) })
 	slices.SortFunc(g.Nodes, func(a, b state.Node) int { return strings.Compare(a.ID, b.ID) })
@@ -176,20 +182,21 @@ func (c custodianPlan) build(at func(string) string) (approval.Custodian, error)
 	return out, nil
 }
 
-func (p policyPlan) build() approval.Policy {
-	out := approval.Policy{Name: p.Name, Revision: 1, Attested: p.Attested}
+func (p policyPlan) build() (approval.Policy, error) {
+	forbid, err := engine.SuitesFromWire(p.Forbid)
+	out := approval.Policy{Name: p.Name, Revision: 1, Attested: p.Attested, Forbid: forbid}
 	for _, r := range p.Rules {
 		for _, action := range r.Actions {
 			rule := engine.RuleFromWire(wire.Rule{
 				Action: action, Direct: r.Direct, Approvals: r.Approvals, Sites: r.Sites, Required: r.Required,
 				ProposerMayApprove: r.ProposerMayApprove, DelayMS: r.Delay.Milliseconds(),
-				LifetimeMS: r.Lifetime.Milliseconds(), Veto: r.Veto, Need: r.Need, NotBefore: r.NotBefore,
+				LifetimeMS: r.Lifetime.Milliseconds(), Veto: r.Veto, Need: r.Need, UnusedMS: r.Unused.Milliseconds(), NotBefore: r.NotBefore,
 			})
 			out.Rules = append(out.Rules, rule)
 		}
 	}
 	slices.SortFunc(out.Rules, func(a, b approval.Rule) int { return strings.Compare(string(a.Action), string(b.Action)) })
-	return out
+	return out, err
 }
 
 func readCertificates(path string) ([][]byte, error) {

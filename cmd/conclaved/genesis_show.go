@@ -78,6 +78,9 @@ func showGenesis(w io.Writer, s state.SignedGenesis, g state.Genesis) {
 		if p.Attested {
 			fmt.Fprintf(w, "policy    %s  keyrings under it: only on nodes whose hardware is attested\n", p.Name)
 		}
+		for _, id := range p.Forbid {
+			fmt.Fprintf(w, "policy    %s  forbids %s for what is new\n", p.Name, pqc.SuiteID(id))
+		}
 		for _, r := range p.Rules {
 			b, _ := json.Marshal(r) // plain data
 			fmt.Fprintf(w, "policy    %s  %s\n", p.Name, b)

@@ -7,13 +7,16 @@ import (
 
 	"github.com/pelletier/go-toml/v2"
 
+	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/approval"
+	"github.com/conclave-kms/conclave/pqc"
 )
 
 // TestGroupInThePlan reads a rule with a group as people write it.
 func TestGroupInThePlan(t *testing.T) {
 	const text = `
 name = "keys"
+forbid = ["Ed25519", "MLKEM768-P256"]
   [[rule]]
   actions = ["rotate", "resume"]
   approvals = 2
@@ -30,9 +33,14 @@ name = "keys"
 	if err := toml.NewDecoder(strings.NewReader(text)).DisallowUnknownFields().Decode(&p); err != nil {
 		t.Fatal(err)
 	}
-	rules := p.build().Rules
-	if len(rules) != 2 {
-		t.Fatalf("%+v", rules)
+	policy, err := p.build()
+	rules := policy.Rules
+	if err != nil || len(rules) != 2 || !slices.Equal(policy.Forbid, []uint16{uint16(pqc.MLKEM768P256), uint16(pqc.Ed25519)}) {
+		t.Fatalf("%+v %v", policy, err)
+	}
+	p.Forbid = []string{"ROT13"}
+	if _, err := p.build(); kms.KindOf(err) != kms.Invalid {
+		t.Errorf("a suite that there is not: %v", err)
 	}
 	for _, r := range rules {
 		if err := r.Validate(); err != nil {

@@ -23,6 +23,9 @@ func (p Policy) Validate() error {
 			return kms.Errorf(kms.Invalid, "policy %s decides about no keyring, so it cannot ask for attested hardware; write it in the keyrings' policies", p.Name)
 		}
 	}
+	if err := p.validateForbid(); err != nil {
+		return err
+	}
 	for i, r := range p.Rules {
 		if !slices.Contains(decides, r.Action) {
 			return kms.Errorf(kms.Invalid, "policy %s has a rule for %q, which it does not decide", p.Name, r.Action)

@@ -108,7 +108,7 @@ func checkReason(s string) error {
 var targetKinds = map[kms.Action]string{
 	kms.ActionRotate: TargetKey, kms.ActionActivate: TargetKey, kms.ActionSuspend: TargetKey, kms.ActionResume: TargetKey,
 	kms.ActionDeactivate: TargetKey, kms.ActionCompromise: TargetKey, kms.ActionDestroy: TargetKey,
-	kms.ActionImport: TargetKey,
+	kms.ActionImport: TargetKey, kms.ActionSchedule: TargetKey,
 	kms.ActionPolicy: TargetPolicy, kms.ActionCustodian: TargetCustodian, kms.ActionNode: TargetNode,
 	kms.ActionSite: TargetSite, kms.ActionRecoveryKey: TargetRecovery, kms.ActionRecover: TargetCluster,
 }
@@ -133,6 +133,9 @@ func (p Proposal) validateAction(bad func(string, ...any) error) error {
 		if err != nil {
 			return bad("%v", err)
 		}
+		if v.Override && p.Action != kms.ActionDeactivate && p.Action != kms.ActionDestroy {
+			return bad("action %q has no override: it happens whether the version is in use or not", p.Action)
+		}
 		if v.Version == 0 && p.Action != kms.ActionDestroy {
 			return bad("action %q needs the version that it is about", p.Action)
 		}
@@ -140,12 +143,20 @@ func (p Proposal) validateAction(bad func(string, ...any) error) error {
 		if err := p.validateImport(); err != nil {
 			return bad("%v", err)
 		}
+	case kms.ActionSchedule:
+		s, err := p.ScheduleParams()
+		if err != nil {
+			return bad("%v", err)
+		}
+		if s.RotationPeriod < 0 || s.RotationPeriod > MaxRotationPeriod {
+			return bad("the rotation period is %d ms; it must be from 0 (on request only) to ten years", s.RotationPeriod)
+		}
 	case kms.ActionPolicy:
 		pp, err := p.PolicyParams()
 		if err != nil {
 			return bad("%v", err)
 		}
-		if err := (Policy{Name: name, Rules: pp.Rules, Attested: pp.Attested}).Validate(); err != nil {
+		if err := (Policy{Name: name, Rules: pp.Rules, Attested: pp.Attested, Forbid: pp.Forbid}).Validate(); err != nil {
 			return bad("%v", err)
 		}
 	case kms.ActionCustodian:
@@ -191,6 +202,9 @@ func (p Proposal) validateAction(bad func(string, ...any) error) error {
 
 // VersionParams decodes the parameters of activate, deactivate, compromise and destroy.
 func (p Proposal) VersionParams() (VersionParams, error) { return params[VersionParams](p) }
+
+// ScheduleParams decodes the parameters of the action schedule.
+func (p Proposal) ScheduleParams() (ScheduleParams, error) { return params[ScheduleParams](p) }
 
 // PolicyParams decodes the parameters of the action policy.
 func (p Proposal) PolicyParams() (PolicyParams, error) { return params[PolicyParams](p) }

@@ -45,6 +45,8 @@ func sampleProposal(a kms.Action) Proposal {
 	case kms.ActionImport:
 		p.Revision = 0
 		p.Parameters = canon.Marshal(ImportParams{Node: "fr-1", Purpose: kms.Encrypt, Algorithm: kms.AES256GCM, RotationPeriod: 7_776_000_000, Sealed: bytes.Repeat([]byte{0x5e}, 32)})
+	case kms.ActionSchedule:
+		p.Parameters = canon.Marshal(ScheduleParams{RotationPeriod: 90 * 24 * 3600 * 1000})
 	case kms.ActionPolicy:
 		p.Target, p.Policy = "policy/two-nations", kms.Governance
 		p.Parameters = canon.Marshal(PolicyParams{Rules: policyOf("two-nations", firstActions()).Rules})
@@ -68,7 +70,7 @@ func firstActions() []kms.Action {
 
 var proposable = []kms.Action{
 	kms.ActionRotate, kms.ActionActivate, kms.ActionSuspend, kms.ActionResume, kms.ActionDeactivate, kms.ActionCompromise,
-	kms.ActionDestroy, kms.ActionImport, kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite,
+	kms.ActionDestroy, kms.ActionImport, kms.ActionSchedule, kms.ActionPolicy, kms.ActionCustodian, kms.ActionNode, kms.ActionSite,
 }
 
 func TestProposalRoundTrip(t *testing.T) {
@@ -124,6 +126,11 @@ func TestProposalValidateRefuses(t *testing.T) {
 		"parameters missing":           {kms.ActionDestroy, func(p *Proposal) { p.Parameters = nil }},
 		"parameters with a tail":       {kms.ActionDestroy, func(p *Proposal) { p.Parameters = append(p.Parameters, 0) }},
 		"parameters of another action": {kms.ActionDestroy, func(p *Proposal) { p.Parameters = sampleProposal(kms.ActionPolicy).Parameters }},
+		"a compromise with override":   {kms.ActionCompromise, func(p *Proposal) { p.Parameters = canon.Marshal(VersionParams{Version: 1, Override: true}) }},
+		"an activation with override":  {kms.ActionActivate, func(p *Proposal) { p.Parameters = canon.Marshal(VersionParams{Version: 1, Override: true}) }},
+		"a negative period":            {kms.ActionSchedule, func(p *Proposal) { p.Parameters = canon.Marshal(ScheduleParams{RotationPeriod: -1}) }},
+		"a period of eleven years":     {kms.ActionSchedule, func(p *Proposal) { p.Parameters = canon.Marshal(ScheduleParams{RotationPeriod: 11 * 365 * day}) }},
+		"a period missing":             {kms.ActionSchedule, func(p *Proposal) { p.Parameters = nil }},
 		"version 0 of compromise":      {kms.ActionCompromise, func(p *Proposal) { p.Parameters = canon.Marshal(VersionParams{}) }},
 		"an empty policy":              {kms.ActionPolicy, func(p *Proposal) { p.Parameters = canon.Marshal(PolicyParams{}) }},
 		"keys' rules for governance":   {kms.ActionPolicy, func(p *Proposal) { p.Target = "policy/governance" }},

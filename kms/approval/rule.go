@@ -11,8 +11,13 @@ import (
 
 // Bounds of a rule's times, in milliseconds, and of its lists.
 const (
-	MinLifetime     = int64(time.Minute / time.Millisecond)
-	MaxLifetime     = int64(90 * 24 * time.Hour / time.Millisecond)
+	MinLifetime = int64(time.Minute / time.Millisecond)
+	MaxLifetime = int64(90 * 24 * time.Hour / time.Millisecond)
+	MinUnused   = int64(time.Hour / time.Millisecond)
+	MaxUnused   = int64(3650 * 24 * time.Hour / time.Millisecond)
+	// MaxRotationPeriod is the longest rotation period of a key, ten years.
+	MaxRotationPeriod = MaxUnused
+
 	MaxDelay        = int64(30 * 24 * time.Hour / time.Millisecond)
 	MinDestroyDelay = int64(7 * 24 * time.Hour / time.Millisecond)
 	MaxThreshold    = 1000 // of Approvals and Sites, and entries of Required and Veto
@@ -63,12 +68,28 @@ func (r Rule) Validate() error {
 			return bad("%v", err)
 		}
 	}
+	if err := r.validateUnused(bad); err != nil {
+		return err
+	}
 	return r.validateTimes(bad)
+}
+
+// validateUnused checks for how long a version must not have been used.
+func (r Rule) validateUnused(bad func(string, ...any) error) error {
+	switch {
+	case r.Unused == 0:
+		return nil
+	case r.Action != kms.ActionDeactivate && r.Action != kms.ActionDestroy:
+		return bad("unused is for %s and %s alone", kms.ActionDeactivate, kms.ActionDestroy)
+	case r.Unused < MinUnused || r.Unused > MaxUnused:
+		return bad("unused is %d ms; it must be from 1 hour to 10 years", r.Unused)
+	}
+	return nil
 }
 
 func (r Rule) validateDirect(bad func(string, ...any) error) error {
 	if r.Approvals != 0 || r.Sites != 0 || len(r.Required) != 0 || r.ProposerMayApprove ||
-		r.Delay != 0 || r.Lifetime != 0 || len(r.Veto) != 0 || r.Need != nil || r.NotBefore != 0 {
+		r.Delay != 0 || r.Lifetime != 0 || len(r.Veto) != 0 || r.Need != nil || r.NotBefore != 0 || r.Unused != 0 {
 		return bad("it is direct and has parts of a quorum; choose one")
 	}
 	if r.Action == kms.ActionDestroy {
@@ -161,6 +182,7 @@ func (r Rule) Stricter(other Rule) Rule {
 		Veto:               union(r.Veto, other.Veto),
 		Need:               both(r.Need, other.Need),
 		NotBefore:          max(r.NotBefore, other.NotBefore),
+		Unused:             max(r.Unused, other.Unused),
 	}
 	// Required sites count as sites, and every site takes an approval.
 	s.Sites = max(s.Sites, uint32(len(s.Required)))

@@ -72,6 +72,11 @@ func TestRuleValidate(t *testing.T) {
 		"destroy at once":                {func(r *Rule) { *r = quorumRule(kms.ActionDestroy); r.Delay = 0 }, "7 to 30 days"},
 		"destroy after less than 7 days": {func(r *Rule) { *r = quorumRule(kms.ActionDestroy); r.Delay-- }, "7 to 30 days"},
 		"destroy after 30 days and more": {func(r *Rule) { *r = quorumRule(kms.ActionDestroy); r.Delay, r.Lifetime = 30*day+1, 60*day }, "30 days"},
+		"unused of rotate":               {func(r *Rule) { r.Unused = day }, "for deactivate and destroy alone"},
+		"unused of deactivate":           {func(r *Rule) { *r = quorumRule(kms.ActionDeactivate); r.Unused = day }, ""},
+		"unused for a minute":            {func(r *Rule) { *r = quorumRule(kms.ActionDeactivate); r.Unused = 60_000 }, "from 1 hour"},
+		"unused for 11 years":            {func(r *Rule) { *r = quorumRule(kms.ActionDestroy); r.Unused = 11 * 365 * day }, "to 10 years"},
+		"unused, directly":               {func(r *Rule) { *r = Rule{Action: kms.ActionDeactivate, Direct: []string{"operator"}, Unused: day} }, "choose one"},
 		"destroy directly":               {func(r *Rule) { *r = Rule{Action: kms.ActionDestroy, Direct: []string{"operator"}} }, "cannot be direct"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -21,6 +21,10 @@ type Rule struct {
 	Veto               []string   `cbor:"veto" json:"veto,omitempty"`                       // custodians whose rejection ends it at once, sorted
 	Need               *Group     `cbor:"need,omitempty" json:"need,omitempty"`             // of a quorum: a group that must be met besides
 	NotBefore          int64      `cbor:"not-before,omitempty" json:"not_before,omitempty"` // of a quorum: nothing is carried out earlier, Unix milliseconds
+
+	// Unused, of the actions deactivate and destroy, is for how many milliseconds a version
+	// must not have been used before it happens; 0 asks for nothing.
+	Unused int64 `cbor:"unused,omitempty" json:"unused_ms,omitempty"`
 }
 
 // Policy is a named, numbered set of rules, at most one for an action.
@@ -29,6 +33,11 @@ type Policy struct {
 	Revision uint64 `cbor:"revision" json:"revision"`
 	Rules    []Rule `cbor:"rules" json:"rules"`                 // sorted by action
 	Attested bool   `cbor:"attested" json:"attested,omitempty"` // keyrings under this policy: every resident node's hardware must be attested
+
+	// Forbid lists suites (pqc.SuiteID), sorted, of which nothing new is made or enrolled: by
+	// a policy of keyrings their keys, versions and sealed copies, by kms.Governance the
+	// credentials of custodians, the roots of nodes and recovery keys. What exists stays.
+	Forbid []uint16 `cbor:"forbid,omitempty" json:"forbid,omitempty"`
 }
 
 // Credential is one public key of a custodian.
@@ -72,14 +81,21 @@ type Proposal struct {
 
 // VersionParams are the parameters of activate, deactivate, compromise and destroy.
 type VersionParams struct {
-	Version uint32 `cbor:"version" json:"version"` // 0: the whole key (destroy only)
+	Override bool   `cbor:"override,omitempty" json:"override,omitempty"` // of deactivate and destroy: although it may be in use, see Rule.Unused
+	Version  uint32 `cbor:"version" json:"version"`                       // 0: the whole key (destroy only)
 }
 
-// PolicyParams are the parameters of the action policy: the rules that replace
-// those of the target policy.
+// ScheduleParams are the parameters of the action schedule.
+type ScheduleParams struct {
+	RotationPeriod int64 `cbor:"rotation-period" json:"rotation_period_ms"` // milliseconds; 0: the key is rotated on request only
+}
+
+// PolicyParams are the parameters of the action policy: what replaces the content of the
+// target policy.
 type PolicyParams struct {
-	Rules    []Rule `cbor:"rules" json:"rules"`
-	Attested bool   `cbor:"attested" json:"attested,omitempty"`
+	Rules    []Rule   `cbor:"rules" json:"rules"`
+	Attested bool     `cbor:"attested" json:"attested,omitempty"`
+	Forbid   []uint16 `cbor:"forbid,omitempty" json:"forbid,omitempty"`
 }
 
 // CustodianParams are the parameters of the action custodian: the record that

@@ -10,6 +10,7 @@ import (
 
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/approval"
+	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/state/statetest"
 )
 
@@ -134,6 +135,41 @@ func TestEvidenceOfEveryAction(t *testing.T) {
 		if onKey := strings.HasPrefix(r.Content.Target, "key/"); onKey != (len(r.Notes) == 2) {
 			t.Errorf("%s: notes %q", name, r.Notes)
 		}
+	}
+}
+
+// TestEvidenceOfARetirement: evidence names what was asked of the use of a version, and
+// that the custodians went over it.
+func TestEvidenceOfARetirement(t *testing.T) {
+	w := newWorld(t)
+	w.Announce()
+	w.Rotate("coalition", "orders")
+	standard, _ := w.State().Policy("standard")
+	rules := slices.Clone(standard.Rules)
+	for i, r := range rules {
+		if r.Action == kms.ActionDeactivate {
+			rules[i].Unused = 48 * state.UseHour
+		}
+	}
+	w.Carry(kms.ActionPolicy, "policy/standard", approval.PolicyParams{Rules: rules})
+	id := w.Carry(kms.ActionDeactivate, ordersTarget, approval.VersionParams{Version: 1, Override: true})
+	r, err := VerifyEvidence(mustBuild(t, w, id), w.State().Cluster())
+	if err != nil || !slices.ContainsFunc(r.Checks, func(c string) bool { return strings.Contains(c, "OVERRIDES") && strings.Contains(c, "48 hours") }) {
+		t.Errorf("%v: %q", err, r.Checks)
+	}
+	// Two days without use, and every node heard.
+	w.Rotate("coalition", "orders")
+	start := w.Now()
+	for range 51 {
+		w.Advance(time.Hour)
+		for _, n := range w.NodeIDs() {
+			w.Do(n, state.ReportUse{From: start, Until: w.Now()})
+		}
+	}
+	id = w.Carry(kms.ActionDeactivate, ordersTarget, approval.VersionParams{Version: 2})
+	r, err = VerifyEvidence(mustBuild(t, w, id), w.State().Cluster())
+	if err != nil || !slices.ContainsFunc(r.Notes, func(n string) bool { return strings.Contains(n, "reports of what they use") }) {
+		t.Errorf("%v: %q", err, r.Notes)
 	}
 }
 

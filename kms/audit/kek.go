@@ -69,6 +69,9 @@ func (w *replay) verifyKEK(e Evidence, name string, out decided, r *Report) erro
 	if err := w.residentOrigin(what, out.execution, ring); err != nil {
 		return err
 	}
+	if err := w.allowCopies(w.policies[out.content.Policy], commit.Copies); err != nil {
+		return err
+	}
 	r.Version = commit.Version
 	r.passed("Node %s, resident for keyring %s, committed KEK version %d, sealed to %s and nobody else (sealed copies SHA-256 %x).",
 		out.execution.Origin, name, commit.Version, list(names(nodes)), sha256.Sum256(canon.Marshal(commit.Copies)))

@@ -10,6 +10,9 @@ func (w *replay) setRecoveryKey(d decided) error {
 	if err != nil {
 		return err
 	}
+	if err := w.policies[kms.Governance].Allow(p.Suite, "the recovery key"); err != nil {
+		return err
+	}
 	for _, h := range p.Holders {
 		c, ok := w.custodian(h.Custodian)
 		if !ok {

@@ -364,7 +364,7 @@ func (w *replay) govern(d decided) error {
 		if err != nil {
 			return err
 		}
-		return w.changePolicy(approval.Policy{Name: name, Revision: w.policies[name].Revision + 1, Rules: params.Rules, Attested: params.Attested})
+		return w.changePolicy(approval.Policy{Name: name, Revision: w.policies[name].Revision + 1, Rules: params.Rules, Attested: params.Attested, Forbid: params.Forbid})
 	case kms.ActionCustodian:
 		params, err := d.content.CustodianParams()
 		if err != nil {
@@ -410,6 +410,9 @@ func (w *replay) changeCustodian(params approval.CustodianParams) error {
 		return err
 	case w.sites[next.Site].domain == "" || w.sites[next.Site].removed:
 		return refuse(kms.NotFound, nil, "there is no site %s", next.Site)
+	}
+	if err := w.policies[kms.Governance].AllowCustodian(old, next); err != nil {
+		return err
 	}
 	w.custodians[next.ID] = next
 	all := w.sortedCustodians()

@@ -78,6 +78,9 @@ func (w *replay) replaceRoot(id string, d decided) error {
 	if err := params.VerifyPossession(w.cluster, id, number); err != nil {
 		return err
 	}
+	if err := w.policies[kms.Governance].AllowRoot(id, params.Root); err != nil {
+		return err
+	}
 	if err := w.unusedKey(id, params.Root.Signing); err != nil {
 		return err
 	}

@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/conclave-kms/conclave/kms"
+	"github.com/conclave-kms/conclave/kms/approval"
 	"github.com/conclave-kms/conclave/kms/canon"
 	"github.com/conclave-kms/conclave/kms/state"
 )
@@ -37,6 +38,21 @@ func (w *replay) rootsOf(e signed, nodes []state.Node, copies []state.SealedCopy
 	})
 }
 
+// allowCopies refuses copies sealed with a suite that the policy of the decision forbids.
+func (w *replay) allowCopies(p approval.Policy, copies []state.SealedCopy) error {
+	for _, c := range copies {
+		for _, r := range w.nodes[c.Node].roots {
+			if r.number != c.Root {
+				continue
+			}
+			if err := p.Allow(r.keys.Suite, "the agreement key of node "+c.Node); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // verifyRotation verifies the commit and the receipts for it.
 func (w *replay) verifyRotation(e Evidence, ring state.CreateKeyring, key state.CreateKey, out decided, r *Report) (err error) {
 	what := "the execution of proposal " + r.Proposal
@@ -58,6 +74,13 @@ func (w *replay) verifyRotation(e Evidence, ring state.CreateKeyring, key state.
 		return err
 	}
 	if err := checkKey(&key, commit); err != nil {
+		return err
+	}
+	policy := w.policies[out.content.Policy]
+	if err := policy.Allow(uint16(state.AlgorithmSuite(key.Algorithm)), "a key of the algorithm "+string(key.Algorithm)); err != nil {
+		return err
+	}
+	if err := w.allowCopies(policy, commit.Copies); err != nil {
 		return err
 	}
 	for i, d := range e.Later {

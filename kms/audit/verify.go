@@ -138,6 +138,7 @@ func (w *replay) verifyDecision(e Evidence, r *Report) (decided, error) {
 		r.passed("They meet policy %s revision %d: %d approvals from %d sites%s.", p.Policy, p.PolicyRevision,
 			out.rule.Approvals, out.rule.Sites, required(out.rule))
 	}
+	retirement(out, r)
 	r.passed("Node %s signed its execution, for revision %d of %s and no earlier than the policy's delay.", out.execution.Origin, p.Revision, p.Target)
 	return out, nil
 }

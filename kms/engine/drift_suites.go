@@ -10,30 +10,33 @@ import (
 	"github.com/conclave-kms/conclave/pqc"
 )
 
-// algorithmSuites are the suites of the algorithms of sign keys.
-var algorithmSuites = map[kms.Algorithm]pqc.SuiteID{
-	kms.ECDSAP256: pqc.ECDSAP256SHA256, kms.ECDSAP384: pqc.ECDSAP384SHA384, kms.Ed25519: pqc.Ed25519,
-}
-
-// suites reports, once for each suite, who uses one that is ageing.
+// suites reports, once for each suite, who uses one that is ageing, and for each policy
+// who uses one that it forbids.
 func (d *drift) suites(rings []state.Keyring) {
-	users := map[pqc.SuiteID][]string{}
-	use := func(id pqc.SuiteID, who string) {
-		if ageing(id) != "" {
-			users[id] = append(users[id], who)
+	users, forbidden := map[pqc.SuiteID][]string{}, map[ban][]string{}
+	use := func(policy string, id uint16, who string) {
+		if p, ok := d.st.Policy(policy); ok && p.Forbids(id) {
+			forbidden[ban{policy, pqc.SuiteID(id)}] = append(forbidden[ban{policy, pqc.SuiteID(id)}], who)
+		} else if ageing(pqc.SuiteID(id)) != "" && !slices.Contains(users[pqc.SuiteID(id)], who) {
+			users[pqc.SuiteID(id)] = append(users[pqc.SuiteID(id)], who)
 		}
 	}
 	for _, kr := range rings {
 		for _, k := range d.st.Keys(kr.Name) {
-			if k.Purpose == kms.Sign && k.Primary != 0 {
-				use(algorithmSuites[k.Algorithm], "key "+kms.KeyPath(k.Keyring, k.Name))
+			if id := state.AlgorithmSuite(k.Algorithm); id != 0 && k.Primary != 0 {
+				use(kr.Policy, uint16(id), "key "+kms.KeyPath(k.Keyring, k.Name))
+			}
+		}
+		for _, n := range d.st.ResidentNodes(kr.Name) {
+			if p, _ := d.st.Policy(kr.Policy); p.Forbids(n.Suite) {
+				use(kr.Policy, n.Suite, "the agreement key of node "+n.ID+" for keyring "+kr.Name)
 			}
 		}
 	}
 	for _, n := range d.st.Nodes() {
 		if n.Root != 0 {
-			use(pqc.SuiteID(n.Suite), "the agreement key of node "+n.ID)
-			use(pqc.SuiteID(n.SigningSuite), "the signing key of node "+n.ID)
+			use(kms.Governance, n.Suite, "the agreement key of node "+n.ID)
+			use(kms.Governance, n.SigningSuite, "the signing key of node "+n.ID)
 		}
 	}
 	for _, c := range d.st.Custodians() {
@@ -41,14 +44,28 @@ func (d *drift) suites(rings []state.Keyring) {
 			continue
 		}
 		for _, k := range c.Credentials {
-			use(pqc.SuiteID(k.Suite), "a credential of custodian "+c.ID)
+			use(kms.Governance, k.Suite, "a credential of custodian "+c.ID)
 		}
 	}
+	for _, k := range d.st.RecoveryKeys() {
+		use(kms.Governance, k.Params.Suite, "recovery key "+k.Name)
+	}
 	for _, s := range pqc.Suites() {
+		for _, p := range d.st.Policies() {
+			if who := forbidden[ban{p.Name, s.ID}]; len(who) > 0 {
+				d.find(wire.Finding{Kind: wire.DriftForbidden, Act: true, Subject: "suite/" + s.Name}, "policy %s forbids it; still used by %s", p.Name, some(who))
+			}
+		}
 		if who := users[s.ID]; len(who) > 0 {
 			d.find(wire.Finding{Kind: wire.DriftSuite, Subject: "suite/" + s.Name}, "%s: %s; used by %s", ageing(s.ID), s.Strength, some(who))
 		}
 	}
+}
+
+// ban is a suite that a policy forbids.
+type ban struct {
+	policy string
+	suite  pqc.SuiteID
 }
 
 // ageing says why a suite is no longer what one would choose, "" where it is.

@@ -167,3 +167,50 @@ func TestDriftHides(t *testing.T) {
 	_, err := w.at("fr").engine.Drift(bg, caller("service", "fr"))
 	wantKind(t, err, kms.Denied)
 }
+
+// TestDriftOfForbiddenSuites: what is of a suite that its policy forbids asks for
+// something; the names come from people and go back to them.
+func TestDriftOfForbiddenSuites(t *testing.T) {
+	w := newWorld(t, "")
+	as := w.agents()
+	w.keyring("r", "fr", "de")
+	w.key("r", "seal", kms.Sign)
+	w.settle(as)
+	if l := w.drifting("jp", wire.DriftForbidden); len(l) > 0 {
+		t.Errorf("nothing is forbidden, and yet: %+v", l)
+	}
+	var rules []wire.Rule
+	for _, r := range testPolicies()[1].Rules {
+		rules = append(rules, ruleView(r))
+	}
+	set := func(suites []string) (wire.Proposal, error) {
+		return w.at("de").engine.OpenProposal(bg, caller("operator", "de"), wire.OpenProposalRequest{
+			Action: "policy", Target: "policy/" + testPolicies()[1].Name, Parameters: wire.ProposalParameters{Rules: rules, Forbid: suites}, Reason: "x"})
+	}
+	_, err := set([]string{"ROT13"})
+	wantKind(t, err, kms.Invalid)
+	p := check[wire.Proposal](t)(set([]string{"ECDSA-P256-SHA256", "MLKEM1024-P384"}))
+	w.vote(p, approval.Approve, "fr-a", "de-a", "jp-a")
+	w.settle(as)
+	l := w.drifting("jp", wire.DriftForbidden)
+	if len(l) == 0 || !l[0].Act || !strings.Contains(l[0].Text, "still used by") {
+		t.Fatalf("%+v", l)
+	}
+	if !slices.ContainsFunc(l, func(f wire.Finding) bool {
+		return f.Subject == "suite/ECDSA-P256-SHA256" && strings.Contains(f.Text, "key r/seal") && !strings.Contains(f.Text, "node")
+	}) {
+		t.Errorf("%+v", l)
+	}
+	policies := check[wire.Policies](t)(w.at("fr").engine.Policies(bg, caller("auditor", "fr")))
+	if !slices.ContainsFunc(policies.Policies, func(p wire.Policy) bool {
+		return slices.Equal(p.Forbid, []string{"MLKEM1024-P384", "ECDSA-P256-SHA256"})
+	}) {
+		t.Errorf("%+v", policies)
+	}
+	_, err = w.at("fr").engine.CreateKey(bg, caller("operator", "fr"), "r", wire.CreateKeyRequest{Name: "more", Purpose: "sign"})
+	wantKind(t, err, kms.Conflict)
+	// Who says nothing about suites leaves them as they are.
+	if p := check[wire.Proposal](t)(set(nil)); !slices.Equal(p.Content.Parameters.Forbid, []string{"MLKEM1024-P384", "ECDSA-P256-SHA256"}) {
+		t.Errorf("%+v", p.Content.Parameters.Forbid)
+	}
+}

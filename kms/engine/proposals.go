@@ -153,11 +153,21 @@ func parameters(st *state.State, p approval.Proposal, q wire.ProposalParameters)
 	var encoded []byte
 	switch p.Action {
 	case kms.ActionActivate, kms.ActionDeactivate, kms.ActionCompromise, kms.ActionDestroy:
-		only.Version = q.Version
-		encoded = canon.Marshal(approval.VersionParams{Version: q.Version})
+		only.Version, only.Override = q.Version, q.Override
+		encoded = canon.Marshal(approval.VersionParams{Version: q.Version, Override: q.Override})
+	case kms.ActionSchedule:
+		if q.RotationPeriodMS == nil {
+			return nil, kms.Errorf(kms.Invalid, "parameters.rotation_period_ms is missing")
+		}
+		only.RotationPeriodMS = q.RotationPeriodMS
+		encoded = canon.Marshal(approval.ScheduleParams{RotationPeriod: *q.RotationPeriodMS})
 	case kms.ActionPolicy:
-		only.Rules, only.Attested = q.Rules, q.Attested
-		encoded = canon.Marshal(policyParams(st, p, q))
+		only.Rules, only.Attested, only.Forbid = q.Rules, q.Attested, q.Forbid
+		params, err := policyParams(st, p, q)
+		if err != nil {
+			return nil, err
+		}
+		encoded = canon.Marshal(params)
 	case kms.ActionCustodian:
 		if q.Custodian == nil {
 			return nil, kms.Errorf(kms.Invalid, "parameters.custodian is missing")
@@ -194,8 +204,9 @@ func parameters(st *state.State, p approval.Proposal, q wire.ProposalParameters)
 }
 
 // policyParams are the parameters of the action policy. Whether the hardware must
-// be attested stays as it is where the request says nothing.
-func policyParams(st *state.State, p approval.Proposal, q wire.ProposalParameters) approval.PolicyParams {
+// be attested, and which suites are forbidden, stays as it is where the request says
+// nothing.
+func policyParams(st *state.State, p approval.Proposal, q wire.ProposalParameters) (approval.PolicyParams, error) {
 	rules := make([]approval.Rule, len(q.Rules))
 	for i, r := range q.Rules {
 		rules[i] = RuleFromWire(r)
@@ -204,12 +215,16 @@ func policyParams(st *state.State, p approval.Proposal, q wire.ProposalParameter
 	params := approval.PolicyParams{Rules: rules}
 	if _, name, err := approval.ParseTarget(p.Target); err == nil {
 		now, _ := st.Policy(name)
-		params.Attested = now.Attested
+		params.Attested, params.Forbid = now.Attested, now.Forbid
 	}
 	if q.Attested != nil {
 		params.Attested = *q.Attested
 	}
-	return params
+	var err error
+	if q.Forbid != nil {
+		params.Forbid, err = SuitesFromWire(q.Forbid)
+	}
+	return params, err
 }
 
 func nextRootFromWire(n wire.NextRoot) approval.NodeParams {

@@ -220,7 +220,13 @@ func contentView(p approval.Proposal) (wire.ProposalContent, error) {
 		if err != nil {
 			return v, err
 		}
-		v.Parameters.Version = x.Version
+		v.Parameters.Version, v.Parameters.Override = x.Version, x.Override
+	case kms.ActionSchedule:
+		x, err := p.ScheduleParams()
+		if err != nil {
+			return v, err
+		}
+		v.Parameters.RotationPeriodMS = &x.RotationPeriod
 	case kms.ActionPolicy:
 		x, err := p.PolicyParams()
 		if err != nil {
@@ -229,7 +235,7 @@ func contentView(p approval.Proposal) (wire.ProposalContent, error) {
 		for _, r := range x.Rules {
 			v.Parameters.Rules = append(v.Parameters.Rules, ruleView(r))
 		}
-		v.Parameters.Attested = &x.Attested
+		v.Parameters.Attested, v.Parameters.Forbid = &x.Attested, suiteNames(x.Forbid)
 	case kms.ActionCustodian:
 		x, err := p.CustodianParams()
 		if err != nil {

@@ -10,10 +10,11 @@ import (
 	"github.com/conclave-kms/conclave/kms"
 	"github.com/conclave-kms/conclave/kms/approval"
 	"github.com/conclave-kms/conclave/kms/wire"
+	"github.com/conclave-kms/conclave/pqc"
 )
 
 func policyView(p approval.Policy) wire.Policy {
-	v := wire.Policy{Name: p.Name, Revision: p.Revision, Rules: []wire.Rule{}, Attested: p.Attested}
+	v := wire.Policy{Name: p.Name, Revision: p.Revision, Rules: []wire.Rule{}, Attested: p.Attested, Forbid: suiteNames(p.Forbid)}
 	for _, r := range p.Rules {
 		v.Rules = append(v.Rules, ruleView(r))
 		v.Summary = append(v.Summary, ruleSentence(r))
@@ -21,13 +22,39 @@ func policyView(p approval.Policy) wire.Policy {
 	if p.Attested {
 		v.Summary = append(v.Summary, "keyrings under it: the hardware of every resident node must be attested")
 	}
+	if len(p.Forbid) > 0 {
+		v.Summary = append(v.Summary, "nothing new of the suites "+strings.Join(v.Forbid, ", "))
+	}
 	return v
+}
+
+// suiteNames returns the names of suites, or numbers of those that this program does not
+// know.
+func suiteNames(l []uint16) (names []string) {
+	for _, id := range l {
+		names = append(names, pqc.SuiteID(id).String())
+	}
+	return names
+}
+
+// SuitesFromWire returns the suites of the names that a request gives, sorted. Errors:
+// kms.Invalid for one that there is not.
+func SuitesFromWire(names []string) (l []uint16, err error) {
+	for _, name := range names {
+		s, ok := pqc.ByName(name)
+		if !ok {
+			return nil, kms.Errorf(kms.Invalid, "there is no suite %q", name)
+		}
+		l = append(l, uint16(s.ID))
+	}
+	slices.Sort(l)
+	return slices.Compact(l), nil
 }
 
 func ruleView(r approval.Rule) wire.Rule {
 	return wire.Rule{
 		Action: string(r.Action), Direct: r.Direct, Approvals: r.Approvals, Sites: r.Sites, Required: r.Required,
-		ProposerMayApprove: r.ProposerMayApprove, DelayMS: r.Delay, LifetimeMS: r.Lifetime, Veto: r.Veto, Need: groupView(r.Need), NotBefore: at(r.NotBefore),
+		ProposerMayApprove: r.ProposerMayApprove, DelayMS: r.Delay, LifetimeMS: r.Lifetime, Veto: r.Veto, Need: groupView(r.Need), NotBefore: at(r.NotBefore), UnusedMS: r.Unused,
 	}
 }
 
@@ -58,7 +85,7 @@ func RuleFromWire(r wire.Rule) approval.Rule {
 	return approval.Rule{
 		Action: kms.Action(r.Action), Direct: sorted(r.Direct), Approvals: r.Approvals, Sites: r.Sites,
 		Required: sorted(r.Required), ProposerMayApprove: r.ProposerMayApprove, Delay: r.DelayMS,
-		Lifetime: r.LifetimeMS, Veto: sorted(r.Veto), Need: groupFromWire(r.Need), NotBefore: release,
+		Lifetime: r.LifetimeMS, Veto: sorted(r.Veto), Need: groupFromWire(r.Need), NotBefore: release, Unused: r.UnusedMS,
 	}
 }
 
@@ -109,6 +136,9 @@ func ruleSentence(r approval.Rule) string {
 	}
 	if len(r.Veto) > 0 {
 		fmt.Fprintf(&b, "; %s may veto", strings.Join(r.Veto, " or "))
+	}
+	if r.Unused > 0 {
+		fmt.Fprintf(&b, "; the version must not have been used for %s, or the proposal says override", duration(r.Unused))
 	}
 	if r.Lifetime > 0 {
 		fmt.Fprintf(&b, "; open for at most %s", duration(r.Lifetime))

@@ -132,6 +132,8 @@ func (a *actor) propose(t *rapid.T, node, target string, version uint32) []byte 
 	switch action {
 	case kms.ActionActivate, kms.ActionDeactivate, kms.ActionCompromise:
 		params = approval.VersionParams{Version: version}
+	case kms.ActionSchedule:
+		params = approval.ScheduleParams{RotationPeriod: int64(version) * 3600_000}
 	case kms.ActionDestroy:
 		params = approval.VersionParams{Version: version - 1}
 	case kms.ActionPolicy:
@@ -140,6 +142,7 @@ func (a *actor) propose(t *rapid.T, node, target string, version uint32) []byte 
 		rules[5].Delay = int64(version) * 1000
 		if rapid.Bool().Draw(t, "activate") {
 			rules = append(withActivate().Rules[:1:1], rules...)
+			rules = withRule(rules, kms.ActionSchedule)
 		}
 		params = approval.PolicyParams{Rules: rules}
 	case kms.ActionCustodian:

@@ -151,7 +151,11 @@ func (r reader) fitForKeyrings(n Node, root approval.NodeRoot, report attest.Rep
 		if k.Protection == kms.Hardware && root.ImportKind == "" {
 			return kms.Errorf(kms.Conflict, "node %s is resident for keyring %s of protection %s; the new device takes no keys from others", n.ID, k.Name, kms.Hardware)
 		}
-		if p, _ := r.policy(k.Policy); p.Attested && !report.Attested {
+		p, _ := r.policy(k.Policy)
+		if err := p.Allow(root.Suite, "the agreement key of node "+n.ID); err != nil {
+			return err
+		}
+		if p.Attested && !report.Attested {
 			return kms.Errorf(kms.Conflict, "node %s is resident for keyring %s, whose policy %s asks for attested hardware; that of the new root is not", n.ID, k.Name, p.Name)
 		}
 	}

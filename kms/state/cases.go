@@ -64,7 +64,7 @@ func situations(pol approval.Policy, r approval.Rule, policies []approval.Policy
 	switch r.Action {
 	case kms.ActionPolicy:
 		for _, q := range policies {
-			add("every rule of "+q.Name, nil, approval.PolicyTarget(q.Name), approval.PolicyParams{Rules: otherRules(q), Attested: q.Attested})
+			add("every rule of "+q.Name, nil, approval.PolicyTarget(q.Name), approval.PolicyParams{Rules: otherRules(q), Attested: q.Attested, Forbid: q.Forbid})
 		}
 		add("a new policy", nil, approval.PolicyTarget(freeName(policies)), approval.PolicyParams{})
 	case kms.ActionCustodian:

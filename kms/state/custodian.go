@@ -25,6 +25,9 @@ func (t *tx) changeCustodian(p approval.Proposal) error {
 	case !slices.ContainsFunc(r.sites(), func(s Site) bool { return s.ID == next.Site }):
 		return kms.Errorf(kms.NotFound, "there is no site %s", next.Site)
 	}
+	if err := r.governance().AllowCustodian(old, next); err != nil {
+		return err
+	}
 	insert(t.Txn, tableCustodian, next)
 	all := r.custodians()
 	if err := approval.CheckCustodians(all); err != nil {

@@ -157,7 +157,8 @@ func rulePolicyChange(policy func(string) (approval.Policy, bool), rule approval
 	}
 	old, exists := policy(name)
 	if exists {
-		same := old.Attested == params.Attested // what is asked of hardware bears on every action
+		// What is asked of hardware and suites bears on every action.
+		same := old.Attested == params.Attested && slices.Equal(old.Forbid, params.Forbid)
 		for _, a := range slices.Concat(kms.KeyActions, kms.GovernanceActions) {
 			before, had := old.Rule(a)
 			after, has := next.Rule(a)

@@ -167,13 +167,16 @@ var decoders = map[CommandKind]func(Envelope) (operation, error){
 	{TypeReportUse, 1}:      decode[ReportUse],
 	{TypeImportKey, 1}:      decode[ImportKey],
 
-	{TypeSuspendCredential, 1}:             decode[SuspendCredential],
-	{TypeFeature, uint16(FeatureRules)}:    decode[feature],
-	{TypeFeature, uint16(FeatureActivate)}: decode[feature],
-	{TypeFeature, uint16(FeatureImport)}:   decode[feature],
-	{TypeRegisterWitness, 1}:               decode[RegisterWitness],
-	{TypeSubmitCheckpoint, 1}:              decode[SubmitCheckpoint],
-	{TypeCosign, 1}:                        decode[Cosign],
+	{TypeSuspendCredential, 1}:               decode[SuspendCredential],
+	{TypeFeature, uint16(FeatureRules)}:      decode[feature],
+	{TypeFeature, uint16(FeatureImport)}:     decode[feature],
+	{TypeFeature, uint16(FeatureRetirement)}: decode[feature],
+	{TypeFeature, uint16(FeatureActivate)}:   decode[feature],
+	{TypeFeature, uint16(FeatureForbid)}:     decode[feature],
+	{TypeFeature, uint16(FeatureSchedule)}:   decode[feature],
+	{TypeRegisterWitness, 1}:                 decode[RegisterWitness],
+	{TypeSubmitCheckpoint, 1}:                decode[SubmitCheckpoint],
+	{TypeCosign, 1}:                          decode[Cosign],
 }
 
 // parseCommand decodes the payload and validates its shape.

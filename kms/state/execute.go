@@ -114,10 +114,17 @@ func (t *tx) effect(p approval.Proposal) error {
 		return t.importable(keyring, key, p)
 	case kms.ActionSuspend, kms.ActionResume:
 		return t.suspend(keyring, key, p.Action == kms.ActionSuspend)
+	case kms.ActionSchedule:
+		return t.reschedule(keyring, key, p)
 	}
 	v, err := p.VersionParams()
 	if err != nil {
 		return err
+	}
+	if p.Action == kms.ActionDeactivate || p.Action == kms.ActionDestroy {
+		if err := t.checkUnused(p, keyring, key, v.Version); err != nil {
+			return err
+		}
 	}
 	return t.changeVersions(keyring, key, v.Version, p.Action)
 }
@@ -274,7 +281,7 @@ func (t *tx) changePolicy(name string, p approval.Proposal) error {
 	if !exists && len(r.policies()) >= MaxPolicies {
 		return kms.Errorf(kms.TooLarge, "there are %d policies, which is the limit", MaxPolicies)
 	}
-	next := approval.Policy{Name: name, Revision: old.Revision + 1, Rules: params.Rules, Attested: params.Attested}
+	next := approval.Policy{Name: name, Revision: old.Revision + 1, Rules: params.Rules, Attested: params.Attested, Forbid: params.Forbid}
 	if err := checkPolicy(next, r.custodians(), r.sites()); err != nil {
 		return err
 	}

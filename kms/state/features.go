@@ -11,14 +11,17 @@ import (
 const TypeFeature Type = 29
 
 // Feature is the version of the kind that stands for it. Numbers are part of the log:
-// append only. 2 is for credentials, 3 for changes of keyrings, 5 for retirement.
+// append only. 2 is for credentials, 3 for changes of keyrings.
 type Feature uint16
 
 // The features.
 const (
-	FeatureRules    Feature = 1 // approval.Rule.Need and NotBefore; who a proposer is not
-	FeatureActivate Feature = 6 // kms.ActionActivate, as an action and in rules
-	FeatureImport   Feature = 4 // kms.ActionImport, as an action and in rules
+	FeatureRules      Feature = 1 // approval.Rule.Need and NotBefore; who a proposer is not
+	FeatureActivate   Feature = 6 // kms.ActionActivate, as an action and in rules
+	FeatureImport     Feature = 4 // kms.ActionImport, as an action and in rules
+	FeatureRetirement Feature = 5 // approval.Rule.Unused, approval.VersionParams.Override
+	FeatureForbid     Feature = 7 // approval.Policy.Forbid
+	FeatureSchedule   Feature = 8 // kms.ActionSchedule, as an action and in rules
 )
 
 // feature is the command of every feature.
@@ -62,6 +65,10 @@ func (f Feature) String() string {
 	switch f {
 	case FeatureRules:
 		return "groups and times of release in rules"
+	case FeatureRetirement:
+		return "rules about the use of versions"
+	case FeatureForbid:
+		return "policies that forbid suites"
 	}
 	if a, ok := featureActions[f]; ok {
 		return "the action " + string(a)
@@ -74,20 +81,42 @@ func (t *tx) knowsContent(p approval.Proposal) error {
 	if err := t.knowsAction(p.Action); err != nil {
 		return err
 	}
-	if p.Action != kms.ActionPolicy {
-		return nil
-	}
-	params, err := p.PolicyParams()
-	if err != nil {
-		return err
-	}
-	for _, r := range params.Rules {
-		if r.Need != nil || r.NotBefore != 0 {
-			if err := t.need(FeatureRules); err != nil {
-				return err
-			}
+	switch p.Action {
+	case kms.ActionDeactivate, kms.ActionDestroy:
+		v, err := p.VersionParams()
+		if err != nil || !v.Override {
+			return err
 		}
+		return t.need(FeatureRetirement)
+	case kms.ActionPolicy:
+		params, err := p.PolicyParams()
+		if err != nil {
+			return err
+		}
+		return t.knowsPolicy(params)
+	}
+	return nil
+}
+
+// knowsPolicy refuses a policy with what some node's program may not know.
+func (t *tx) knowsPolicy(p approval.PolicyParams) error {
+	var asked []Feature
+	if len(p.Forbid) > 0 {
+		asked = append(asked, FeatureForbid)
+	}
+	for _, r := range p.Rules {
 		if err := t.knowsAction(r.Action); err != nil {
+			return err
+		}
+		if r.Need != nil || r.NotBefore != 0 {
+			asked = append(asked, FeatureRules)
+		}
+		if r.Unused != 0 {
+			asked = append(asked, FeatureRetirement)
+		}
+	}
+	for _, f := range asked {
+		if err := t.need(f); err != nil {
 			return err
 		}
 	}
@@ -98,11 +127,12 @@ func (t *tx) knowsContent(p approval.Proposal) error {
 var featureActions = map[Feature]kms.Action{
 	FeatureActivate: kms.ActionActivate,
 	FeatureImport:   kms.ActionImport,
+	FeatureSchedule: kms.ActionSchedule,
 }
 
 // knowsAction refuses an action that some node's program may not know.
 func (t *tx) knowsAction(a kms.Action) error {
-	for _, f := range []Feature{FeatureActivate, FeatureImport} {
+	for _, f := range []Feature{FeatureActivate, FeatureImport, FeatureSchedule} {
 		if featureActions[f] == a {
 			return t.need(f)
 		}

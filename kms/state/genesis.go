@@ -127,7 +127,7 @@ func (g Genesis) Validate() error {
 	if err := checkText("genesis: name", g.Name, true); err != nil {
 		return err
 	}
-	for _, check := range []func() error{g.validateSites, g.validateNodes, g.validateCustodians, g.validatePolicies, g.validateAttestations} {
+	for _, check := range []func() error{g.validateSites, g.validateNodes, g.validateCustodians, g.validatePolicies, g.checkForbidden, g.validateAttestations} {
 		if err := check(); err != nil {
 			return err
 		}

@@ -106,6 +106,9 @@ func (t *tx) importable(keyring, name string, p approval.Proposal) error {
 	if _, exists := r.key(keyring, name); exists {
 		return kms.Errorf(kms.Exists, "key %s exists", kms.KeyPath(keyring, name))
 	}
+	if err := r.allowMaterial(k, params.Algorithm); err != nil {
+		return err
+	}
 	if k.Protection == kms.Hardware {
 		return hardwareAlgorithm(k, params.Algorithm)
 	}

@@ -101,7 +101,9 @@ func (t *tx) rotatableKEK(keyring string) (Keyring, error) {
 	case k.Protection == kms.Hardware:
 		return k, kms.Errorf(kms.Conflict, "keyring %s has protection %s and therefore no KEK: each node's device holds the key versions themselves; rotate its keys", keyring, kms.Hardware)
 	}
-	return k, nil
+	r := t.reader()
+	p, _ := r.policy(k.Policy)
+	return k, allowCopies(p, r.residents(k.Residency))
 }
 
 // activateKEK makes a KEK version the primary one when its receipts suffice and no

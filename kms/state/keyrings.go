@@ -82,6 +82,9 @@ func (c CreateKeyring) apply(t *tx) error {
 	if err := c.checkNodes(nodes); err != nil {
 		return err
 	}
+	if err := allowCopies(policy, nodes); err != nil {
+		return err
+	}
 	if policy.Attested {
 		if err := t.before.attested("policy "+policy.Name, nodes); err != nil {
 			return err

@@ -48,7 +48,7 @@ const (
 	MinStaleness = int64(time.Second / time.Millisecond)
 	MaxStaleness = int64(7 * 24 * time.Hour / time.Millisecond)
 	// MaxRotationPeriod is the longest rotation period of a key, ten years.
-	MaxRotationPeriod = int64(3650 * 24 * time.Hour / time.Millisecond)
+	MaxRotationPeriod = approval.MaxRotationPeriod
 
 	// maxTime is the last millisecond of the year 9999: no sum of times overflows.
 	maxTime = int64(253402300799999)

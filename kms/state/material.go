@@ -55,6 +55,9 @@ func (t *tx) checkMaterial(k Keyring, alg kms.Algorithm, m material) error {
 	if hardware := k.Protection == kms.Hardware; hardware != m.hardware() {
 		return kms.Errorf(kms.Invalid, "keyring %s has protection %s; the material has the form of the other one", k.Name, k.Protection)
 	}
+	if err := t.reader().allowMaterial(k, alg); err != nil {
+		return err
+	}
 	if !m.hardware() {
 		if m.kek != k.KEK {
 			return kms.Errorf(kms.Conflict, "the material is wrapped under KEK version %d; keyring %s now uses %d", m.kek, k.Name, k.KEK)

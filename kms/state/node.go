@@ -87,6 +87,9 @@ func (t *tx) replaceRoot(id string, p approval.Proposal) error {
 // approveRoot judges a hardware root and makes it the one that a node may adopt.
 func (t *tx) approveRoot(n Node, number uint32, params approval.NodeParams, p approval.Proposal) error {
 	r := t.reader()
+	if err := r.governance().AllowRoot(n.ID, params.Root); err != nil {
+		return err
+	}
 	if err := r.unusedKeys(n.ID, params.Root); err != nil {
 		return err
 	}

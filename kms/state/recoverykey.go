@@ -145,6 +145,9 @@ func (t *tx) setRecoveryKey(name string, p approval.Proposal) error {
 		return kms.Errorf(kms.Unavailable, "the release that node %s runs has not announced that it knows recovery keys; start the node, with a newer release if need be", lacking[0])
 	}
 	r := t.reader()
+	if err := r.governance().Allow(params.Suite, "the recovery key "+name); err != nil {
+		return err
+	}
 	for _, site := range params.Residency {
 		if _, _, ok := r.site(site); !ok {
 			return kms.Errorf(kms.NotFound, "there is no site %s", site)

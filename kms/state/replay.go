@@ -260,6 +260,13 @@ func (s *State) origin(v *Version) (statement, error) {
 		}
 		if v.Proposal != "" {
 			st.env.Principal = ""
+			if p, ok := r.proposal(v.Proposal); ok { // the key's period may be another one since
+				params, err := p.Content.ImportParams()
+				if err != nil {
+					return st, err
+				}
+				made.RotationPeriod = params.RotationPeriod
+			}
 			st.op = ImportKey{Proposal: v.Proposal, Key: made}
 			return st, st.op.(ImportKey).validateErased()
 		}

@@ -8,6 +8,7 @@ import (
 	"github.com/conclave-kms/conclave/kms/approval"
 	"github.com/conclave-kms/conclave/kms/state"
 	"github.com/conclave-kms/conclave/kms/state/statetest"
+	"github.com/conclave-kms/conclave/pqc"
 )
 
 func target(key string) string { return approval.TargetKey + "/coalition/" + key }
@@ -73,8 +74,10 @@ func rich(t testing.TB) *statetest.World {
 	rules := statetest.Policies(3)[1].Rules
 	rules[5].Delay = time.Hour.Milliseconds()
 	w.Carry(kms.ActionPolicy, "policy/standard", approval.PolicyParams{Rules: rules})
-	w.Carry(kms.ActionPolicy, "policy/grouped", grouped(approval.Group{Need: 1, Groups: []approval.Group{
-		{Need: 2, Weight: 1, Custodians: []approval.Weight{{Name: "de-1", Weight: 2}, {Name: "fr-1", Weight: 1}}, Sites: []approval.SiteWeight{{Name: "jp", Weight: 1, Approvals: 1}}}}}))
+	special := grouped(approval.Group{Need: 1, Groups: []approval.Group{
+		{Need: 2, Weight: 1, Custodians: []approval.Weight{{Name: "de-1", Weight: 2}, {Name: "fr-1", Weight: 1}}, Sites: []approval.SiteWeight{{Name: "jp", Weight: 1, Approvals: 1}}}}})
+	special.Rules[2].Unused, special.Forbid = time.Hour.Milliseconds(), []uint16{uint16(pqc.Ed25519)}
+	w.Carry(kms.ActionPolicy, "policy/grouped", special)
 	checkpoints(w)
 	unfinished(w)
 	w.Do("node-fr-1", w.UseCommand("coalition", "mail", 2, w.Now()))

@@ -115,7 +115,8 @@ func (t *tx) rotatable(keyring, name string) (Key, error) {
 	case r.destroyedWhole(key):
 		return key, kms.Errorf(kms.Conflict, "key %s is destroyed", path)
 	}
-	return key, nil
+	k, _ := r.keyring(keyring)
+	return key, r.allowMaterial(k, key.Algorithm)
 }
 
 // applyVersion records a receipt for a key version and makes the version primary

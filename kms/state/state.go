@@ -140,6 +140,7 @@ const (
 	EventKeySuspended        = "key-suspended"
 	EventKeyResumed          = "key-resumed"
 	EventKeyDestroyed        = "key-destroyed"
+	EventKeyRescheduled      = "key-rescheduled"
 	EventPolicyChanged       = "policy-changed"
 	EventCustodianChanged    = "custodian-changed"
 	EventCredentialSuspended = "credential-suspended" // of Custodian

@@ -135,6 +135,7 @@ func (s *State) forgetsUse(u *use) bool {
 type Use struct {
 	Last   int64    // end of the hour of the last use that a node has reported, Unix milliseconds; 0: none was reported
 	Since  int64    // nobody used it after this time, as far as the nodes say that are not silent
+	Until  int64    // as far as they have reported; what was used since then is in their next reports
 	Silent []string // nodes that can use it and of which nothing or nothing new was heard, sorted: they may have used it at any time
 }
 
@@ -172,6 +173,9 @@ func (r reader) lastUse(keyring, key string, version uint32, clock int64) (u Use
 			continue
 		}
 		u.Since = max(u.Since, x.From)
+		if u.Until == 0 || x.Until < u.Until {
+			u.Until = x.Until
+		}
 	}
 	return u
 }

@@ -227,6 +227,7 @@ type Policy struct {
 	Rules    []Rule   `json:"rules"`             // sorted by action
 	Summary  []string `json:"summary,omitempty"` // each rule as a sentence
 	Attested bool     `json:"attested"`          // keyrings under it need attested hardware at every resident node
+	Forbid   []string `json:"forbid,omitempty"`  // names of suites of which nothing new is made or enrolled; of governance: by custodians, nodes, recovery keys
 }
 
 // Rule says who may let an action happen: either direct or a quorum. Field for
@@ -243,6 +244,7 @@ type Rule struct {
 	Veto               []string  `json:"veto,omitempty"`        // custodians whose rejection ends it, sorted
 	Need               *Group    `json:"need,omitempty"`        // a group that must be met besides
 	NotBefore          time.Time `json:"not_before,omitzero"`   // nothing is carried out earlier
+	UnusedMS           int64     `json:"unused_ms,omitempty"`   // deactivate, destroy: for how long a version must not have been used before
 }
 
 // Group is met when the weights of those of its members that are met add up to Need. In

@@ -32,6 +32,7 @@ const (
 	DriftOldVersion  = "old-version" // a version that is not the primary one is in use
 	DriftUnused      = "unused"      // a version that is not the primary one has not been used for a while
 	DriftSuite       = "suite"       // something does not withstand a quantum adversary
+	DriftForbidden   = "forbidden"   // something is of a suite that its policy forbids
 	DriftNode        = "node"        // a node is behind or silent
 	DriftRelease     = "release"     // a node's release is older than others'
 	DriftCertificate = "certificate" // a certificate has expired or soon will

@@ -25,7 +25,7 @@ type ProposalQuery struct {
 // OpenProposalRequest is the body of POST /v1/proposals. The node adds the
 // present revisions of target and policy, the proposer and the times.
 type OpenProposalRequest struct {
-	Action      string             `json:"action"` // rotate, activate, suspend, resume, deactivate, compromise, destroy, import, policy, custodian, node, site, recovery-key
+	Action      string             `json:"action"` // rotate, activate, suspend, resume, deactivate, compromise, destroy, import, schedule, policy, custodian, node, site, recovery-key
 	Target      string             `json:"target"` // key/KEYRING/KEY, keyring/NAME (to rotate its KEK), policy/NAME, custodian/ID, node/ID, site/ID or recovery/NAME
 	Parameters  ProposalParameters `json:"parameters,omitzero"`
 	Reason      string             `json:"reason"`                  // 1 to MaxReason bytes
@@ -36,10 +36,13 @@ type OpenProposalRequest struct {
 // ProposalParameters are the parameters of an action; only those that the
 // action has may be set.
 type ProposalParameters struct {
-	Version   uint32     `json:"version,omitempty"`   // activate, deactivate, compromise, destroy (0: the whole key)
-	Rules     []Rule     `json:"rules,omitempty"`     // policy
-	Attested  *bool      `json:"attested,omitempty"`  // policy: need attested hardware; when it is opened the default is what the policy says now
-	Custodian *Custodian `json:"custodian,omitempty"` // custodian
+	Version          uint32     `json:"version,omitempty"`            // activate, deactivate, compromise, destroy (0: the whole key)
+	Override         bool       `json:"override,omitempty"`           // deactivate, destroy: although it may be in use
+	RotationPeriodMS *int64     `json:"rotation_period_ms,omitempty"` // schedule: 0 for on request only
+	Rules            []Rule     `json:"rules,omitempty"`              // policy
+	Attested         *bool      `json:"attested,omitempty"`           // policy: need attested hardware; when it is opened the default is what the policy says now
+	Forbid           []string   `json:"forbid,omitzero"`              // policy: names of suites of which nothing new is made; when it is opened the default is what the policy says now, [] forbids none
+	Custodian        *Custodian `json:"custodian,omitempty"`          // custodian
 
 	Possession []Possession `json:"possession,omitempty"` // custodian: of each credential that is new
 	Restore    []string     `json:"restore,omitempty"`    // custodian: suspended credentials that are to count again; nothing else changes then

@@ -108,6 +108,9 @@ def create_keyring(e, c):
     no_expect(e)
 
 
+SUITES = {"aes256-gcm": 0xC201, "ecdsa-p256": 0xC101, "ecdsa-p384": 0xC102, "ed25519": 0xC103}
+
+
 def public_key(algorithm, b):
     curve = {"ecdsa-p256": ec.SECP256R1, "ecdsa-p384": ec.SECP384R1}.get(algorithm)
     if curve:

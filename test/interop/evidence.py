@@ -160,6 +160,10 @@ class Verifier:
             self.w.nodes[x["node"]].has(x["root"]) and (x["node"] != c.origin or x["root"] == c.root) for x in copies
         )
 
+    def copies_allowed(self, policy, copies):
+        for x in copies:
+            shapes.allow(policy, *[root["suite"] for number, root in self.w.nodes[x["node"]].roots if number == x["root"]])
+
     def key(self, name):
         e, self.algorithm, self.purpose, self.key_id = self.e, "", "", self.e["key_id"]
         imported = self.w.imports.pop(self.d.proposal["target"], None)
@@ -220,6 +224,9 @@ class Verifier:
             self.algorithm = "ecdsa-p384" if len(c["public-key"]) > 65 else "ecdsa-p256"
         else:
             need(not self.key_id, "the evidence holds a key's identifier that nothing confirms")
+        policy = w.policies[self.d.proposal["policy"]]
+        shapes.allow(policy, commands.SUITES.get(self.algorithm))
+        self.copies_allowed(policy, c["copies"])
         self.receipts(nodes, key_name)
 
     def kek(self):
@@ -229,6 +236,7 @@ class Verifier:
         nodes = w.residents(self.ring["residency"], [y["node"] for y in c["checks"]], False)
         need(nodes is not None and self.copies_fit(x, nodes), "the commit is not for exactly the resident nodes and their hardware")
         self.resident_origin(x)
+        self.copies_allowed(w.policies[self.d.proposal["policy"]], c["copies"])
         self.signs = False
         self.receipts(nodes, "")
 

@@ -270,7 +270,7 @@ class World:
 
     def change_policy(self, name, d):
         revision = self.policies.get(name, {"revision": 0})["revision"] + 1
-        p = {"name": name, "revision": revision, "rules": d.params["rules"], "attested": d.params["attested"]}
+        p = {"name": name, "revision": revision, "rules": d.params["rules"], "attested": d.params["attested"], "forbid": d.params["forbid"]}
         rules.possible(p, self.custodians.values())
         self.set_policy(p)
 
@@ -282,6 +282,8 @@ class World:
             need(not old["revoked"] and old["site"] == c["site"], f"custodian {name} was revoked, or is of another site")
         site = self.sites.get(c["site"])
         need(site is not None and not site["removed"], f"there is no site {c['site']}")
+        had = [k["id"] for k in old["credentials"]] if old else []
+        shapes.allow(self.policies[shapes.GOVERNANCE], *[k["suite"] for k in c["credentials"] if k["id"] not in had])
         self.possessed(name, d.params)
         c["credentials"] = self.marked(c, old, d.params["restore"])
         c["revision"] = 1 if old is None else old["revision"] + 1
@@ -332,6 +334,7 @@ class World:
 
     def replace_root(self, name, d):
         m, root = self.nodes[name], d.params["root"]
+        shapes.allow(self.policies[shapes.GOVERNANCE], root["suite"], root["signing-suite"])
         number = max(m.number(), m.pending) + 1
         message = encode({"cluster": self.cluster, "node": name, "number": number, "root": root})
         ok = signatures.verify(root["signing-suite"], root["signing"], message, b"conclave/node-root/v1", d.params["possession"])
@@ -370,6 +373,7 @@ class World:
         self.imports[target] = d
 
     def check_recovery_key(self, _, d):
+        shapes.allow(self.policies[shapes.GOVERNANCE], d.params["suite"])
         for h in d.params["holders"]:
             c = self.custodians.get(h["custodian"])
             need(c is not None and c["site"] == h["site"], "a share is for somebody who is no custodian of that site")

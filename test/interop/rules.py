@@ -83,7 +83,7 @@ def stricter(rule, other):
         raise Refused(f"there is no quorum for {rule['action']!r}")
     both = dict(rule)
     both["need"] = joined(rule["need"], other["need"])
-    for f in ("approvals", "sites", "delay", "not-before"):
+    for f in ("approvals", "sites", "delay", "not-before", "unused"):
         both[f] = max(rule[f], other[f])
     for f in ("required", "veto"):
         both[f] = sorted(set(rule[f]) | set(other[f]))
@@ -98,12 +98,12 @@ def at_least(rule, other):
     """rule with the thresholds and vetoes of other, not its times, if that is a quorum."""
     if other is None or not quorum(other):
         return rule
-    return stricter(rule, {**other, "delay": 0, "not-before": 0, "lifetime": rule["lifetime"]})
+    return stricter(rule, {**other, "delay": 0, "not-before": 0, "unused": 0, "lifetime": rule["lifetime"]})
 
 
 def thresholds(n, sites, required=()):
     return {"direct": [], "approvals": n, "sites": sites, "required": list(required), "veto": [], "proposer-may-approve": True,
-            "need": None, "not-before": 0}
+            "need": None, "not-before": 0, "unused": 0}
 
 
 def with_site(rule, site):
@@ -158,7 +158,7 @@ def _for_policy(w, rule, name, params):
     if name in w.policies:
         old = w.policies[name]
         before = {r["action"]: r for r in old["rules"]}
-        same = old["attested"] == params["attested"]
+        same = old["attested"] == params["attested"] and old["forbid"] == params["forbid"]
         for a in shapes.KEY_ACTIONS + shapes.GOVERNANCE_ACTIONS:
             if same and a in before and before[a] == after.get(a):
                 continue

@@ -12,9 +12,9 @@ import signatures
 from canon import Refused, Struct, array, boolean, data, int64, text, uint
 
 GOVERNANCE = "governance"
-KEY_ACTIONS = ["create", "rotate", "activate", "suspend", "resume", "deactivate", "compromise", "destroy", "import"]
+KEY_ACTIONS = ["create", "rotate", "activate", "suspend", "resume", "deactivate", "compromise", "destroy", "import", "schedule"]
 GOVERNANCE_ACTIONS = ["keyring", "policy", "custodian", "node", "site", "recovery-key", "recover"]
-LATER_ACTIONS = ["activate", "import", "site", "recovery-key", "recover"]
+LATER_ACTIONS = ["activate", "import", "schedule", "site", "recovery-key", "recover"]
 ROLES = ["auditor", "custodian", "node", "operator", "service"]
 QUORUM_ONLY = ["policy", "custodian", "node", "site", "recovery-key", "recover"]
 MAX_TIME = 253402300799999
@@ -31,9 +31,9 @@ GROUP = Struct({
 RULE = Struct({
     "action": text, "direct": array(text), "approvals": uint(32), "sites": uint(32), "required": array(text),
     "proposer-may-approve": boolean, "delay": int64, "lifetime": int64, "veto": array(text),
-    "need": GROUP, "not-before": int64,
-}, {"need": None, "not-before": 0})
-POLICY = Struct({"name": text, "revision": uint(64), "rules": array(RULE), "attested": boolean})
+    "need": GROUP, "not-before": int64, "unused": int64,
+}, {"need": None, "not-before": 0, "unused": 0})
+POLICY = Struct({"name": text, "revision": uint(64), "rules": array(RULE), "attested": boolean, "forbid": array(uint(16))}, {"forbid": []})
 CREDENTIAL = Struct({"id": text, "suite": uint(16), "public-key": data, "suspended": boolean}, {"suspended": False})
 CUSTODIAN = Struct({"id": text, "site": text, "credentials": array(CREDENTIAL), "revoked": boolean, "revision": uint(64)})
 PROPOSAL = Struct({
@@ -53,7 +53,7 @@ HOLDER = Struct({
     "commitment": data,
 })
 PARAMETERS = {
-    "policy": Struct({"rules": array(RULE), "attested": boolean}),
+    "policy": Struct({"rules": array(RULE), "attested": boolean, "forbid": array(uint(16))}, {"forbid": []}),
     "custodian": Struct({
         "custodian": CUSTODIAN, "possession": array(Struct({"credential": text, "signature": data})), "restore": array(text),
     }, {"possession": [], "restore": []}),
@@ -71,9 +71,11 @@ PARAMETERS = {
         "voters": array(text),
     }),
 }
-VERSION = Struct({"version": uint(32)})
+VERSION = Struct({"override": boolean, "version": uint(32)}, {"override": False})
 for _a in ("activate", "deactivate", "compromise", "destroy"):
     PARAMETERS[_a] = VERSION
+
+PARAMETERS["schedule"] = Struct({"rotation-period": int64})
 
 NODE = Struct({
     "id": text, "site": text, "address": text, "api": text, "suite": uint(16), "agreement": data, "signing-suite": uint(16),
@@ -91,6 +93,7 @@ SIGNED_GENESIS = Struct({"genesis": data, "signatures": array(Struct({"node": te
 TARGETS = {
     "rotate": "key", "activate": "key", "suspend": "key", "resume": "key", "deactivate": "key", "compromise": "key", "destroy": "key",
     "import": "key",
+    "schedule": "key",
     "policy": "policy", "custodian": "custodian", "node": "node", "site": "site", "recovery-key": "recovery", "recover": "cluster",
 }
 
@@ -157,7 +160,7 @@ def rule(r):
     need(r["action"] in KEY_ACTIONS + GOVERNANCE_ACTIONS, "a rule is about an action that there is not")
     if r["direct"]:
         rest = (r["approvals"], r["sites"], r["delay"], r["lifetime"], len(r["required"]), len(r["veto"]), r["proposer-may-approve"],
-                r["need"], r["not-before"])
+                r["need"], r["not-before"], r["unused"])
         need(not any(rest), "a rule is direct and has parts of a quorum")
         need(r["action"] != "destroy", "a destruction cannot be direct")
         need(all(x in ROLES for x in r["direct"]), "a rule names a role that there is not")
@@ -172,6 +175,8 @@ def rule(r):
         group(r["need"], 5)
     need(0 <= r["not-before"] <= MAX_TIME, "a rule's time of release is no time")
     need(r["action"] != "recover" or not r["not-before"], "a recovery cannot wait for a day")
+    need(r["unused"] == 0 or r["action"] in ("deactivate", "destroy"), "a rule asks for a time without use of what is not retired")
+    need(r["unused"] == 0 or DAY // 24 <= r["unused"] <= 3650 * DAY, "a rule's time without use is out of bounds")
     need(60_000 <= r["lifetime"] <= 90 * DAY and 0 <= r["delay"] <= 30 * DAY, "a rule's times are out of bounds")
     need(r["action"] != "destroy" or r["delay"] >= 7 * DAY, "a destruction waits at least seven days")
     need(r["delay"] < r["lifetime"], "a rule's delay outlasts its lifetime")
@@ -196,10 +201,11 @@ def group(g, levels):
     return 1 + max((d for d, _ in inner), default=0), len(members) + sum(n for _, n in inner)
 
 
-def policy(p_name, rules, attested):
+def policy(p_name, rules, attested, forbid):
     name(p_name)
     decides = GOVERNANCE_ACTIONS if p_name == GOVERNANCE else KEY_ACTIONS
     need(not (p_name == GOVERNANCE and attested), "the governance policy cannot ask for attested hardware")
+    need(len(forbid) <= 64 and all(a < b for a, b in zip([0] + forbid, forbid)), "the forbidden suites are too many, not sorted, or one is 0")
     actions = [r["action"] for r in rules]
     need(all(a in decides for a in actions), f"policy {p_name} has a rule that is not its own")
     need(all(a < b for a, b in zip(actions, actions[1:])), f"policy {p_name}: the rules are not sorted by action")
@@ -209,6 +215,11 @@ def policy(p_name, rules, attested):
             depth, members = group(r["need"], 5)
             need(depth <= 4 and members <= 256, f"policy {p_name} has a group that is too large")
     need(all(a in actions or a in LATER_ACTIONS for a in decides), f"policy {p_name} lacks a rule")
+
+
+def allow(policy, *suites):
+    """Refuses suites that a policy forbids for what is new."""
+    need(not set(suites) & set(policy["forbid"]), f"policy {policy['name']} forbids a suite of what is new")
 
 
 def custodian(c):
@@ -349,8 +360,11 @@ def parameters(p):
     v = PARAMETERS[action].parse(p["parameters"])
     if PARAMETERS[action] is VERSION:
         need(v["version"] or action == "destroy", "the action needs a version")
+        need(not v["override"] or action in ("deactivate", "destroy"), "the action overrides nothing")
+    elif action == "schedule":
+        need(0 <= v["rotation-period"] <= 3650 * DAY, "a rotation period is out of bounds")
     elif action == "policy":
-        policy(rest, v["rules"], v["attested"])
+        policy(rest, v["rules"], v["attested"], v["forbid"])
     elif action == "custodian":
         need(v["custodian"]["id"] == rest and v["custodian"]["revision"] == 0, "the parameters are of another custodian")
         custodian(v["custodian"])
@@ -423,6 +437,11 @@ def genesis(g):
     distinct_custodians(g["custodians"])
     for p in g["policies"]:
         need(p["revision"] == 1, "a policy of the genesis has another revision")
-        policy(p["name"], p["rules"], p["attested"])
+        policy(p["name"], p["rules"], p["attested"], p["forbid"])
         need(all(s in sites for r in p["rules"] for s in r["required"] + group_names(r["need"], "sites")), "a policy requires a site that does not exist")
-    need(any(p["name"] == GOVERNANCE for p in g["policies"]), "the genesis has no governance policy")
+    governance = next((p for p in g["policies"] if p["name"] == GOVERNANCE), None)
+    need(governance is not None, "the genesis has no governance policy")
+    for n in g["nodes"]:
+        allow(governance, n["suite"], n["signing-suite"])
+    for c in g["custodians"]:
+        allow(governance, *[k["suite"] for k in c["credentials"]])

@@ -140,6 +140,7 @@ var classes = []class{
 	inPlace("times moved, signed again by all", movedTimes),
 	inPlace("a threshold lowered, signed again by all", loweredThreshold),
 	inPlace("a group or a time of release changed, signed again by all", changedGroup),
+	inPlace("suites forbidden, signed again by all", forbade),
 	inPlace("the genesis edited", editedGenesis),
 	inPlace("something dropped", dropped),
 	inPlace("something in another order", func(ed editor, _, _ sample, e *audit.Evidence) bool {

@@ -35,6 +35,7 @@ var worlds = map[string]func(t *testing.T) *statetest.World{
 	"tokens":     tokens,
 	"groups":     groups,
 	"imports":    imports,
+	"forbid":     forbid,
 }
 
 // samples builds the evidence of every world, world by world.
@@ -79,6 +80,7 @@ func revoke(w *statetest.World, id string) {
 
 // setRule changes a rule of the policy standard.
 func setRule(w *statetest.World, a kms.Action, change func(*approval.Rule), approvers ...string) {
+	w.Announce()
 	standard, _ := w.State().Policy("standard")
 	rules := slices.Clone(standard.Rules)
 	for i := range rules {
@@ -112,7 +114,7 @@ func actions(t *testing.T) *statetest.World {
 	w.Rotate("coalition", "stamp")
 	w.Carry(kms.ActionSuspend, orders, nil)
 	w.Carry(kms.ActionResume, orders, nil)
-	w.Carry(kms.ActionDeactivate, orders, approval.VersionParams{Version: 1})
+	retire(w, orders)
 	w.Carry(kms.ActionCompromise, orders, approval.VersionParams{Version: 1})
 	enrol(w, "fr-3", "fr", "fr-1", "de-1", "jp-1")
 	revoke(w, "de-2")
@@ -345,4 +347,19 @@ func attested(t *testing.T) *statetest.World {
 	w.Do("node-fr-1", w.AdoptCommand("node-fr-1"))
 	w.Rotate("coalition", "mail")
 	return w
+}
+
+// retire makes a rule about the use of versions, and has the first one retired in spite
+// of it.
+func retire(w *statetest.World, orders string) {
+	w.Announce()
+	standard, _ := w.State().Policy("standard")
+	rules := slices.Clone(standard.Rules)
+	for i, r := range rules {
+		if r.Action == kms.ActionDeactivate || r.Action == kms.ActionDestroy {
+			rules[i].Unused = 30 * state.UseHour
+		}
+	}
+	w.Carry(kms.ActionPolicy, "policy/standard", approval.PolicyParams{Rules: rules})
+	w.Carry(kms.ActionDeactivate, orders, approval.VersionParams{Version: 1, Override: true})
 }
