@@ -121,13 +121,6 @@ func (t *tiles) fail(err error) {
 	}
 }
 
-// drop gives up the hashes for good.
-func (t *tiles) drop(err error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.fail(err)
-}
-
 // write writes the tiles that wait.
 func (t *tiles) write() {
 	t.writing.Lock()
