@@ -270,6 +270,12 @@ var mutations = []mutation{
 	{"suspension: truly signed, but by another site, a revoked or suspended one, or about another record", func(g *siege, r *rand.Rand) []byte {
 		return g.byMember(g.fresh(r, g.anyMember(r), state.SuspendCredential{Statement: statetest.Pick(r, g.unfit)}))
 	}},
+	{"cosignature: a field edited, in its node's or another member's envelope", func(g *siege, r *rand.Rand) []byte {
+		if g.cosigned.Log == "" {
+			return g.byMember(g.fresh(r, g.anyMember(r), state.Cosign{Log: "none"}))
+		}
+		return g.byMember(g.fresh(r, g.anyMember(r), edited(r, g.cosigned)))
+	}},
 	{"proposal: opened for another time, revision, policy or proposer", func(g *siege, r *rand.Rand) []byte {
 		return g.reopened(r)
 	}},

@@ -36,6 +36,7 @@ type siege struct {
 	statements []approval.Statement // votes and bad
 	proposals  []state.Proposal
 	suspended  []approval.Suspension // good statements of colleagues
+	cosigned   state.Cosign          // a good one, in the first siege
 	unfit      []approval.Suspension // truly signed, by those who may not or about what is not so
 	hopeless   []state.Command       // well-formed commands that no member may send, with what they expect
 	expects    []uint64
@@ -138,6 +139,10 @@ func besiege(t testing.TB) *siege {
 	n, _ := s.Node("node-jp-1")
 	add("node-jp-1", state.KeepSeed{Root: n.Root, Suite: n.Suite, Wrapped: []byte("wrapped by the device")})
 	g.suspensions()
+	g.cosigned = w.CosignCommand("node-jp-1", "node-fr-1")
+	add("node-jp-1", g.cosigned)
+	add("node-jp-1", w.RegisterCommand("node-jp-1"))
+	add("node-jp-1", w.CheckpointCommand("node-jp-1", w.Grow("node-jp-1", 3)))
 	imported, _ := s.Proposal(brought)
 	params, err := imported.Content.ImportParams()
 	if err != nil {
